@@ -1,0 +1,52 @@
+# Two commands do everything on a machine with python3 and make:
+#   make demo   set up, then fine-tune on two ranks and show what came of it
+#   make test   set up, then run the tests
+# TORCH names the torch build, PYTHON the interpreter that makes the environment.
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+# One stamp per torch build: asking for another one installs again, asking for the same one does not.
+STAMP  := $(VENV)/.ready-$(subst /,_,$(subst =,-,$(TORCH)))
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format build clean
+
+help:  ## Show the commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP)  ## Create .venv and install the package with its development tools
+
+# torch comes through pip, which also finds a wheel in a local folder; uv does not look there.
+# Everything else comes through uv, which takes seconds where pip takes minutes.
+$(STAMP): pyproject.toml
+	@echo "Setting up $(VENV) with $(TORCH) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@rm -f $(VENV)/.ready-*
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "$(TORCH)"
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --editable ".[trl,peft,plot]" --group dev
+	@touch $@
+
+demo: $(STAMP)  ## Fine-tune on two ranks (GPUs where there are some, else CPU) and print the result
+	@BIN=$(BIN) bash recipes/demo.sh
+
+test: $(STAMP)  ## Run the tests
+	@$(BIN)/python -m pytest
+
+check: $(STAMP)  ## Lint, check the types and the architecture
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
+
+format: $(STAMP)  ## Format the code
+	@$(BIN)/ruff check --fix --quiet .
+	@$(BIN)/ruff format --quiet .
+
+build: $(STAMP)  ## Build the wheel and the source archive into dist/
+	@$(BIN)/python -m build --installer uv --outdir dist
+
+clean:  ## Remove the environment and everything built
+	rm -rf $(VENV) dist build *.egg-info outputs

@@ -1,0 +1,50 @@
+"""The gradient of one device with the whole batch, in every parallel layout.
+
+The utilities need torch alone and are imported at once; the Trainer and its plugin bring transformers and
+accelerate along and are imported when they are first asked for.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hf_gradutils.dist_utils import (
+    FirstRankPerNode,
+    barrier_and_log,
+    clip_gradients,
+    get_sync_ctx,
+    reduce_loss,
+    rescale_gradients,
+)
+from hf_gradutils.grad_utils import clip_grad_by_total_norm_, get_grad_norm
+
+if TYPE_CHECKING:
+    from hf_gradutils.accelerator import GradUtilsPlugin
+    from hf_gradutils.trainer import GradUtilsTrainer, GradUtilsTrainerMixin
+
+__all__ = [
+    "FirstRankPerNode",
+    "GradUtilsPlugin",
+    "GradUtilsTrainer",
+    "GradUtilsTrainerMixin",
+    "barrier_and_log",
+    "clip_grad_by_total_norm_",
+    "clip_gradients",
+    "get_grad_norm",
+    "get_sync_ctx",
+    "reduce_loss",
+    "rescale_gradients",
+]
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "GradUtilsPlugin": "hf_gradutils.accelerator",
+    "GradUtilsTrainer": "hf_gradutils.trainer",
+    "GradUtilsTrainerMixin": "hf_gradutils.trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

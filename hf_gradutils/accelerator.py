@@ -1,0 +1,99 @@
+"""accelerate's Accelerator on top of the accumulation window, and the plugin that configures it."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
+from torch import Tensor, nn
+
+from hf_gradutils.dist_utils import get_sync_ctx
+from hf_gradutils.errors import InvalidArgumentError, TargetCountError
+from hf_gradutils.targets import CountTargets, LossUnit, check_loss_unit
+from hf_gradutils.window import AccumulationWindow, WindowReport
+
+
+@dataclass
+class GradUtilsPlugin(GradientAccumulationPlugin):  # type: ignore[misc]
+    """How gradients are accumulated, for ``GradUtilsTrainer(grad_plugin=…)``."""
+
+    loss_unit: LossUnit = "auto"
+    """What the loss is a mean over; ``auto`` asks the labels and the loss itself."""
+    count_targets: CountTargets | None = None
+    """Batch → number of targets, a 0-d tensor; overrides ``loss_unit``."""
+    check_loss_unit: bool = True
+    """Verify on the first batch, with three forwards, that the loss is a mean over what is counted."""
+
+    def __post_init__(self) -> None:
+        check_loss_unit(self.loss_unit)
+        if self.count_targets is not None and not callable(self.count_targets):
+            raise InvalidArgumentError(f"count_targets must be a function of a batch, got {self.count_targets!r}")
+
+
+class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
+    """An Accelerator whose ``backward`` weighs each micro-batch by its targets.
+
+    ``GradUtilsTrainer`` makes one of the Accelerator that ``Trainer`` has built; see :meth:`adopt`.
+    """
+
+    window: AccumulationWindow
+    _num_targets: Tensor | None
+
+    @classmethod
+    def adopt(cls, accelerator: Accelerator) -> "GradUtilsAccelerator":
+        """Turn an Accelerator, as the Trainer builds it by name, into one of ours, in place."""
+        accelerator.__class__ = cls
+        accelerator.window = AccumulationWindow(accelerator.device)
+        accelerator._num_targets = None
+        return accelerator  # type: ignore[no-any-return]
+
+    @contextlib.contextmanager
+    def counted(self, num_targets: Tensor) -> Iterator[None]:
+        """Every ``backward`` inside is of a micro-batch with this many targets."""
+        self._num_targets = num_targets
+        try:
+            yield
+        finally:
+            self._num_targets = None
+
+    def backward(self, loss: Tensor, num_targets: Tensor | None = None, **kwargs: Any) -> None:
+        """Backward of a micro-batch's own mean loss, weighted by its targets.
+
+        Raises:
+            TargetCountError: nobody said how many targets the micro-batch has.
+        """
+        if num_targets is None:
+            num_targets = self._num_targets
+        if num_targets is None:
+            raise TargetCountError(
+                "expected the number of targets of this micro-batch, got none; call "
+                "accelerator.backward(loss, num_targets=(labels != -100).sum())"
+            )
+        super().backward(self.window.weigh(loss, num_targets), **kwargs)
+
+    @contextlib.contextmanager
+    def no_sync(self, model: nn.Module) -> Iterator[None]:
+        """No gradient communication inside, whatever wraps the model."""
+        with get_sync_ctx(model, is_optim_step=False):
+            yield
+
+    def close_window(self, model: nn.Module, max_norm: float = math.inf) -> WindowReport:
+        """Unscale (fp16), then make ``.grad`` the exact mean gradient and clip it; once per optimizer step.
+
+        Collectives: one all-reduce over all ranks.
+        """
+        self.unscale_gradients()
+        return self.window.close(model, max_norm)
+
+
+def uses_exact_arithmetic(accelerator: Accelerator, model: nn.Module) -> bool:
+    """Whether a loss is the same however its batch is composed, up to float32 rounding."""
+    return (
+        accelerator.mixed_precision == "no"
+        and all(p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.is_floating_point())
+        and not (accelerator.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest")
+    )

@@ -1,0 +1,160 @@
+"""Documented utilities around a training step: first rank, barrier, loss, sync, rescale, clip.
+
+Each works without a process group and gives the same answer there.
+"""
+
+import contextlib
+import logging
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from hf_gradutils import upstream
+from hf_gradutils.errors import InvalidArgumentError
+from hf_gradutils.first_rank import FirstRankPerNode, barrier_and_log
+from hf_gradutils.norms import check_norm_type
+from hf_gradutils.ownership import Ownership, plan_for_model, trainable_parameters
+from hf_gradutils.reduction import reduce_packed, world_domain
+from hf_gradutils.scaling import check_max_norm, clip_coefficient, scale_
+from hf_gradutils.sync import SyncContext
+from hf_gradutils.total_norm import collect_gradients, reduce_with_norm
+
+__all__ = [
+    "FirstRankPerNode",
+    "barrier_and_log",
+    "clip_gradients",
+    "get_sync_ctx",
+    "logger",
+    "reduce_loss",
+    "rescale_gradients",
+]
+
+logger = logging.getLogger(__name__)
+
+
+def reduce_loss(
+    loss_store: Sequence[Tensor],
+    total_num_tokens: Tensor,
+    per_token_loss: bool = True,
+    dp_group: ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sum of the losses over micro-batches and data ranks, and what to divide it by.
+
+    Args:
+        loss_store: This rank's losses, shape () or (1,), one per micro-batch; summed over their tokens for a
+            per-token loss. May be empty.
+        total_num_tokens: This rank's tokens, shape () or (1,), any dtype. Left unchanged.
+        per_token_loss: False divides by the number of stored losses instead of the tokens.
+        dp_group: Data ranks; None is the default group, or this process without one.
+
+    Returns:
+        ``(loss, denominator)``, shape (): float64 and int64 (a count beyond 2^31 keeps its digits), on the
+        losses' device, or the count's if there are none. The caller divides.
+
+    Collectives: one all-reduce over ``dp_group``, for both numbers. Host syncs: none.
+    """
+    device = loss_store[0].device if loss_store else total_num_tokens.device
+    if loss_store:
+        loss = torch.stack([stored.detach().to(torch.float64).sum() for stored in loss_store]).sum()
+    else:
+        loss = torch.zeros((), dtype=torch.float64, device=device)
+    if per_token_loss:
+        count = total_num_tokens.detach().sum().to(device=device, dtype=torch.float64, non_blocking=True)
+    else:
+        count = torch.full((), float(len(loss_store)), dtype=torch.float64, device=device)
+    reduced, _ = reduce_packed(world_domain(dp_group), torch.stack((loss, count)))
+    return reduced[0], reduced[1].to(torch.int64)
+
+
+def get_sync_ctx(model: nn.Module, is_optim_step: bool) -> contextlib.AbstractContextManager[None]:
+    """Context for the forward and backward of one micro-batch.
+
+    Gradients stay local until the micro-batch that ends the accumulation window: that one communicates the
+    sum. Nothing happens before the context is entered, and the prior state comes back on exit.
+
+    Args:
+        model: DDP, FSDP2, HSDP or FSDP1 anywhere in the tree, also under ``torch.compile``, PEFT and
+            accelerate; with none of these the context does nothing.
+        is_optim_step: The optimizer steps after this micro-batch.
+
+    Collectives: none of its own.
+    """
+    return SyncContext(model, communicate=is_optim_step)
+
+
+@torch.no_grad()
+def rescale_gradients(
+    model: nn.Module, num_tokens_for_grad_scaling: Tensor, dp_group: ProcessGroup | None = None
+) -> None:
+    """Turn averaged sum-of-losses gradients into per-token means: multiply by dp_size / global tokens.
+
+    Data parallelism divided the sum by ``dp_size``; this undoes it and divides by the tokens of all ranks.
+    Where tensor-parallel ranks count the same tokens, the default group is right: both numbers grow alike.
+
+    Args:
+        model: Every ``grad`` in it is multiplied in place; any dtype, DTensor or not.
+        num_tokens_for_grad_scaling: This rank's tokens over all micro-batches, shape () or (1,). Left
+            unchanged. Zero on every rank leaves gradients as they are, up to ``dp_size``.
+        dp_group: Ranks the gradients were averaged over; None is the default group, or no rank but this.
+
+    Collectives: one all-reduce over ``dp_group``. Host syncs: none.
+    """
+    domain = world_domain(dp_group)
+    grads = [upstream.local_tensor(p.grad) for p in model.parameters() if p.grad is not None]
+    count = num_tokens_for_grad_scaling.detach().sum().to(torch.float64)
+    if grads:
+        count = count.to(grads[0].device, non_blocking=True)
+    total, _ = reduce_packed(domain, count.view(1))
+    scale_(grads, domain.num_ranks / total[0].clamp(min=1.0))
+
+
+@torch.no_grad()
+def clip_gradients(
+    model: nn.Module,
+    clip_norm: float,
+    foreach: bool = True,
+    *,
+    norm_type: float = 2.0,
+    group: ProcessGroup | None = None,
+    ownership: Ownership | None = None,
+) -> Tensor:
+    """Clip the gradients of a model to a global norm, whatever mix of meshes and plain tensors it holds.
+
+    Args:
+        model: Its gradients are synchronised. Sharded, replicated, Partial and plain ones may stand side by
+            side; ranks may hold different parameters, or gradients of None.
+        clip_norm: Greater than 0; ``inf`` measures without clipping.
+        foreach: One multi-tensor call per dtype; False makes one per tensor.
+        norm_type: p of the norm; ``inf`` is the largest element.
+        group: All ranks that train the model; None is the default group, or this process without one.
+        ownership: Name pattern → ``"sharded"`` for plain parameters of which each rank holds a part of its
+            own (experts). The others are checked to be the same on the ranks that hold them.
+
+    Returns:
+        The norm before clipping, shape (), float64, on the gradients' device. If it is not finite, the
+        gradients are left as they are.
+
+    Collectives: one all-reduce over ``group`` (an all-gather for p = inf); every rank must call. The first
+        call for a model gathers one object per rank as well; a gradient with Partial placements adds one.
+        Host syncs: none after the first call.
+
+    Raises:
+        InvalidArgumentError: ``clip_norm`` ≤ 0, ``norm_type`` ≤ 0 or a bad ``ownership``.
+        ReplicaMismatchError: parameters that should be copies of each other differ between ranks.
+    """
+    max_norm = check_max_norm(clip_norm)
+    p = check_norm_type(norm_type)
+    if not isinstance(model, nn.Module):
+        raise InvalidArgumentError(
+            f"model must be an nn.Module, got {type(model).__name__}; for tensors use grad_utils"
+        )
+    parameters = trainable_parameters(model)
+    plan = plan_for_model(model, parameters, group=group, ownership=ownership)
+    gradients = collect_gradients(parameters.values(), plan)
+    norm, _ = reduce_with_norm(plan, gradients, p, foreach=foreach)
+    if not math.isinf(max_norm):
+        scale_(gradients.shards, clip_coefficient(norm, max_norm), foreach=foreach)
+    return norm

@@ -1,0 +1,142 @@
+"""The only reader of ``os.environ``: what a launcher told this process, as typed values.
+
+A variable that is set to the empty string counts as unset. Nothing is cached: tests, notebooks and
+accelerate set variables after import.
+"""
+
+import os
+from dataclasses import dataclass
+
+from hf_gradutils.errors import LauncherError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Launcher:
+    """Names of the variables in which one kind of launcher describes a process."""
+
+    title: str
+    global_rank: str
+    world_size: str
+    local_rank: str
+    node_rank: str | None
+    """Number of the node; None where the launcher has none (OMPI_COMM_WORLD_NODE_RANK is a local rank)."""
+
+
+LAUNCHERS = (
+    Launcher(
+        title="torchrun",  # and accelerate launch, which runs torchrun
+        global_rank="RANK",
+        world_size="WORLD_SIZE",
+        local_rank="LOCAL_RANK",
+        node_rank="GROUP_RANK",
+    ),
+    Launcher(
+        title="SLURM",
+        global_rank="SLURM_PROCID",
+        # Not SLURM_NTASKS: a batch script that runs on one task only sees it too.
+        world_size="SLURM_STEP_NUM_TASKS",
+        local_rank="SLURM_LOCALID",
+        node_rank="SLURM_NODEID",
+    ),
+    Launcher(
+        title="Open MPI",
+        global_rank="OMPI_COMM_WORLD_RANK",
+        world_size="OMPI_COMM_WORLD_SIZE",
+        local_rank="OMPI_COMM_WORLD_LOCAL_RANK",
+        node_rank=None,
+    ),
+    Launcher(
+        title="Intel MPI or MPICH",
+        global_rank="PMI_RANK",
+        world_size="PMI_SIZE",
+        local_rank="MPI_LOCALRANKID",
+        node_rank=None,
+    ),
+)
+"""The launchers that are understood; the first one whose rank and world size are both set is believed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LaunchedRank:
+    """What one launcher says about this process."""
+
+    launcher: str
+    global_rank: int
+    world_size: int
+    local_rank: int | None
+    node_rank: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rendezvous:
+    """Where the ranks of a job find their store."""
+
+    host: str
+    port: int
+    is_agent_store: bool
+    """True when the launcher's agent hosts it (torchrun); False when global rank 0 is to host it."""
+
+
+def read_launched_rank() -> LaunchedRank | None:
+    """Rank and world size, both from the same launcher; None when no launcher set both.
+
+    ``MASTER_ADDR`` plays no part: ``accelerate launch --cpu`` sets it for a single process.
+
+    Raises:
+        LauncherError: only one of RANK and WORLD_SIZE is set (``WORLD_SIZE=1`` alone is fine), a value
+            is not an integer, or the rank does not lie in the world. Half a pair of another launcher is
+            ignored: SLURM sets SLURM_PROCID in batch scripts that are not a step.
+    """
+    for launcher in LAUNCHERS:
+        global_rank, world_size = _integer(launcher.global_rank), _integer(launcher.world_size)
+        if global_rank is None or world_size is None:
+            continue
+        if not 0 <= global_rank < world_size:
+            raise LauncherError(
+                f"{launcher.global_rank} must be at least 0 and below {launcher.world_size}, "
+                f"got {launcher.global_rank}={global_rank} and {launcher.world_size}={world_size}"
+            )
+        return LaunchedRank(
+            launcher=launcher.title,
+            global_rank=global_rank,
+            world_size=world_size,
+            local_rank=_integer(launcher.local_rank),
+            node_rank=None if launcher.node_rank is None else _integer(launcher.node_rank),
+        )
+    rank, world = _integer("RANK"), _integer("WORLD_SIZE")
+    if rank is not None or (world is not None and world > 1):
+        present, missing = ("RANK", "WORLD_SIZE") if world is None else ("WORLD_SIZE", "RANK")
+        raise LauncherError(
+            f"{present}={_text(present)} is set but {missing} is not: set both, as torchrun does, or neither "
+            "for a single process"
+        )
+    return None
+
+
+def read_rendezvous() -> Rendezvous | None:
+    """MASTER_ADDR and MASTER_PORT; None unless both are set. Raises LauncherError for a port out of range."""
+    host, port = _text("MASTER_ADDR"), _integer("MASTER_PORT")
+    if host is None or port is None:
+        return None
+    if not 0 < port < 2**16:
+        raise LauncherError(f"MASTER_PORT must be from 1 to 65535, got {port}")
+    return Rendezvous(host=host, port=port, is_agent_store=_text("TORCHELASTIC_USE_AGENT_STORE") == str(True))
+
+
+def read_run_attempt() -> str:
+    """Run id and restart count of torchrun, for prefixes: its agent store outlives a restart of the ranks."""
+    return f"{_text('TORCHELASTIC_RUN_ID') or 'none'}/{_text('TORCHELASTIC_RESTART_COUNT') or '0'}"
+
+
+def _text(name: str) -> str | None:
+    return os.environ.get(name) or None
+
+
+def _integer(name: str) -> int | None:
+    text = _text(name)
+    if text is None:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise LauncherError(f"{name} must be an integer, got {text!r}") from None

@@ -1,0 +1,192 @@
+"""Ask the loss itself what it is a mean over, on the first batch and without changing any state.
+
+Names, signatures and tables are wrong for dozens of heads; two questions to the loss settle what matters:
+
+- *Does the head shift?* Labels with only position 0 left are no targets to a head that shifts, so its loss
+  is what it is without any labels at all.
+- *Is the loss a mean over what we count?* For a batch split into A and B, L(AB)·n(AB) = L(A)·n(A) + L(B)·n(B).
+  A loss that fails this has another unit, or none (contrastive losses, a square root of a mean).
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from hf_gradutils.errors import LossUnitError, TargetCountError
+from hf_gradutils.reduction import reduce_packed, world_domain
+from hf_gradutils.targets import (
+    IGNORE_INDEX,
+    CountTargets,
+    LossUnit,
+    count_rows,
+    count_with,
+    may_shift,
+    take_rows,
+)
+
+LossOf: TypeAlias = Callable[[Mapping[str, Any]], Tensor]
+"""Batch → the mean loss the training would use for it, shape ()."""
+
+_TOLERANCE = 2e-5
+"""Relative error of additivity in float32: right units stay below 6e-6 and wrong ones start at 2e-5 on 799 heads."""
+_TOLERANCE_REDUCED = 5e-3
+"""The same where a batch's composition changes its rounding: half precision, autocast, TF32."""
+
+_FIX = (
+    "set loss_unit or count_targets to what the loss averages over; a loss that is no mean of its samples' losses "
+    "(contrastive) has no exact accumulation: train it with gradient_accumulation_steps=1, check_loss_unit=False"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Additivity:
+    """Both sides of L(AB)·n(AB) = L(A)·n(A) + L(B)·n(B) on one rank; NaN where it could not be checked."""
+
+    whole: float
+    parts: float
+
+    @property
+    def relative_error(self) -> float:
+        """|whole − parts| / |whole|; NaN if unchecked."""
+        return abs(self.whole - self.parts) / max(abs(self.whole), 1e-30)
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; modes and random states are as before afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    devices = [torch.accelerator.current_device_index()] if torch.accelerator.is_available() else []
+    device_type = torch.accelerator.current_accelerator().type if devices else "cuda"  # type: ignore[union-attr]
+    with torch.random.fork_rng(devices, device_type=device_type), torch.no_grad():
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+
+def loss_ignores_first_position(loss_of: LossOf, batch: Mapping[str, Any]) -> bool:
+    """Whether position 0 of the labels is no target of the loss. Two forwards, the same on every rank.
+
+    Args:
+        loss_of: Called under :func:`undisturbed`.
+        batch: A batch for which :func:`hf_gradutils.targets.may_shift`.
+    """
+    labels = batch["labels"]
+    nothing = torch.full_like(labels, IGNORE_INDEX)
+    only_first = nothing.clone()
+    only_first[..., 0] = labels.clamp(min=0).amax()  # a class that exists
+    with_first, without = (float(loss_of({**batch, "labels": x})) for x in (only_first, nothing))
+    return with_first == without or (math.isnan(with_first) and math.isnan(without))
+
+
+def check_additivity(loss_of: LossOf, batch: Mapping[str, Any], count: CountTargets) -> Additivity:
+    """Both sides of the equation for a batch. Three forwards on every rank, also where nothing can be split.
+
+    Args:
+        loss_of: Called under :func:`undisturbed`.
+        batch: One row cannot be split and gives NaN.
+        count: Batch → targets.
+    """
+    num_rows = count_rows(batch)
+    half = num_rows // 2
+    parts = [batch, take_rows(batch, 0, half), take_rows(batch, half, num_rows)] if half else [batch] * 3
+    sums = []
+    for part in parts:
+        num_targets = float(count(part))
+        loss = float(loss_of(part))
+        sums.append(loss * num_targets if num_targets else 0.0)
+    if not half or not sums[0]:
+        return Additivity(math.nan, math.nan)
+    return Additivity(whole=sums[0], parts=sums[1] + sums[2])
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What the first batch told, the same on every rank."""
+
+    head_shifts: bool
+    """Position 0 of each row is no target; False where it does not matter."""
+    targets_per_micro_batch: float
+    """Mean over the ranks."""
+
+
+def settle_unit(
+    head_loss_of: LossOf,
+    loss_of: Callable[[Mapping[str, Any], bool], Tensor],
+    batch: Mapping[str, Any],
+    loss_unit: LossUnit,
+    count: CountTargets | None,
+    *,
+    check: bool,
+    exact_arithmetic: bool,
+) -> Settled:
+    """Find out whether the head shifts, and make sure that the loss is a mean over what is counted.
+
+    Args:
+        head_loss_of: The loss of the head itself, asked whether it shifts. Called under :func:`undisturbed`.
+        loss_of: (batch, whether the head shifts) → the loss that is trained. Called under :func:`undisturbed`.
+        batch: This rank's first micro-batch.
+        loss_unit: What the user said.
+        count: The user's own count, or None.
+        check: Verify additivity.
+        exact_arithmetic: float32 or better, without autocast or TF32.
+
+    Collectives: two all-reduces over all ranks, one before the first forward and one after the last: every
+        rank learns of every rank's failure, and none waits in a forward that another does not enter.
+        Host syncs: one per forward and one per all-reduce.
+
+    Raises:
+        TargetCountError: some rank cannot count its targets.
+        LossUnitError: the loss is not additive on some rank, or ranks disagree about the shift.
+    """
+    domain = world_domain()
+    failure: TargetCountError | None = None
+    try:
+        count_with(batch, loss_unit, count, head_shifts=False)
+    except TargetCountError as error:
+        failure = error
+    (num_failures,), _ = reduce_packed(domain, torch.tensor([failure is not None], dtype=torch.float64))
+    if failure is not None:
+        raise failure
+    if num_failures:
+        raise TargetCountError(
+            f"{num_failures:.0f} of {domain.num_ranks} ranks cannot count the targets of their first batch"
+        )
+
+    asks = count is None and loss_unit == "auto" and may_shift(batch)
+    shifts = asks and loss_ignores_first_position(head_loss_of, batch)
+    additivity = Additivity(math.nan, math.nan)
+    if check:
+        additivity = check_additivity(
+            lambda part: loss_of(part, shifts),
+            batch,
+            lambda part: count_with(part, loss_unit, count, head_shifts=shifts),
+        )
+    is_wrong = additivity.relative_error > (_TOLERANCE if exact_arithmetic else _TOLERANCE_REDUCED)
+    num_targets = float(count_with(batch, loss_unit, count, head_shifts=shifts))
+    mine = torch.tensor([shifts, is_wrong, num_targets], dtype=torch.float64)
+    num_shifting, num_wrong, total_targets = reduce_packed(domain, mine)[0].tolist()
+
+    if num_shifting not in (0, domain.num_ranks):
+        raise LossUnitError(
+            f"expected the head to shift its labels on all ranks or on none, but it does on {num_shifting:.0f} of "
+            f"{domain.num_ranks}; set loss_unit='tokens' or 'shifted_tokens'"
+        )
+    if num_wrong:
+        seen = (
+            f"L(AB)·n(AB) = {additivity.whole:.7g} but L(A)·n(A) + L(B)·n(B) = {additivity.parts:.7g}, relative "
+            f"difference {additivity.relative_error:.1e}"
+            if is_wrong
+            else f"seen on {num_wrong:.0f} of {domain.num_ranks} ranks"
+        )
+        raise LossUnitError(
+            f"the loss is not a mean over the targets counted (loss_unit={loss_unit!r}): {seen}; {_FIX}"
+        )
+    return Settled(head_shifts=shifts, targets_per_micro_batch=total_targets / domain.num_ranks)

@@ -1,0 +1,219 @@
+"""Who counts which gradient element: every element of the model once, however many ranks hold it.
+
+A rank counts an element with weight 1 / (number of ranks that hold it). Added over all ranks, shards count
+once each and replicas count once together, on any mesh and beside plain tensors.
+"""
+
+import fnmatch
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+
+from hf_gradutils import upstream
+from hf_gradutils.errors import InvalidArgumentError, ReplicaMismatchError
+from hf_gradutils.norms import power_sums
+from hf_gradutils.reduction import Domain, world_domain
+
+Ownership: TypeAlias = Mapping[str, Literal["sharded", "replicated"]]
+"""Name patterns (:mod:`fnmatch`) of plain parameters and whether ranks hold different parts or copies."""
+
+ShardKey: TypeAlias = tuple[tuple[str, int, int], ...]
+"""Which part of a parameter a rank holds: (placement, mesh size, coordinate) of each dim that splits it."""
+
+_REPLICA_TOLERANCE = 1e-4
+"""Relative difference of checksums that replicas may show; theirs are equal bit for bit unless they drift."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How many ranks of the domain hold what this rank holds of each parameter, in the parameters' order."""
+
+    domain: Domain
+    num_holders: tuple[float, ...]
+    plain_everywhere: bool
+    """Every rank of the domain holds every plain parameter, as under DDP or beside FSDP2."""
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name → parameter for all that have, or may get, a gradient; a tied parameter once."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad or p.grad is not None}
+
+
+_plans: WeakKeyDictionary[nn.Module, tuple[object, Plan]] = WeakKeyDictionary()
+
+
+def plan_for_model(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    group: ProcessGroup | None = None,
+    ownership: Ownership | None = None,
+) -> Plan:
+    """The plan of a model, found by parameter name and kept while parameters and placements stay the same.
+
+    Args:
+        model: What the plan is kept for.
+        parameters: ``trainable_parameters(model)``.
+        group: All ranks that train the model; None is the default group, or one process without any.
+        ownership: Declares plain parameters that are shards although they carry no placements (experts).
+
+    Collectives: the first call for a model gathers one object per rank over ``group``; later ones none.
+    Host syncs: one in the first call.
+
+    Raises:
+        ReplicaMismatchError: alleged replicas hold different values, or a parameter is a DTensor on some
+            ranks and a plain tensor on others.
+    """
+    domain = world_domain(group)
+    identities = tuple((id(p), *_placements(p)) for p in parameters.values())
+    signature = (identities, domain.ranks, tuple((ownership or {}).items()))
+    known = _plans.get(model)
+    if known is not None and known[0] == signature:
+        return known[1]
+    plan = _build_plan(parameters, domain, _checked(ownership or {}))
+    _plans[model] = (signature, plan)
+    return plan
+
+
+def plan_for_grid(parameters: Sequence[Tensor], domain: Domain, num_plain_shards: int) -> Plan:
+    """A plan by counting alone, for parameters without names.
+
+    Args:
+        parameters: Plain tensors are split into ``num_plain_shards`` parts over the domain; the ranks of a
+            DTensor's mesh are in the domain, and further ranks of it hold copies of the whole.
+        domain: Who takes part.
+        num_plain_shards: Parts of a plain tensor, 1 for replicas.
+
+    Collectives: none.
+    """
+    holders = []
+    for parameter in parameters:
+        if isinstance(parameter, DTensor):
+            num_shards = math.prod(size for _, size, _ in _shard_key(parameter) or ())
+        else:
+            num_shards = num_plain_shards
+        holders.append(domain.num_ranks / num_shards)
+    return Plan(domain=domain, num_holders=tuple(holders), plain_everywhere=num_plain_shards == 1)
+
+
+@torch.no_grad()
+def in_placements_of(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient laid out like its parameter: a Partial one is summed, another layout redistributed.
+
+    Collectives: one for a gradient in another layout, over the mesh dims that differ; each rank of its mesh
+    must hold such a gradient then. None otherwise.
+    """
+    if not (isinstance(parameter, DTensor) and isinstance(gradient, DTensor)):
+        return gradient
+    if gradient.placements == parameter.placements:
+        return gradient
+    return gradient.redistribute(placements=parameter.placements)
+
+
+def _placements(parameter: Tensor) -> tuple[object, ...]:
+    return (parameter.placements, parameter.device_mesh) if isinstance(parameter, DTensor) else ()
+
+
+def _shard_key(parameter: Tensor) -> ShardKey | None:
+    """What this rank holds: () for all of it, None for nothing (the rank is outside the mesh)."""
+    if not isinstance(parameter, DTensor):
+        return ()
+    mesh = parameter.device_mesh
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return None
+    return tuple(
+        (str(placement), mesh.size(dim), coordinate[dim])
+        for dim, placement in enumerate(parameter.placements)
+        if not placement.is_replicate()
+    )
+
+
+def _checked(ownership: Ownership) -> Ownership:
+    for pattern, kind in ownership.items():
+        if kind not in ("sharded", "replicated"):
+            raise InvalidArgumentError(f"ownership[{pattern!r}] must be 'sharded' or 'replicated', got {kind!r}")
+    return ownership
+
+
+def _is_declared_sharded(name: str, ownership: Ownership) -> bool:
+    kinds = [kind for pattern, kind in ownership.items() if fnmatch.fnmatchcase(name, pattern)]
+    return bool(kinds) and kinds[-1] == "sharded"
+
+
+_Record: TypeAlias = dict[str, tuple[ShardKey, bool, tuple[float, float]]]
+"""Name → (what this rank holds, whether it is a plain tensor, checksum)."""
+
+
+def _build_plan(parameters: Mapping[str, nn.Parameter], domain: Domain, ownership: Ownership) -> Plan:
+    if not domain.groups:
+        return Plan(domain=domain, num_holders=(1.0,) * len(parameters), plain_everywhere=True)
+    group = domain.groups[0]
+    checksums = dict(zip(parameters, _checksums(parameters.values()), strict=True))
+    mine: _Record = {}
+    for name, parameter in parameters.items():
+        key = _shard_key(parameter)
+        if _is_declared_sharded(name, ownership):
+            key = (("declared", domain.num_ranks, dist.get_rank()),)
+        if key is not None:
+            mine[name] = (key, not isinstance(parameter, DTensor), checksums[name])
+    records: list[_Record] = [{} for _ in range(domain.num_ranks)]
+    dist.all_gather_object(records, mine, group=group)
+
+    _check_replicas(records, dist.get_process_group_ranks(group))
+    holders = Counter((name, key) for record in records for name, (key, _, _) in record.items())
+    plain = [{name for name, (_, is_plain, _) in record.items() if is_plain} for record in records]
+    return Plan(
+        domain=domain,
+        num_holders=tuple(float(holders[name, mine[name][0]]) if name in mine else math.inf for name in parameters),
+        plain_everywhere=all(names == plain[0] for names in plain),
+    )
+
+
+def _checksums(parameters: Iterable[Tensor]) -> list[tuple[float, float]]:
+    """(Σ|x|, Σx) of every local part."""
+    local = [upstream.local_tensor(parameter.detach()) for parameter in parameters]
+    by_device: dict[torch.device, list[int]] = {}
+    for index, tensor in enumerate(local):
+        by_device.setdefault(tensor.device, []).append(index)
+    result = [(0.0, 0.0)] * len(local)
+    for indices in by_device.values():
+        absolute = power_sums([local[i] for i in indices], 1.0).tolist()
+        signed = torch.stack([local[i].sum(dtype=torch.float64) for i in indices]).tolist()
+        for index, pair in zip(indices, zip(absolute, signed, strict=True), strict=True):
+            result[index] = pair
+    return result
+
+
+def _check_replicas(records: Sequence[_Record], ranks: Sequence[int]) -> None:
+    """Raise when ranks that claim to hold the same part of a parameter hold different values."""
+    first_seen: dict[tuple[str, ShardKey], tuple[int, tuple[float, float]]] = {}
+    kinds: dict[str, tuple[int, bool]] = {}
+    for rank, (name, (key, is_plain, checksum)) in itertools.chain.from_iterable(
+        ((rank, item) for item in record.items()) for rank, record in zip(ranks, records, strict=True)
+    ):
+        kind_rank, kind = kinds.setdefault(name, (rank, is_plain))
+        if kind != is_plain:
+            raise ReplicaMismatchError(
+                f"parameter {name!r} is a {'plain tensor' if kind else 'DTensor'} on rank {kind_rank} and a "
+                f"{'plain tensor' if is_plain else 'DTensor'} on rank {rank}; shard it on all ranks or on none"
+            )
+        reference_rank, reference = first_seen.setdefault((name, key), (rank, checksum))
+        scale = max(abs(reference[0]), abs(checksum[0]))
+        for left, right in zip(reference, checksum, strict=True):
+            if abs(left - right) > _REPLICA_TOLERANCE * scale or math.isnan(left) != math.isnan(right):
+                raise ReplicaMismatchError(
+                    f"parameter {name!r} should be the same on ranks {reference_rank} and {rank}, but its sum is "
+                    f"{reference[1]:.6g} there and {checksum[1]:.6g} here; if each rank holds a part of its own "
+                    f"(experts, FSDP1), pass ownership={{{name!r}: 'sharded'}}, else broadcast it from one rank"
+                )

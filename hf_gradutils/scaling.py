@@ -1,0 +1,74 @@
+"""Multiply local tensors by one number on the device, and the number that clips."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from hf_gradutils import upstream
+from hf_gradutils.errors import InvalidArgumentError
+
+_EPS = 1e-6
+"""What ``torch.nn.utils.clip_grad_norm_`` adds to the norm before it divides."""
+
+
+def check_max_norm(max_norm: float) -> float:
+    """Return ``max_norm`` as a float.
+
+    Raises:
+        InvalidArgumentError: it is not a number > 0 (``inf`` is one, and never clips).
+    """
+    value = float(max_norm)
+    if not value > 0:
+        raise InvalidArgumentError(
+            f"max_norm must be > 0, got {max_norm}; to measure without clipping call get_grad_norm or pass inf"
+        )
+    return value
+
+
+def clip_coefficient(total_norm: Tensor, max_norm: float) -> Tensor:
+    """``min(1, max_norm / (total_norm + 1e-6))``, and 1 where the norm is not finite.
+
+    A non-finite norm must not become a factor: it would turn the finite gradients into zeros or NaN and hide
+    which ones were bad.
+
+    Args:
+        total_norm: Shape (), any float dtype, which the result keeps.
+        max_norm: Greater than 0; inf never clips.
+
+    Collectives: none. Host syncs: none.
+    """
+    if math.isinf(max_norm):
+        return torch.ones_like(total_norm)
+    coefficient = (max_norm / (total_norm + _EPS)).clamp(max=1.0)
+    return torch.where(torch.isfinite(total_norm), coefficient, 1.0)
+
+
+@torch.no_grad()
+def scale_(tensors: Iterable[Tensor], factor: Tensor, *, foreach: bool = True) -> None:
+    """Multiply every tensor by ``factor``, in place.
+
+    Half-precision tensors are multiplied in float32 and rounded once, so that the factor keeps its digits.
+
+    Args:
+        tensors: Local floating-point tensors on any devices; each is read and written once.
+        factor: Shape (), any float dtype, on any device.
+        foreach: One multi-tensor call per device and dtype; False makes one call per tensor.
+
+    Collectives: none. Host syncs: none.
+    """
+    batches: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel():
+            batches.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    for (device, dtype), batch in batches.items():
+        is_half = dtype in (torch.bfloat16, torch.float16)
+        local_factor = factor.to(device=device, dtype=torch.float32 if is_half else dtype, non_blocking=True)
+        if not foreach:
+            for tensor in batch:
+                tensor.mul_(local_factor)
+        elif is_half:
+            upstream.foreach_mul_in_fp32_(batch, local_factor)
+        else:
+            upstream.foreach_mul_(batch, local_factor)

@@ -1,0 +1,126 @@
+"""What a training run looks like from outside: a plot, a table and a few samples."""
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+NUM_SAMPLES = 3
+TEXT_WIDTH = 96
+
+Sample = tuple[str, str, str]  # what the model was given, what it answered, what was right
+
+
+def sample_completions(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: datasets.Dataset
+) -> list[Sample]:
+    """Let the model complete held-out prompts, greedily."""
+    samples = []
+    for row in evenly_spaced(held_out):
+        targets = [token for token in row["labels"] if token >= 0]
+        if model.config.is_encoder_decoder:
+            prompt, start = row["input_ids"], 1
+        else:
+            first_target = next(i for i, label in enumerate(row["labels"]) if label >= 0)
+            prompt = row["input_ids"][: max(first_target, min(8, len(row["input_ids"]) // 2))]
+            targets = row["input_ids"][len(prompt) :]
+            start = len(prompt)
+        inputs = torch.tensor([prompt], device=model.device)
+        model.eval()
+        with torch.no_grad():
+            output = model.generate(
+                inputs=inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=40,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        texts = (prompt, output[0, start:], targets)
+        samples.append(tuple(tokenizer.decode(text, skip_special_tokens=True) for text in texts))
+    return samples
+
+
+def sample_predictions(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: datasets.Dataset
+) -> list[Sample]:
+    """Let the model name the class of held-out texts."""
+    samples, names = [], model.config.id2label
+    for row in evenly_spaced(held_out):
+        model.eval()
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row["input_ids"]], device=model.device)).logits
+        text = tokenizer.decode(row["input_ids"], skip_special_tokens=True)
+        samples.append((text, names[int(logits.argmax())], names[row["labels"]]))
+    return samples
+
+
+def evenly_spaced(rows: datasets.Dataset) -> list[dict[str, Any]]:
+    return [rows[i * len(rows) // NUM_SAMPLES] for i in range(min(NUM_SAMPLES, len(rows)))]
+
+
+def plot_training(log_history: list[dict[str, float]], max_grad_norm: float, folder: Path) -> str:
+    """Draw loss and gradient norm over the optimizer steps into ``training.png``."""
+    try:
+        import matplotlib
+    except ImportError:
+        return "(no plot: pip install 'hf-gradutils[plot]')"
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    def series(key: str) -> tuple[list[float], list[float]]:
+        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+        return [step for step, _ in points], [value for _, value in points]
+
+    figure, (loss_axis, norm_axis) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=[3, 2])
+    loss_axis.plot(*series("loss"), label="training", color="tab:blue")
+    loss_axis.plot(*series("eval_loss"), label="held out", color="tab:orange", marker="o", markersize=4)
+    loss_axis.set_ylabel("loss per target")
+    loss_axis.legend(frameon=False)
+    norm_axis.plot(*series("grad_norm"), color="tab:green", label="before clipping")
+    if max_grad_norm > 0:
+        norm_axis.axhline(max_grad_norm, color="black", linestyle="--", linewidth=1, label="max_grad_norm")
+    norm_axis.set_ylabel("gradient norm")
+    norm_axis.set_ylim(bottom=0)
+    norm_axis.set_xlabel("optimizer step")
+    norm_axis.legend(frameon=False)
+    for axis in (loss_axis, norm_axis):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    figure.tight_layout()
+    figure.savefig(folder / "training.png", dpi=120)
+    pyplot.close(figure)
+    return "training.png"
+
+
+def print_report(
+    log_history: list[dict[str, float]],
+    evaluation: dict[str, float],
+    train_time_s: float,
+    first_step: int,
+    samples: list[Sample],
+) -> None:
+    """Print the table; rates cover this run only, which began at ``first_step`` if it was resumed."""
+    steps = [entry for entry in log_history if "loss" in entry]
+    num_targets = sum(entry["num_targets"] for entry in steps)
+    num_targets_now = sum(entry["num_targets"] for entry in steps if entry["step"] > first_step)
+    rows = []
+    if steps:
+        rows.append(("first loss", f"{steps[0]['loss']:.4f}   (step {steps[0]['step']})"))
+        rows.append(("last loss", f"{steps[-1]['loss']:.4f}   (step {steps[-1]['step']})"))
+    rows.append(("evaluation loss", f"{evaluation['eval_loss']:.4f}   (held-out examples)"))
+    if "eval_accuracy" in evaluation:
+        rows.append(("evaluation accuracy", f"{evaluation['eval_accuracy']:.1%}"))
+    rows.append(("targets trained on", f"{num_targets:,}"))
+    rows.append(("targets per second", f"{num_targets_now / train_time_s:,.0f}"))
+    rows.append(("wall time", f"{train_time_s:.1f} s   (evaluation included)"))
+    print("\nResult")
+    for name, value in rows:
+        print(f"  {name:<20} {value}")
+    print("\nHeld-out samples")
+    for given, answer, right in samples:
+        for name, text in (("given", given), ("model", answer), ("truth", right)):
+            print(f"  {name}  {textwrap.shorten(text, TEXT_WIDTH, placeholder=' …')}")
+        print()
