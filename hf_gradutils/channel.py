@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TypeVar
 
-from torch.distributed import Store
+from torch.distributed import Store  # type: ignore[attr-defined] # documented there
 
 from hf_gradutils.errors import LauncherError
 from hf_gradutils.topology import ProcessIdentity, Ranks, current_process, has_ended

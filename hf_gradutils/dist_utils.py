@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from hf_gradutils import upstream
+from hf_gradutils.barrier import barrier_and_log
 from hf_gradutils.errors import InvalidArgumentError
-from hf_gradutils.first_rank import FirstRankPerNode, barrier_and_log
+from hf_gradutils.first_rank import FirstRankPerNode
 from hf_gradutils.norms import check_norm_type
 from hf_gradutils.ownership import Ownership, plan_for_model, trainable_parameters
 from hf_gradutils.reduction import reduce_packed, world_domain

@@ -21,7 +21,7 @@ from datetime import timedelta
 from multiprocessing.util import Finalize
 
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store, TCPStore
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined] # documented there
 
 from hf_gradutils import environment, upstream
 from hf_gradutils.channel import Channel, poll
@@ -71,6 +71,11 @@ def open_channel(*, log_every_s: float = 60.0) -> Channel | None:
     return channel
 
 
+def is_open() -> bool:
+    """Whether this process has chosen its channel."""
+    return _channel is not None
+
+
 def leave(*, grace_s: float = LEAVE_GRACE_S) -> None:
     """Say farewell and give the channel up; runs by itself when the process ends.
 
@@ -109,7 +114,7 @@ def _choose(ranks: Ranks, log_every_s: float) -> Channel:
 
     if dist.is_initialized():
         group_store = upstream.default_store()
-        client = _strip_prefixes(group_store, rendezvous).clone()
+        client: Store = _strip_prefixes(group_store, rendezvous).clone()  # type: ignore[attr-defined]
         client.set_timeout(CONNECT_TIMEOUT)
         # A clone of a TCPStore does not keep the server alive (torch 2.13); its origin does.
         return channel(client, "the store of the default process group", group_store)

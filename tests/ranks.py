@@ -1,0 +1,360 @@
+"""`@ranks(4)`: a plain test function, run by four real gloo processes.
+
+    @ranks(4, dp=2, tp=2)
+    def test_each_rank_has_its_place(mesh):
+        assert mesh.get_coordinate() == [dist.get_rank() // 2, dist.get_rank() % 2]
+
+The ranks are forked from a forkserver that has torch loaded, so they start in milliseconds. The
+store they meet at lives in the pytest process. A rank that raises, hangs or dies fails the test
+with that rank's traceback; the others are ended and nothing is left behind.
+
+Modules that are slow to import (transformers) are loaded once, in the forkserver, if a collected
+test module imports them at its top; imported inside a test, every rank pays for them.
+"""
+
+import functools
+import inspect
+import math
+import multiprocessing
+import os
+import pickle
+import re
+import signal
+import socket
+import sys
+import time
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing import connection as mp_connection
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import pytest
+import torch.distributed as dist
+from _rank_server import STACK_SIGNAL, Answer, FileHandle, FunctionName, Job, serve
+
+ALWAYS_PRELOADED = (
+    "pytest",
+    "torch",
+    "torch.distributed",
+    "torch.distributed.tensor",
+    "torch.distributed.tensor.parallel",
+    "torch.distributed.fsdp",
+    "_rank_server",
+)
+PRELOADED_IF_IMPORTED = (
+    "accelerate",
+    "datasets",
+    "peft",
+    "transformers",
+    "transformers.trainer",
+    "transformers.models.llama.modeling_llama",
+    "trl",
+    "hf_gradutils",
+    "hf_gradutils.accelerator",
+    "hf_gradutils.trainer",
+)
+"""Loaded in the forkserver if the pytest process has them when the first ranks are wanted."""
+
+UPSTREAM_WARNINGS: tuple[tuple[str, type[Warning]], ...] = ()
+"""`(message regex, category)` of warnings that are neither ours nor the test's to avoid."""
+
+GRACE_S = 0.5
+"""After a first failure the other ranks have this long to report theirs."""
+
+EXIT_S = 10.0
+"""How long finished ranks may take to leave."""
+
+_LAUNCHER_PREFIXES = ("TORCHELASTIC_", "SLURM_", "OMPI_", "PMI_", "MPI_", "ACCELERATE_", "HF_GRADUTILS_")
+_LAUNCHER_NAMES = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
+)
+
+Kind = Literal["finished", "skipped", "raised", "died", "hangs", "ended"]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(kw_only=True, slots=True)
+class RankReport:
+    """How it went for one rank."""
+
+    global_rank: int
+    kind: Kind
+    """`ended`: still running when another rank had failed."""
+    time_s: float
+    """`time.monotonic()` of the outcome."""
+    summary: str
+    """One line without the rank: `raised ValueError: boom`."""
+    details: str = ""
+    """The traceback, or the stacks of a rank that hangs."""
+    value: Any = None
+    """What the function returned."""
+    output: str = ""
+    """What the rank wrote to stdout and stderr."""
+    is_echo: bool = False
+    """Reports only that another rank went away."""
+
+    @property
+    def is_failure(self) -> bool:
+        return self.kind in ("raised", "died", "hangs")
+
+
+class RankFailure(AssertionError):
+    """A rank raised, hung or died; `reports` has every rank's story in rank order."""
+
+    def __init__(self, message: str, reports: list[RankReport]) -> None:
+        super().__init__(message)
+        self.reports = reports
+
+
+@dataclass(kw_only=True, slots=True)
+class _Plan:
+    """A checked request."""
+
+    world_size: int
+    nodes: int
+    deadline_s: float
+    grace_s: float
+    init: bool
+    agent: bool
+    env: Mapping[str, str | None]
+    mesh_dims: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        if self.world_size < 1 or self.nodes < 1 or self.world_size % self.nodes:
+            raise ValueError(f"{self.world_size} ranks do not split evenly over {self.nodes} nodes")
+        for name, size in self.mesh_dims.items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"mesh dims are sizes, got {name}={size!r}")
+        product = math.prod(self.mesh_dims.values())
+        if self.mesh_dims and product != self.world_size:
+            dims = ", ".join(f"{name}={size}" for name, size in self.mesh_dims.items())
+            raise ValueError(f"the mesh dims must multiply to the {self.world_size} ranks, got {dims}: {product}")
+
+    def check_mesh(self, function: Callable[..., Any]) -> None:
+        if "mesh" in inspect.signature(function).parameters and not (self.mesh_dims and self.init):
+            raise ValueError(f"{function.__name__} wants a mesh: name its dims, as in @ranks(4, dp=2, tp=2), with init=True")
+
+
+def ranks(
+    world_size: int,
+    *,
+    nodes: int = 1,
+    deadline_s: float = 60,
+    grace_s: float = GRACE_S,
+    init: bool = True,
+    agent: bool = True,
+    env: Mapping[str, str | None] | None = None,
+    **mesh_dims: int,
+) -> Callable[[F], F]:
+    """Run a test function in `world_size` processes, all of which must succeed.
+
+    Args:
+        world_size: How many ranks.
+        nodes: Simulated nodes; the ranks are split evenly over them.
+        deadline_s: From the start of the ranks to the end of the last; then they hang.
+        grace_s: Time for the others to report after a first failure.
+        init: Initialise the default gloo process group before the body.
+        agent: The parent hosts the store, as torchrun's agent does. Without, nobody listens at
+            MASTER_PORT until rank 0 does, as with plain processes; the port is kept free.
+        env: Variables to add, or to unset where None.
+        **mesh_dims: Of the `DeviceMesh` that a parameter called `mesh` receives, outermost first.
+
+    Raises:
+        RankFailure: When the test runs and a rank raises, hangs or dies.
+        ValueError: The nodes or the mesh dims do not fit `world_size`.
+    """
+    plan = _Plan(
+        world_size=world_size,
+        nodes=nodes,
+        deadline_s=deadline_s,
+        grace_s=grace_s,
+        init=init,
+        agent=agent,
+        env=env or {},
+        mesh_dims=mesh_dims,
+    )
+
+    def decorate(function: F) -> F:
+        plan.check_mesh(function)
+
+        @functools.wraps(function)
+        def in_ranks(*args: Any, **kwargs: Any) -> None:
+            __tracebackhide__ = True
+            _run(plan, function, args, kwargs)
+
+        signature = inspect.signature(function)
+        visible = [parameter for name, parameter in signature.parameters.items() if name != "mesh"]
+        in_ranks.__signature__ = signature.replace(parameters=visible)  # type: ignore[attr-defined]
+        return in_ranks  # type: ignore[return-value]
+
+    return decorate
+
+
+def run_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    nodes: int = 1,
+    deadline_s: float = 60,
+    grace_s: float = GRACE_S,
+    init: bool = True,
+    agent: bool = True,
+    env: Mapping[str, str | None] | None = None,
+    mesh_dims: Mapping[str, int] | None = None,
+    **kwargs: Any,
+) -> list[Any]:
+    """Call a function in `world_size` processes and return what each returned, in rank order.
+
+    See `ranks` for the arguments; `args` and `kwargs` are pickled to every rank.
+    """
+    __tracebackhide__ = True
+    plan = _Plan(
+        world_size=world_size,
+        nodes=nodes,
+        deadline_s=deadline_s,
+        grace_s=grace_s,
+        init=init,
+        agent=agent,
+        env=env or {},
+        mesh_dims=mesh_dims or {},
+    )
+    plan.check_mesh(function)
+    return [report.value for report in _run(plan, function, args, kwargs)]
+
+
+def _run(plan: _Plan, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[RankReport]:
+    __tracebackhide__ = True
+    named = FunctionName.of(function) if isinstance(function, types.FunctionType) else function
+    body = pickle.dumps((named, args, kwargs))
+    start_forkserver()
+    workers: list[_Worker] = []
+    with _meeting_point(plan.agent) as port:
+        try:
+            for global_rank in range(plan.world_size):
+                job = Job(
+                    body=body,
+                    global_rank=global_rank,
+                    env=_environment(plan, global_rank, port),
+                    cwd=str(Path.cwd()),
+                    warning_filters=_warning_filters(),
+                    init=plan.init,
+                    mesh_dims=dict(plan.mesh_dims),
+                    timeout_s=plan.deadline_s + 60,
+                )
+                workers.append(_Worker(job))
+            reports = _watch(workers, plan)
+        finally:
+            _end(workers)
+    for report in reports:
+        for line in report.output.splitlines():
+            print(f"[rank {report.global_rank}] {line}")
+    _judge(reports)
+    return reports
+
+
+class _Worker:
+    """One rank as the parent sees it."""
+
+    def __init__(self, job: Job) -> None:
+        self.global_rank = job.global_rank
+        self.output_fd = os.memfd_create(f"rank{job.global_rank}-output")
+        self.stacks_fd = os.memfd_create(f"rank{job.global_rank}-stacks")
+        self.connection, theirs = multiprocessing.Pipe()
+        self.process = multiprocessing.get_context("forkserver").Process(
+            target=serve,
+            args=(pickle.dumps(job), theirs, FileHandle(self.output_fd), FileHandle(self.stacks_fd)),
+            name=f"rank{job.global_rank}",
+        )
+        self.process.start()
+        theirs.close()
+
+    def report(self, kind: Kind, summary: str, **more: Any) -> RankReport:
+        more.setdefault("time_s", time.monotonic())
+        return RankReport(global_rank=self.global_rank, kind=kind, summary=summary, **more)
+
+    def poll(self) -> RankReport | None:
+        """The rank's own report, or that of its death, if there is one yet."""
+        is_dead = not self.process.is_alive()  # before the last look for an answer
+        try:
+            if self.connection.poll():
+                answer: Answer = pickle.loads(self.connection.recv_bytes())
+                return self._report_of(answer)
+        except (EOFError, ConnectionResetError):
+            self.process.join(EXIT_S)  # closed: it is about to be dead
+            is_dead = not self.process.is_alive()
+        return self.report("died", f"died ({_exit_text(self.process.exitcode)})") if is_dead else None
+
+    def _report_of(self, answer: Answer) -> RankReport:
+        if answer.kind == "finished":
+            return self.report("finished", "finished", time_s=answer.time_s, value=pickle.loads(answer.value))
+        summary = f"skipped: {answer.summary}" if answer.kind == "skipped" else f"raised {answer.summary}"
+        return self.report(
+            answer.kind, summary, time_s=answer.time_s, details=answer.details, is_echo=answer.is_echo
+        )
+
+    def let_go(self) -> None:
+        try:
+            self.connection.send_bytes(b"go")
+        except OSError:
+            pass  # it died meanwhile: its exit code says so
+
+    def stacks(self) -> str:
+        """Ask for the Python stacks of all threads."""
+        try:
+            os.kill(self.process.pid, STACK_SIGNAL)
+        except ProcessLookupError:
+            return ""
+        size, until = 0, time.monotonic() + 2
+        while time.monotonic() < until:
+            time.sleep(0.05)
+            previous, size = size, os.fstat(self.stacks_fd).st_size
+            if size and size == previous:
+                break
+        return _read(self.stacks_fd)
+
+    def end(self) -> None:
+        pid = self.process.pid
+        for kill in (os.killpg, os.kill):
+            try:
+                kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+    def close(self) -> None:
+        self.process.join(EXIT_S)
+        self.process.close()
+        self.connection.close()
+        os.close(self.output_fd)
+        os.close(self.stacks_fd)
+
+
+def _watch(workers: list[_Worker], plan: _Plan) -> list[RankReport]:
+    """Wait for every rank's outcome, at most until the deadline or a failure's grace ends."""
+    deadline = time.monotonic() + plan.deadline_s
+    reports: dict[int, RankReport] = {}
+
+    def collect(until: float, poll: Callable[[_Worker], RankReport | None]) -> None:
+        while waiting := [worker for worker in workers if worker.global_rank not in reports]:
+            if any(report.is_failure for report in reports.values()):
+                until = min(until, max(first_failure, time.monotonic()))
+            left = until - time.monotonic()
+            if left <= 0:
+                return
+            mp_connection.wait([end for w in waiting for end in (w.connection, w.process.sentinel)], left)
+            for worker in waiting:
+                if report := poll(worker):
+                    reports[worker.global_rank] = report
+    return []
+
+
+def _end(workers: list[_Worker]) -> None:
+    for worker in workers:
+        worker.end()
+    for worker in workers:
+        worker.close()
