@@ -7,7 +7,6 @@ of a slow success whenever it comes: no process group, hence no process group ti
 
 import contextlib
 import inspect
-import json
 import logging
 import os
 import sys
@@ -32,6 +31,7 @@ __all__ = ["FirstRankPerNode", "barrier_and_log"]
 logger = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 MAX_REPORT_CHARS = 20_000
 """Longest traceback that is published; the end of a longer one is kept."""
@@ -190,4 +190,83 @@ class FirstRankPerNode(contextlib.ContextDecorator):
             raise FirstRankError(report)
         return False
 
-    def _wait[T](self, attempt: Callable[[], T | None], describe: Callable[[], str]) -> T: ...
+    def _wait(self, attempt: Callable[[], T | None], describe: Callable[[], str]) -> T:
+        try:
+            return poll(
+                attempt, describe, poll_s=self._poll_s, log_every_s=self._log_every_s, timeout_s=self._timeout_s
+            )
+        except TimeoutError as error:
+            raise FirstRankError(str(error)) from None
+
+
+def _first_key(channel: Channel) -> str:
+    return f"first_of/{channel.ranks.node}"
+
+
+def _first_rank(channel: Channel) -> int | None:
+    """The first rank of this node: the one of local rank 0, or whoever comes first where several say so.
+
+    None while no candidate has come.
+    """
+    key, ranks = _first_key(channel), channel.ranks
+    is_candidate = not ranks.local_rank  # 0, or unknown
+    first = channel.claim(key, str(ranks.global_rank)) if is_candidate else channel.read(key)
+    return None if first is None else int(first)
+
+
+def _is_first_known_to_be(channel: Channel, global_rank: int) -> bool:
+    try:
+        return channel.read(_first_key(channel)) == str(global_rank)
+    except RuntimeError:  # the store is gone, and with it everybody to tell
+        return False
+
+
+def _publish(block: _Block, error: BaseException | None) -> None:
+    """Tell the others how the block ended; a store that is lost must not hide the block's own exception."""
+    report = "ok"
+    if error is not None:
+        what = "".join(traceback.format_exception_only(error)).strip()
+        trace = "".join(traceback.format_exception(error))[-MAX_REPORT_CHARS:]
+        who = _describe_rank(block, block.channel.ranks.global_rank, block.channel.process)
+        report = f"{who} failed in {block.name}: {what}\n\nIts traceback:\n{trace}"
+    try:
+        block.channel.claim(f"{block.key}/done", report)
+    except RuntimeError as lost:  # the others notice that this rank has ended
+        logger.error("rank %d cannot tell how %s ended: %s", block.channel.ranks.global_rank, block.name, lost)
+
+
+def _look(block: _Block, first: int, process: ProcessIdentity) -> str | None:
+    """How the block ended, None while it has not."""
+    channel = block.channel
+    report = channel.read(f"{block.key}/done")
+    if report is None and channel.has_left(first):
+        # It may have finished between the two looks: what it published last counts.
+        who = _describe_rank(block, first, process)
+        death = f"{who} has ended (killed, or left early) before it was done with {block.name}"
+        report = channel.read(f"{block.key}/done") or channel.claim(f"{block.key}/done", death)
+    return report
+
+
+def _describe_rank(block: _Block, rank: int, process: ProcessIdentity) -> str:
+    return f"rank {rank} of {block.channel.ranks.world_size} on {process}"
+
+
+def _describe_election(block: _Block) -> str:
+    rank = block.channel.ranks.global_rank
+    return f"rank {rank} waits at {block.name} for the first rank of its node, which has not reached any block"
+
+
+def _describe_wait(block: _Block, first: int, process: ProcessIdentity) -> str:
+    since = block.channel.read(f"{block.key}/run")
+    state = "which has not reached it" if since is None else f"running for {time.time() - float(since):.0f} s"
+    rank = block.channel.ranks.global_rank
+    return f"rank {rank} waits at {block.name} for {_describe_rank(block, first, process)}, {state}"
+
+
+def _call_site(frame: FrameType | None) -> str:
+    """Module, function and line of a block, the same on every rank."""
+    while frame is not None and frame.f_globals.get("__name__") == "contextlib":
+        frame = frame.f_back  # ExitStack.enter_context
+    if frame is None:
+        return "unknown"
+    return f"{frame.f_globals.get('__name__')}.{frame.f_code.co_qualname}:{frame.f_lineno}"

@@ -74,13 +74,14 @@ def plan_for_model(
         ReplicaMismatchError: alleged replicas hold different values, or a parameter is a DTensor on some
             ranks and a plain tensor on others.
     """
+    ownership = _checked(ownership or {})
     domain = world_domain(group)
     identities = tuple((id(p), *_placements(p)) for p in parameters.values())
-    signature = (identities, domain.ranks, tuple((ownership or {}).items()))
+    signature = (identities, domain.ranks, tuple(ownership.items()))
     known = _plans.get(model)
     if known is not None and known[0] == signature:
         return known[1]
-    plan = _build_plan(parameters, domain, _checked(ownership or {}))
+    plan = _build_plan(parameters, domain, ownership)
     _plans[model] = (signature, plan)
     return plan
 

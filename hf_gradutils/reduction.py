@@ -98,7 +98,7 @@ def reduce_packed(domain: Domain, sums: Tensor, maxima: Tensor | None = None) ->
             dist.all_reduce(packed, group=group)
         else:
             rows = packed.new_empty(dist.get_world_size(group), packed.numel())
-            dist.all_gather_into_tensor(rows.view(-1), packed, group=group)
+            dist.all_gather(list(rows.unbind(0)), packed, group=group)
             packed = torch.cat((rows[:, :num_sums].sum(0), rows[:, num_sums:].amax(0)))
     packed = packed.to(device)
     return packed[:num_sums], None if maxima is None else packed[num_sums:]

@@ -71,9 +71,9 @@ def open_channel(*, log_every_s: float = 60.0) -> Channel | None:
     return channel
 
 
-def is_open() -> bool:
-    """Whether this process has chosen its channel."""
-    return _channel is not None
+def current_channel() -> Channel | None:
+    """The channel that this process has chosen, None before it has."""
+    return _channel
 
 
 def leave(*, grace_s: float = LEAVE_GRACE_S) -> None:

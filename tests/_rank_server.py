@@ -33,7 +33,9 @@ from torch.distributed.device_mesh import init_device_mesh
 STACK_SIGNAL = signal.SIGUSR1
 """Makes a rank write the Python stacks of its threads, even while it holds the GIL."""
 
-_ECHO = re.compile(r"[Cc]onnection (was )?(closed|reset|refused)|[Bb]roken pipe|closed by peer|failed to connect|recvValue")
+_ECHO = re.compile(
+    r"[Cc]onnection (was )?(closed|reset|refused)|[Bb]roken pipe|closed by peer|failed to connect|recvValue"
+)
 """What a rank reports when another one went away: an echo of the failure, not the failure."""
 
 
@@ -158,9 +160,7 @@ def _answer(job: Job) -> Answer:
         if job.init:
             dist.init_process_group("gloo", timeout=timedelta(seconds=job.timeout_s))
         if "mesh" in inspect.signature(function).parameters:
-            kwargs["mesh"] = init_device_mesh(
-                "cpu", tuple(job.mesh_dims.values()), mesh_dim_names=tuple(job.mesh_dims)
-            )
+            kwargs["mesh"] = init_device_mesh("cpu", tuple(job.mesh_dims.values()), mesh_dim_names=tuple(job.mesh_dims))
         _seed()
         value = pickle.dumps(function(*args, **kwargs))  # plain pickle: bytes, no shared memory
     except pytest.skip.Exception as skipped:

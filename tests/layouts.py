@@ -100,7 +100,7 @@ def parallelize(model: TinyNet, layout: str, mesh: DeviceMesh | None) -> nn.Modu
         return model
     if layout != "tp2":
         fsdp_mesh = mesh["dp"] if layout == "tp2_fsdp2" else mesh
-        for child in (model.inp, model.up, model.down, model):
+        for child in (model.inp, model.out, model):
             fully_shard(child, mesh=fsdp_mesh)
         assert isinstance(model, FSDPModule)
         assert all(isinstance(p, DTensor) for p in model.parameters())

@@ -66,6 +66,9 @@ UPSTREAM_WARNINGS: tuple[tuple[str, type[Warning]], ...] = ()
 GRACE_S = 0.5
 """After a first failure the other ranks have this long to report theirs."""
 
+OUTPUT_TAIL = 4000
+"""Characters of a rank's output that the message repeats."""
+
 EXIT_S = 10.0
 """How long finished ranks may take to leave."""
 
@@ -138,7 +141,9 @@ class _Plan:
 
     def check_mesh(self, function: Callable[..., Any]) -> None:
         if "mesh" in inspect.signature(function).parameters and not (self.mesh_dims and self.init):
-            raise ValueError(f"{function.__name__} wants a mesh: name its dims, as in @ranks(4, dp=2, tp=2), with init=True")
+            raise ValueError(
+                f"{function.__name__} wants a mesh: name its dims, as in @ranks(4, dp=2, tp=2), with init=True"
+            )
 
 
 def ranks(
@@ -294,9 +299,7 @@ class _Worker:
         if answer.kind == "finished":
             return self.report("finished", "finished", time_s=answer.time_s, value=pickle.loads(answer.value))
         summary = f"skipped: {answer.summary}" if answer.kind == "skipped" else f"raised {answer.summary}"
-        return self.report(
-            answer.kind, summary, time_s=answer.time_s, details=answer.details, is_echo=answer.is_echo
-        )
+        return self.report(answer.kind, summary, time_s=answer.time_s, details=answer.details, is_echo=answer.is_echo)
 
     def let_go(self) -> None:
         try:
@@ -318,6 +321,11 @@ class _Worker:
                 break
         return _read(self.stacks_fd)
 
+    def report_hang(self, why: str) -> RankReport:
+        stacks = _without_harness_frames(self.stacks())
+        # Who waits in a collective waits for somebody else: that one is to be named first.
+        return self.report("hangs", f"hangs: {why}", details=stacks, is_echo="distributed_c10d.py" in stacks)
+
     def end(self) -> None:
         pid = self.process.pid
         for kill in (os.killpg, os.kill):
@@ -335,22 +343,73 @@ class _Worker:
 
 
 def _watch(workers: list[_Worker], plan: _Plan) -> list[RankReport]:
-    """Wait for every rank's outcome, at most until the deadline or a failure's grace ends."""
-    deadline = time.monotonic() + plan.deadline_s
+    """Wait for every rank's outcome; a first failure leaves the others only a short grace."""
+    deadline = until = time.monotonic() + plan.deadline_s
     reports: dict[int, RankReport] = {}
+    while missing := [worker for worker in workers if worker.global_rank not in reports]:
+        if (left := until - time.monotonic()) <= 0:
+            break
+        mp_connection.wait([end for worker in missing for end in (worker.connection, worker.process.sentinel)], left)
+        for worker in missing:
+            if report := worker.poll():
+                reports[worker.global_rank] = report
+                if report.is_failure:
+                    until = min(until, time.monotonic() + plan.grace_s)
+    for worker in missing:
+        if until < deadline:
+            report = worker.report("ended", "was still running and was ended")
+        else:
+            report = worker.report_hang(f"not finished after {plan.deadline_s:g} s")
+        reports[worker.global_rank] = report
+    if not any(report.is_failure for report in reports.values()):
+        _watch_exits(workers, reports)
+    for worker in workers:
+        reports[worker.global_rank].output = _read(worker.output_fd)
+    return [reports[worker.global_rank] for worker in workers]
 
-    def collect(until: float, poll: Callable[[_Worker], RankReport | None]) -> None:
-        while waiting := [worker for worker in workers if worker.global_rank not in reports]:
-            if any(report.is_failure for report in reports.values()):
-                until = min(until, max(first_failure, time.monotonic()))
-            left = until - time.monotonic()
-            if left <= 0:
-                return
-            mp_connection.wait([end for w in waiting for end in (w.connection, w.process.sentinel)], left)
-            for worker in waiting:
-                if report := poll(worker):
-                    reports[worker.global_rank] = report
-    return []
+
+def _watch_exits(workers: list[_Worker], reports: dict[int, RankReport]) -> None:
+    """Let the finished ranks leave, together."""
+    for worker in workers:
+        worker.let_go()
+    until = time.monotonic() + EXIT_S
+    for worker in workers:
+        worker.process.join(max(0, until - time.monotonic()))
+        if worker.process.exitcode is None:
+            reports[worker.global_rank] = worker.report_hang(
+                f"its body is over, but it has not left after {EXIT_S:g} s"
+            )
+        elif worker.process.exitcode:
+            summary = f"died after its body ({_exit_text(worker.process.exitcode)})"
+            reports[worker.global_rank] = worker.report("died", summary)
+
+
+def _judge(reports: list[RankReport]) -> None:
+    """Fail with the failure that came first, skip if every rank skipped."""
+    __tracebackhide__ = True
+    skipped = [report for report in reports if report.kind == "skipped"]
+    if len(skipped) == len(reports):
+        pytest.skip(skipped[0].summary.removeprefix("skipped: "))
+    failures = [report for report in reports if report.is_failure] or skipped
+    if failures:
+        first = min(failures, key=lambda report: (report.is_echo, report.time_s))
+        raise RankFailure(_message(first, reports), reports)
+
+
+def _message(first: RankReport, reports: list[RankReport]) -> str:
+    parts = [f"rank {first.global_rank} of {len(reports)} {first.summary}"]
+    if first.kind == "skipped":
+        parts[0] += ", but not every rank did"
+    if first.details:
+        parts.append(first.details.rstrip())
+    if output := first.output.strip():
+        parts.append(f"rank {first.global_rank} wrote:\n{output[-OUTPUT_TAIL:]}")
+    for other in reports:
+        if other is not first and other.kind not in ("finished", "skipped"):
+            parts.append(f"rank {other.global_rank} of {len(reports)} {other.summary}")
+            if other.kind == "hangs":
+                parts.append(other.details.rstrip())
+    return "\n\n".join(parts)
 
 
 def _end(workers: list[_Worker]) -> None:
@@ -358,3 +417,130 @@ def _end(workers: list[_Worker]) -> None:
         worker.end()
     for worker in workers:
         worker.close()
+
+
+def _read(fd: int) -> str:
+    return os.pread(fd, os.fstat(fd).st_size, 0).decode(errors="replace")
+
+
+def _exit_text(code: int | None) -> str:
+    if code is None or code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"killed by signal {-code}"
+
+
+def _without_harness_frames(stacks: str) -> str:
+    harness = re.compile(r'File "([^"]*/multiprocessing/[^"]*|[^"]*/_rank_server\.py|<string>)"')
+    return "".join(line for line in stacks.splitlines(keepends=True) if not harness.search(line))
+
+
+@contextmanager
+def _meeting_point(agent: bool) -> Iterator[int]:
+    """A port on the loopback interface: our own store listens there, or nobody does.
+
+    Without agent the port is bound, but not listened on, until the ranks are gone: no other
+    process is given it, while rank 0 may listen there, since both sides set SO_REUSEADDR.
+    """
+    with socket.socket() as meeting:
+        meeting.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        meeting.bind(("127.0.0.1", 0))
+        port = meeting.getsockname()[1]
+        if not agent:
+            yield port
+            return
+        meeting.listen(1024)
+        store = dist.TCPStore(
+            "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=meeting.detach()
+        )
+        yield port
+        del store
+
+
+def _environment(plan: _Plan, global_rank: int, port: int) -> dict[str, str]:
+    """What torchrun (or, without agent, a plain launcher) would set, upon our own environment."""
+    num_local = plan.world_size // plan.nodes
+    env: dict[str, str | None] = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _LAUNCHER_NAMES and not name.startswith(_LAUNCHER_PREFIXES)
+    }
+    env |= {
+        "RANK": str(global_rank),
+        "WORLD_SIZE": str(plan.world_size),
+        "LOCAL_RANK": str(global_rank % num_local),
+        "LOCAL_WORLD_SIZE": str(num_local),
+        "GROUP_RANK": str(global_rank // num_local),
+        "GROUP_WORLD_SIZE": str(plan.nodes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",  # no look-up of the host name, nothing visible outside
+    }
+    if plan.agent:
+        env |= {
+            "ROLE_NAME": "default",
+            "ROLE_RANK": str(global_rank),
+            "ROLE_WORLD_SIZE": str(plan.world_size),
+            "TORCHELASTIC_RUN_ID": "none",
+            "TORCHELASTIC_RESTART_COUNT": "0",
+            "TORCHELASTIC_MAX_RESTARTS": "0",
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }
+    env |= plan.env
+    return {name: value for name, value in env.items() if value is not None}
+
+
+def _warning_filters() -> list[tuple[Any, ...]]:
+    """The filters of the running test (its marks, the command line), then upstream's, then "error"."""
+    own: list[tuple[Any, ...]] = []
+    for entry in warnings.filters:
+        _, message, category, module, lineno = entry
+        if message is None and module is None and lineno == 0 and category is Warning:
+            own += [] if entry[0] == "error" else [entry]
+            break
+        own.append(entry)
+    else:
+        own = []  # not under pytest: only Python's defaults
+    upstream = [("ignore", re.compile(message), category, None, 0) for message, category in UPSTREAM_WARNINGS]
+    return [*own, *upstream, ("error", None, Warning, None, 0)]
+
+
+def start_forkserver() -> None:
+    """Start the forkserver, once per session, with the modules that this session needs."""
+    global _is_started
+    if _is_started:
+        return
+    multiprocessing.set_forkserver_preload(
+        [*ALWAYS_PRELOADED, *(name for name in PRELOADED_IF_IMPORTED if name in sys.modules)]
+    )
+    prior = dict(os.environ)
+    # One thread each: a pool of threads would not survive the fork.
+    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    # Python 3.11 does not hand sys.path to what it preloads.
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(prior)
+    _is_started = True
+
+
+def stop_forkserver() -> None:
+    """End the forkserver and multiprocessing's resource tracker, if they run."""
+    global _is_started
+    forkserver._forkserver._stop()
+    resource_tracker._resource_tracker._stop()
+    _is_started = False
+
+
+def helper_pids() -> set[int]:
+    """The processes that are there to stay until the session ends."""
+    pids = (forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid)
+    return {pid for pid in pids if pid is not None}
+
+
+_is_started = False

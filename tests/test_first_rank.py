@@ -1,0 +1,280 @@
+"""FirstRankPerNode on one node: order, failures, and every way of being launched."""
+
+import contextlib
+import logging
+import os
+import signal
+import time
+
+import pytest
+import torch.distributed as dist
+from ranks import RankFailure, ranks, run_ranks
+
+from hf_gradutils import FirstRankPerNode
+from hf_gradutils.errors import FirstRankError, InvalidArgumentError
+
+PREPARE_S = 0.4
+LAUNCHES = [
+    pytest.param({"init": True}, id="after init"),
+    pytest.param({"init": False}, id="before init, agent store"),
+    pytest.param({"init": False, "agent": False}, id="variables only"),
+]
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def prepare(folder):
+    """Write a file in two steps; whoever looks in between sees half of it."""
+    (folder / "data").write_text("half")
+    time.sleep(PREPARE_S)
+    (folder / "data").write_text("whole")
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_the_others_see_only_what_the_first_has_finished(launch, tmp_path):
+    seen = run_ranks(_prepare_and_read, 4, tmp_path, **launch)
+    assert seen == [(True, "whole"), *[(False, "whole")] * 3]
+
+
+def _prepare_and_read(folder):
+    with FirstRankPerNode() as is_first:
+        if is_first:
+            prepare(folder)
+        return is_first, (folder / "data").read_text()
+
+
+@ranks(2)
+def test_control_without_it_the_others_see_half(tmp_path):
+    if rank() == 0:
+        prepare(tmp_path)
+    else:
+        while not (tmp_path / "data").exists():
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert (tmp_path / "data").read_text() == "half"
+
+
+def test_without_a_launcher_the_only_rank_is_first(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    with FirstRankPerNode() as is_first:
+        assert is_first
+    assert FirstRankPerNode()._try_bootstrap_pg() is False
+
+
+@ranks(4, nodes=2)
+def test_every_node_has_its_own_first(tmp_path):
+    with FirstRankPerNode() as is_first:
+        assert is_first == (os.environ["LOCAL_RANK"] == "0")
+        folder = tmp_path / os.environ["GROUP_RANK"]
+        folder.mkdir(exist_ok=True)
+        if is_first:
+            prepare(folder)
+        assert (folder / "data").read_text() == "whole"
+
+
+@ranks(3, init=False, env={"LOCAL_RANK": "0"})
+def test_one_is_first_where_every_rank_says_local_rank_0(tmp_path):
+    with FirstRankPerNode() as is_first:
+        (tmp_path / f"{rank()}-{is_first}").touch()
+        time.sleep(0.05)
+    dist.init_process_group("gloo")
+    dist.barrier()
+    assert len(list(tmp_path.glob("*-True"))) == 1
+
+
+@ranks(2, init=False)
+def test_a_group_may_be_made_in_between():
+    with FirstRankPerNode() as is_first:
+        assert is_first == (rank() == 0)
+    assert not dist.is_initialized(), "no group is left behind"
+    dist.init_process_group("gloo")
+    with FirstRankPerNode() as is_first:
+        assert is_first == (rank() == 0)
+
+
+@ranks(2, init=False)
+def test_bootstrap_says_whether_it_set_something_up():
+    assert FirstRankPerNode()._try_bootstrap_pg() is True
+    assert FirstRankPerNode()._try_bootstrap_pg() is False
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+@pytest.mark.parametrize("kind", [RuntimeError, SystemExit, KeyboardInterrupt])
+def test_an_exception_in_the_first_reaches_all_others(launch, kind, tmp_path):
+    results = run_ranks(_fail_in_first, 4, kind, tmp_path, **launch)
+    raised_at = results[0][1]
+    assert results[0][0] == kind.__name__, "the first keeps its own exception"
+    for name, told_at, message in results[1:]:
+        assert name == "FirstRankError"
+        assert told_at - raised_at < 1.0
+        assert "rank 0 on host" in message
+        assert "disk full" in message
+        assert "_fail_in_first" in message, "the original traceback"
+
+
+def _fail_in_first(kind, folder):
+    try:
+        with FirstRankPerNode() as is_first:
+            if not is_first:
+                raise AssertionError("a follower got in")
+            (folder / "data").write_text("half")
+            time.sleep(PREPARE_S)
+            raised_at = time.time()
+            raise kind("disk full")
+    except FirstRankError as error:
+        return type(error).__name__, time.time(), str(error)
+    except BaseException as error:
+        return type(error).__name__, raised_at, ""
+
+
+def test_the_death_of_the_first_reaches_all_others(tmp_path):
+    with pytest.raises(RankFailure, match="rank 0 of 3 died"):
+        run_ranks(_kill_first, 3, tmp_path, init=False)
+    died_at = float((tmp_path / "died").read_text())
+    for follower in (1, 2):
+        name, told_at = (tmp_path / str(follower)).read_text().split()
+        assert name == "FirstRankError"
+        assert float(told_at) - died_at < 2.0
+
+
+def _kill_first(folder):
+    try:
+        with FirstRankPerNode(poll_s=0.1) as is_first:
+            if is_first:
+                time.sleep(0.2)
+                (folder / "died").write_text(str(time.time()))
+                os.kill(os.getpid(), signal.SIGKILL)
+            (folder / str(rank())).write_text("entered 0")
+    except FirstRankError:
+        (folder / str(rank())).write_text(f"FirstRankError {time.time()}")
+
+
+def test_ctrl_c_ends_a_waiting_rank_at_once(tmp_path):
+    results = run_ranks(_interrupt_follower, 2, tmp_path)
+    assert results[1][0] == "KeyboardInterrupt"
+    assert results[1][1] < 1.0
+
+
+def _interrupt_follower(folder):
+    pid_file = folder / "pid"
+    if rank() == 1:
+        pid_file.write_text(str(os.getpid()))
+    try:
+        with FirstRankPerNode() as is_first:
+            if is_first:
+                while not pid_file.exists() or not pid_file.read_text():
+                    time.sleep(0.01)
+                time.sleep(0.2)
+                (folder / "sent").write_text(str(time.time()))
+                os.kill(int(pid_file.read_text()), signal.SIGINT)
+                time.sleep(1.5)
+    except KeyboardInterrupt:
+        return "KeyboardInterrupt", time.time() - float((folder / "sent").read_text())
+    return "none", 0.0
+
+
+@ranks(3)
+def test_nested_blocks_keep_their_order(tmp_path):
+    with FirstRankPerNode() as outer_first:
+        with FirstRankPerNode() as inner_first:
+            assert inner_first == outer_first
+            (tmp_path / f"inner{rank()}").touch()
+        if outer_first:
+            time.sleep(PREPARE_S)
+            assert [p.name for p in tmp_path.glob("inner*")] == ["inner0"], "nobody follows into the outer block"
+
+
+@ranks(2)
+def test_a_decorated_function_runs_first_on_the_first_at_every_call(tmp_path):
+    for call in range(3):
+        assert _build(tmp_path, call) == "whole"
+
+
+@FirstRankPerNode()
+def _build(folder, call):
+    path = folder / str(call)
+    if rank() == 0:
+        path.write_text("half")
+        time.sleep(0.1)
+        path.write_text("whole")
+    return path.read_text()
+
+
+@ranks(3)
+def test_a_rank_may_leave_out_a_block(tmp_path):
+    if rank() != 1:
+        with FirstRankPerNode() as is_first:
+            if is_first:
+                prepare(tmp_path)
+    with FirstRankPerNode() as is_first:
+        assert is_first == (rank() == 0)
+        assert (tmp_path / "data").read_text() == "whole"
+
+
+@ranks(2)
+def test_an_exit_stack_tells_blocks_apart_by_their_own_line(tmp_path):
+    with contextlib.ExitStack() as stack:
+        assert stack.enter_context(FirstRankPerNode()) == (rank() == 0)
+    if rank() == 0:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(FirstRankPerNode())
+    with contextlib.ExitStack() as stack:
+        assert stack.enter_context(FirstRankPerNode()) == (rank() == 0)
+
+
+def test_waiting_is_logged_and_may_be_limited():
+    lines = run_ranks(_wait_with_log, 2)[1]
+    assert any("rank 1 waits at" in line and "rank 0 on host" in line and "running for" in line for line in lines)
+    assert "gave up after 0.6 s" in lines[-1]
+
+
+def _wait_with_log():
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("hf_gradutils").addHandler(handler)
+    try:
+        with FirstRankPerNode(log_every_s=0.2, timeout_s=0.6) as is_first:
+            assert is_first
+            time.sleep(1.2)
+    except FirstRankError as error:
+        lines.append(str(error))
+    return lines
+
+
+def test_a_child_that_the_first_forks_does_not_end_the_block(tmp_path):
+    assert run_ranks(_fork_inside, 2, tmp_path) == ["whole", "whole"]
+
+
+def _fork_inside(folder):
+    context = FirstRankPerNode()
+    with context as is_first:
+        if is_first:
+            (folder / "data").write_text("half")
+            child = os.fork()
+            if child == 0:
+                context.__exit__(None, None, None)  # as if the child had run to the end of the block
+                os._exit(0)
+            os.waitpid(child, 0)
+            time.sleep(PREPARE_S)
+            (folder / "data").write_text("whole")
+        return (folder / "data").read_text()
+
+
+def test_bad_options_and_functions_are_refused():
+    with pytest.raises(InvalidArgumentError, match="poll_s must be > 0 seconds, got 0"):
+        FirstRankPerNode(poll_s=0)
+
+    def generator():
+        yield
+
+    async def coroutine():
+        pass
+
+    for function in (generator, coroutine):
+        with pytest.raises(InvalidArgumentError, match="would be over before it starts"):
+            FirstRankPerNode()(function)

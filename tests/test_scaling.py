@@ -1,0 +1,39 @@
+"""Scaling in place, and the coefficient that clips."""
+
+import math
+
+import pytest
+import torch
+
+from hf_gradutils.scaling import clip_coefficient, scale_
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_every_dtype_is_multiplied_in_at_least_float32(dtype, foreach):
+    tensors = [torch.randn(1000).to(dtype), torch.empty(0, dtype=dtype), torch.randn(3, 4).to(dtype)]
+    factor = torch.tensor(0.123456789, dtype=torch.float64)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    expected = [(t.to(wide) * factor.to(wide)).to(dtype) for t in tensors]
+    scale_(tensors, factor, foreach=foreach)
+    for got, want in zip(tensors, expected, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_control_a_factor_in_bf16_is_another_number():
+    gradient = torch.randn(1000).bfloat16()
+    factor = torch.tensor(0.123456789)
+    assert not torch.equal(gradient * factor.bfloat16(), (gradient.float() * factor).bfloat16())
+
+
+def test_the_coefficient_clips_only_what_is_longer():
+    assert clip_coefficient(torch.tensor(4.0), 1.0).item() == pytest.approx(0.25, rel=1e-6)
+    assert clip_coefficient(torch.tensor(0.5), 1.0) == 1
+    assert clip_coefficient(torch.tensor(4.0), math.inf) == 1
+
+
+@pytest.mark.parametrize("norm", [math.inf, math.nan])
+def test_a_norm_that_is_not_finite_scales_nothing(norm):
+    assert clip_coefficient(torch.tensor(norm), 1.0) == 1
+    gradient = torch.tensor([1.0, norm])
+    assert not torch.equal(gradient * (1.0 / (torch.tensor(norm) + 1e-6)), gradient), "control: torch's coefficient"

@@ -1,0 +1,365 @@
+"""GradUtilsTrainer takes the step of one process with the whole batch, for every head, cut and layout here."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch.distributed.tensor import DTensor
+from trainer_cases import HEADS, GradientTap, collate, make_data, make_model, norm, relative_error, train, truth
+from transformers import Trainer
+
+from hf_gradutils import GradUtilsTrainer, clip_gradients, get_sync_ctx, reduce_loss, rescale_gradients
+from hf_gradutils.accelerator import GradUtilsPlugin
+from hf_gradutils.errors import LossUnitError, TargetCountError
+
+TOLERANCE = 1e-5
+LAYOUTS = ["1 rank", "ddp2", "fsdp2x2"]
+SWALLOWING = ["t5 seq2seq", "bert masked", "bert classes", "llama classes", "bert regression", "bert multi-label"]
+"""Heads that drop the count which Trainer passes them and return a mean all the same."""
+
+
+def run(function, layout, *args):
+    return [function(layout, *args)] if layout == "1 rank" else run_ranks(function, 2, layout, *args)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("head", HEADS)
+def test_gradient_norm_and_loss_are_those_of_the_whole_batch(head, layout):
+    run(_is_exact, layout, head)
+
+
+def _is_exact(layout, head):
+    want, want_loss = truth(head, make_data(head))
+    for accumulation in (1, 4, 8):
+        trainer, tap = train(head, accumulation, fsdp=layout == "fsdp2x2")
+        _assert_layout(trainer, layout)
+        assert relative_error(tap.steps[0], want) < TOLERANCE, accumulation
+        entry = trainer.state.log_history[0]
+        assert entry["loss"] == pytest.approx(want_loss, rel=1e-5)
+        assert entry["grad_norm"] == pytest.approx(norm(want), rel=1e-5)
+        assert entry["num_targets"] == _num_targets(head)
+
+
+def _num_targets(head):
+    labels = collate(make_data(head))["labels"]
+    if HEADS[head][1] != "tokens":
+        return len(labels)
+    return int((labels[:, 1:] if "causal" in head else labels).ne(-100).sum())
+
+
+def _assert_layout(trainer, layout):
+    parameters = list(trainer.model_wrapped.parameters())
+    if layout == "fsdp2x2":
+        assert all(isinstance(p, DTensor) and p.device_mesh.size() == 2 for p in parameters)
+    elif layout == "ddp2":
+        assert isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
+
+
+@pytest.mark.parametrize("layout", ["1 rank", "ddp2"])
+@pytest.mark.parametrize("head", SWALLOWING)
+def test_control_the_stock_trainer_is_wrong_on_the_same_data(head, layout):
+    run(_stock_is_wrong, layout, head)
+
+
+def _stock_is_wrong(layout, head):
+    want, _ = truth(head, make_data(head))
+    _, tap = train(head, 4, trainer_class=Trainer)
+    assert relative_error(tap.steps[0], want) > 1.0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_clipping_is_to_the_norm_of_the_whole_batch(layout):
+    run(_clips, layout)
+
+
+def _clips(layout):
+    head = "t5 seq2seq"
+    want, _ = truth(head, make_data(head))
+    limit = norm(want) / 4
+    trainer, tap = train(head, 4, fsdp=layout == "fsdp2x2", arguments={"max_grad_norm": limit})
+    clipped = {name: g * limit / (norm(want) + 1e-6) for name, g in want.items()}
+    assert relative_error(tap.steps[0], clipped) < TOLERANCE
+    assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(norm(want), rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["1 rank", "ddp2"])
+def test_a_loop_written_from_the_utilities_takes_the_same_step(layout):
+    run(_same_step, layout)
+
+
+def _same_step(layout):
+    head, accumulation, limit = "bert masked", 4, 0.5
+    trainer, _ = train(head, accumulation, arguments={"max_grad_norm": limit})
+
+    world_size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    model = make_model(head)
+    if world_size > 1:
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data, losses, num_tokens = make_data(head)[rank::world_size], [], torch.tensor(0)
+    size = len(data) // accumulation
+    for micro in range(accumulation):
+        batch = collate(data[micro * size : (micro + 1) * size])
+        num_targets = batch["labels"].ne(-100).sum()
+        with get_sync_ctx(model, is_optim_step=micro == accumulation - 1):
+            loss = model(**batch).loss * num_targets
+            loss.backward()
+        losses.append(loss.detach())
+        num_tokens += num_targets
+    rescale_gradients(model, num_tokens)
+    grad_norm = clip_gradients(model, limit)
+    optimizer.step()
+    loss, denominator = reduce_loss(losses, num_tokens)
+
+    entry = trainer.state.log_history[0]
+    assert entry["loss"] == pytest.approx((loss / denominator).item(), rel=1e-5)
+    assert entry["grad_norm"] == pytest.approx(grad_norm.item(), rel=1e-5)
+    assert entry["num_targets"] == denominator.item()
+    start = dict(make_model(head).named_parameters())
+    moved = {n: (p - start[n]).detach().double() for n, p in trainer.model.named_parameters()}
+    by_hand = {n.removeprefix("module."): p for n, p in model.named_parameters()}
+    want = {n: (by_hand[n] - start[n]).detach().double() for n in start}
+    assert relative_error(moved, want) < TOLERANCE
+
+
+class _OwnLoss(GradUtilsTrainer):
+    """A subclass as users write it, that never calls ours."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        return (loss, outputs) if return_outputs else loss
+
+
+def sum_over_count(outputs, labels, num_items_in_batch=None):
+    loss = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    return loss / num_items_in_batch
+
+
+def mean_whatever_the_count(outputs, labels, num_items_in_batch=None):
+    return torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("loss", ["override", "sum_over_count", "mean_whatever_the_count"])
+def test_losses_of_the_users_own_are_exact(loss, layout):
+    run(_own_loss_is_exact, layout, loss)
+
+
+def _own_loss_is_exact(layout, loss):
+    head = "bert masked"
+    want, want_loss = truth(head, make_data(head))
+    options = {"trainer_class": _OwnLoss} if loss == "override" else {"compute_loss_func": globals()[loss]}
+    trainer, tap = train(head, 4, fsdp=layout == "fsdp2x2", **options)
+    assert relative_error(tap.steps[0], want) < TOLERANCE
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(want_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_label_smoothing_shifts_as_the_head_does(layout):
+    run(_smoothing_is_exact, layout)
+
+
+def _smoothing_is_exact(layout):
+    head, epsilon = "llama causal", 0.1
+    model = make_model(head).double()
+    batch = collate(make_data(head))
+    labels = batch.pop("labels")[:, 1:]
+    log_p = torch.log_softmax(model(**batch).logits[:, :-1], -1)
+    kept = labels.ne(-100)
+    likelihood = log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    loss = -((1 - epsilon) * likelihood + epsilon * log_p.mean(-1))[kept].mean()
+    loss.backward()
+    want = {n: p.grad for n, p in model.named_parameters()}
+    trainer, tap = train(head, 4, fsdp=layout == "fsdp2x2", arguments={"label_smoothing_factor": epsilon})
+    assert relative_error(tap.steps[0], want) < TOLERANCE
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("head", ["llama causal", "bert masked"])
+def test_micro_batches_without_targets_count_for_nothing(head, layout):
+    run(_zero_targets, layout, head)
+
+
+def _zero_targets(layout, head):
+    data = make_data(head)
+    for index in (0, 1, 2, 3, 9):
+        data[index]["labels"] = torch.full_like(data[index]["labels"], -100)
+    want, want_loss = truth(head, data)
+    trainer, tap = train(head, 8, fsdp=layout == "fsdp2x2", data=data)
+    assert relative_error(tap.steps[0], want) < TOLERANCE
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(want_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_short_last_window_is_stepped_with_its_own_count(layout):
+    run(_short_window, layout)
+
+
+def _short_window(layout):
+    head = "t5 seq2seq"
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    data = make_data(head, 10 * world_size)
+    # 5 micro-batches of 2 on each rank, windows of 3 and 2; no learning, so that both are at the same weights
+    options = {"max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 2, "learning_rate": 0.0}
+    trainer, tap = train(head, 3, fsdp=layout == "fsdp2x2", data=data, arguments=options)
+    targets = [e["num_targets"] for e in trainer.state.log_history if "loss" in e]
+    assert len(tap.steps) == 2
+    whole, _ = truth(head, data)
+    total = sum(targets)
+    joined = {n: (tap.steps[0][n] * targets[0] + tap.steps[1][n] * targets[1]) / total for n in whole}
+    assert relative_error(joined, whole) < TOLERANCE
+    assert total == int(collate(data)["labels"].ne(-100).sum())
+    assert targets[0] != targets[1]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("head", ["llama causal", "bert classes"])
+def test_the_evaluation_loss_is_a_mean_over_all_targets_each_sample_once(head, layout):
+    run(_eval_loss, layout, head)
+
+
+def _eval_loss(layout, head):
+    data = make_data(head, 13, seed=8)  # does not divide: ranks are handed copies to fill up
+    _, want = truth(head, data)
+    for batch_size in (1, 3, 8):
+        arguments = {"learning_rate": 0.0, "per_device_eval_batch_size": batch_size}
+        trainer, _ = train(head, 2, fsdp=layout == "fsdp2x2", eval_data=data, arguments=arguments)
+        metrics = trainer.evaluate()
+        assert metrics["eval_loss"] == pytest.approx(want, rel=1e-5), batch_size
+
+
+def test_control_the_stock_evaluation_loss_depends_on_the_batch_size():
+    head = "llama causal"
+    data = make_data(head, 13, seed=8)
+    losses = []
+    for batch_size in (1, 3):
+        arguments = {"learning_rate": 0.0, "per_device_eval_batch_size": batch_size}
+        losses.append(train(head, trainer_class=Trainer, eval_data=data, arguments=arguments)[0].evaluate()["eval_loss"])
+    assert abs(losses[0] / losses[1] - 1) > 1e-4
+
+
+def test_evaluation_works_before_training():
+    head = "gpt2 causal"
+    data = make_data(head, 7)
+    trainer, _ = train(head, eval_data=data, arguments={"learning_rate": 0.0})
+    fresh = GradUtilsTrainer(model=make_model(head), args=trainer.args, eval_dataset=data)
+    assert fresh.evaluate()["eval_loss"] == pytest.approx(truth(head, data)[1], rel=1e-5)
+
+
+def test_the_logged_loss_over_several_steps_is_the_mean_of_theirs():
+    head = "bert masked"
+    one_by_one = [e["loss"] for e in train(head, 2, arguments={"max_steps": 4})[0].state.log_history if "loss" in e]
+    pairs = train(head, 2, arguments={"max_steps": 4, "logging_steps": 2})[0].state.log_history
+    assert [e["loss"] for e in pairs if "loss" in e] == pytest.approx(
+        [sum(one_by_one[:2]) / 2, sum(one_by_one[2:]) / 2], rel=1e-6
+    )
+    assert pairs[-1]["train_loss"] == pytest.approx(sum(one_by_one) / 4, rel=1e-6)
+    assert pairs[0]["num_targets"] == 2 * _num_targets(head)
+
+
+def test_dropout_and_random_states_are_not_disturbed_by_the_check():
+    head = "bert masked"
+    results = []
+    for check in (True, False):
+        model = make_model(head)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.3
+        tap = train(head, 2, model=model, grad_plugin=GradUtilsPlugin(check_loss_unit=check))[1]
+        assert all(module.training for module in model.modules())
+        results.append(tap.steps[0])
+    assert relative_error(results[0], results[1]) == 0
+
+
+# ---- What cannot be exact stops with an error ----
+
+
+class _Contrastive(torch.nn.Module):
+    """Batch negatives: the objective changes with the micro-batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(48, 8)
+
+    def forward(self, input_ids, labels=None, attention_mask=None):
+        x = self.embed(input_ids).mean(1)
+        scores = x @ x.T
+        return {"loss": torch.nn.functional.cross_entropy(scores, torch.arange(len(x))), "logits": scores}
+
+
+@pytest.mark.parametrize("layout", ["1 rank", "ddp2"])
+def test_a_loss_that_is_no_mean_of_its_samples_stops_with_the_numbers(layout):
+    run(_contrastive_stops, layout)
+
+
+def _contrastive_stops(layout):
+    data = make_data("bert classes")
+    with pytest.raises(LossUnitError, match=r"L\(AB\)·n\(AB\) = .* set loss_unit or count_targets"):
+        train("bert classes", 2, model=_Contrastive(), data=data)
+    plugin = GradUtilsPlugin(check_loss_unit=False)
+    trainer, _ = train("bert classes", 2, model=_Contrastive(), data=data, grad_plugin=plugin)
+    assert trainer.state.global_step == 1
+
+
+def test_a_wrong_unit_is_caught_and_the_users_own_count_is_used():
+    head = "bert masked"
+    want, _ = truth(head, make_data(head))
+    with pytest.raises(LossUnitError, match="loss_unit='rows'"):
+        train(head, 2, grad_plugin=GradUtilsPlugin(loss_unit="rows"))
+    plugin = GradUtilsPlugin(count_targets=lambda batch: batch["labels"].ne(-100).sum())
+    assert relative_error(train(head, 2, grad_plugin=plugin)[1].steps[0], want) < TOLERANCE
+    with pytest.raises(ValueError, match="loss_unit must be one of"):
+        GradUtilsPlugin(loss_unit="words")
+
+
+@pytest.mark.parametrize("layout", ["1 rank", "ddp2"])
+def test_labels_that_nothing_can_count_are_an_error_on_every_rank(layout):
+    run(_uncountable, layout)
+
+
+def _uncountable(layout):
+    data = make_data("bert classes")
+    for row in data:
+        row["labels"] = torch.tensor(True)
+    with pytest.raises(TargetCountError, match=r"expected labels as a tensor of integers .* torch.bool"):
+        train("bert classes", 2, data=data)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_data_without_any_target_is_an_error_on_every_rank(layout):
+    run(_all_masked, layout)
+
+
+def _all_masked(layout):
+    data = make_data("llama causal")
+    for row in data:
+        row["labels"] = torch.full_like(row["labels"], -100)
+    with pytest.raises(TargetCountError, match="every label is -100"):
+        train("llama causal", 2, data=data, fsdp=layout == "fsdp2x2")
+
+
+@pytest.mark.parametrize("max_grad_norm", [-1.0, math.nan])
+def test_a_clip_threshold_below_zero_is_refused(max_grad_norm):
+    with pytest.raises(ValueError, match="max_grad_norm must be > 0, got"):
+        train("bert classes", arguments={"max_grad_norm": max_grad_norm})
+
+
+def test_backward_without_a_count_says_what_to_pass():
+    trainer, _ = train("bert classes")
+    with pytest.raises(TargetCountError, match="num_targets="):
+        trainer.accelerator.backward(torch.ones((), requires_grad=True))
+
+
+def test_taking_several_trainers_in_turn_keeps_windows_apart():
+    head = "t5 seq2seq"
+    want, _ = truth(head, make_data(head))
+    trainer, _ = train(head, 4, arguments={"learning_rate": 0.0})
+    tap = GradientTap()
+    trainer.add_callback(tap)
+    trainer.train()
+    assert relative_error(tap.steps[0], want) < TOLERANCE

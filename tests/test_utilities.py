@@ -1,0 +1,357 @@
+"""The documented utilities against one process in float64, in every layout."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from layouts import (
+    LAYOUTS,
+    data_group,
+    data_rank,
+    full_gradients,
+    make_batch,
+    make_mesh,
+    make_net,
+    norm_of,
+    parallelize,
+    relative_error,
+    summed_loss,
+    sync_plain_gradients,
+    true_mean_gradient,
+)
+from ranks import run_ranks
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from hf_gradutils import (
+    clip_grad_by_total_norm_,
+    clip_gradients,
+    get_grad_norm,
+    get_sync_ctx,
+    reduce_loss,
+    rescale_gradients,
+)
+
+NUM_MICRO_BATCHES = 3
+LAYOUT_NAMES = list(LAYOUTS)
+
+
+def run(function, layout, *args):
+    """On the layout's ranks; in this process where there is one."""
+    world_size = math.prod(LAYOUTS[layout].values())
+    return run_ranks(function, world_size, layout, *args) if world_size > 1 else [function(layout, *args)]
+
+
+def accumulate(layout, dtype=torch.float64):
+    """A window of micro-batches of the batch's own ragged rows; returns (model, mesh, losses, tokens)."""
+    mesh = make_mesh(layout)
+    model = parallelize(make_net(dtype), layout, mesh)
+    index, size = data_rank(mesh)
+    x, y, mask = make_batch()
+    losses, num_tokens = [], torch.zeros((), dtype=torch.int64)
+    for micro in range(NUM_MICRO_BATCHES):
+        rows = slice(micro * size + index, None, NUM_MICRO_BATCHES * size)
+        with get_sync_ctx(model, is_optim_step=micro == NUM_MICRO_BATCHES - 1):
+            loss = summed_loss(model, x[rows], y[rows], mask[rows])
+            loss.backward()
+        losses.append(loss.detach())
+        num_tokens += mask[rows].sum()
+    sync_plain_gradients(model, layout, mesh)
+    return model, mesh, losses, num_tokens
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+def test_a_step_written_from_the_utilities_is_exact(layout):
+    run(_a_step_is_exact, layout)
+
+
+def _a_step_is_exact(layout):
+    model, mesh, losses, num_tokens = accumulate(layout)
+    want = true_mean_gradient()
+    x, y, mask = make_batch()
+    group = data_group(layout, mesh)
+
+    tokens_before = num_tokens.clone()
+    rescale_gradients(model, num_tokens, group)
+    assert torch.equal(num_tokens, tokens_before)
+    assert relative_error(full_gradients(model), want) < 1e-12
+
+    # Without a group, tensor-parallel copies count in both numbers and cancel.
+    loss, denominator = reduce_loss(losses, num_tokens, dp_group=group)
+    assert denominator.item() == mask.sum().item()
+    assert denominator.dtype == torch.int64
+    assert (loss / denominator).item() == pytest.approx(
+        (summed_loss(make_net(), x, y, mask) / mask.sum()).item(), rel=1e-12
+    )
+
+    norm = norm_of(want)
+    assert clip_gradients(model, math.inf).item() == pytest.approx(norm, rel=1e-12)
+    assert relative_error(full_gradients(model), want) < 1e-12, "inf measures only"
+    clip_norm = norm / 3
+    assert clip_gradients(model, clip_norm).item() == pytest.approx(norm, rel=1e-12)
+    clipped = {name: g * clip_norm / (norm + 1e-6) for name, g in want.items()}
+    assert relative_error(full_gradients(model), clipped) < 1e-12
+    assert clip_gradients(model, 10 * norm).item() == pytest.approx(clip_norm, rel=1e-5), "already short enough"
+    assert relative_error(full_gradients(model), clipped) < 1e-12
+
+
+def test_control_the_mean_of_means_is_another_gradient():
+    model = make_net()
+    x, y, mask = make_batch()
+    for micro in range(NUM_MICRO_BATCHES):
+        rows = slice(micro, None, NUM_MICRO_BATCHES)
+        (summed_loss(model, x[rows], y[rows], mask[rows]) / mask[rows].sum() / NUM_MICRO_BATCHES).backward()
+    assert relative_error(full_gradients(model), true_mean_gradient()) > 1e-2
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+def test_every_norm_type_and_dtype_counts_each_element_once(layout):
+    run(_norms_are_exact, layout)
+
+
+def _norms_are_exact(layout):
+    mesh = make_mesh(layout)
+    groups = _groups(mesh)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-5), (torch.float16, 1e-5)):
+        model = parallelize(make_net(dtype), layout, mesh)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p) * 0.1 + p.detach()
+        gradients = full_gradients(model)
+        for p in (1, 2, 3, math.inf):
+            want = norm_of(gradients, p)
+            assert clip_gradients(model, math.inf, norm_type=p).item() == pytest.approx(want, rel=tolerance)
+            assert clip_gradients(model, math.inf, norm_type=p, foreach=False).item() == pytest.approx(want, rel=tolerance)
+            got = get_grad_norm(list(model.parameters()), *groups, norm_type=p, dtype=torch.float64)
+            assert got == pytest.approx(want, rel=tolerance)
+            assert isinstance(got, float)
+        if dist.is_initialized() and layout.startswith(("fsdp", "hsdp", "tp2_fsdp2")):
+            local = torch.cat([p.grad.to_local().flatten().double() for p in model.parameters()])
+            assert float(local.norm()) != pytest.approx(norm_of(gradients), rel=1e-3), "control: this rank's part alone"
+
+
+def _groups(mesh):
+    """dp_cp_group and tp_group as a user of the groups form would pass them."""
+    if mesh is None:
+        return None, None
+    names = mesh.mesh_dim_names
+    tp = mesh["tp"].get_group() if "tp" in names else None
+    if "rep" in names:
+        return dist.group.WORLD, tp
+    return (mesh["dp"].get_group() if "dp" in names else None), tp
+
+
+@pytest.mark.parametrize("layout", ["alone", "ddp2", "fsdp4", "hsdp2x2", "tp2_fsdp2", "plain_beside_fsdp2"])
+def test_finite_gradients_that_overflow_their_dtype_have_a_finite_norm(layout):
+    run(_overflow, layout)
+
+
+def _overflow(layout):
+    mesh = make_mesh(layout)
+    model = parallelize(make_net(torch.float32), layout, mesh)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 1e25)
+    num_elements = sum(p.numel() for p in make_net().parameters())
+    want = 1e25 * num_elements**0.5
+    assert clip_gradients(model, 1.0).item() == pytest.approx(want, rel=1e-6)
+    assert norm_of(full_gradients(model)) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_fp16_at_three_million_elements():
+    parameter = torch.nn.Parameter(torch.zeros(3_000_000, dtype=torch.float16))
+    parameter.grad = torch.full_like(parameter, 300.0)
+    assert not torch.nn.utils.get_total_norm([parameter.grad]).isfinite(), "control"
+    assert get_grad_norm(parameter, None, None) == pytest.approx(300 * 3e6**0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["ddp2", "fsdp2", "plain_beside_fsdp2"])
+def test_a_rank_without_gradients_takes_part(layout):
+    run(_one_rank_has_none, layout)
+
+
+def _one_rank_has_none(layout):
+    mesh = make_mesh(layout)
+    model = parallelize(make_net(), layout, mesh)
+    if dist.get_rank() == 0:
+        for p in model.parameters():
+            p.grad = torch.ones_like(p) if not isinstance(p, DTensor) else _filled(p, 1.0)
+    want = 0.0
+    for p in model.parameters():  # plain ones are whole on rank 0; of sharded ones, rank 0's shard is all there is
+        want += p.numel() if not isinstance(p, DTensor) else _numel_on_rank_0(p)
+    assert clip_gradients(model, math.inf).item() == pytest.approx(want**0.5, rel=1e-12)
+    assert get_grad_norm(list(model.parameters()), *_groups(mesh)) == pytest.approx(want**0.5, rel=1e-6)
+    if dist.get_rank() == 0:
+        clip_gradients(model, 0.1)
+    else:
+        clip_gradients(model, 0.1)
+        assert all(p.grad is None for p in model.parameters())
+
+
+def _filled(p, value):
+    local = torch.full_like(p.to_local(), value)
+    return DTensor.from_local(local, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+
+
+def _numel_on_rank_0(p):
+    count = torch.tensor(p.to_local().numel() if dist.get_rank() == 0 else 0)
+    dist.all_reduce(count)
+    return count.item()
+
+
+@pytest.mark.parametrize("layout", ["alone", "ddp2", "fsdp4"])
+def test_no_gradients_at_all_have_norm_zero(layout):
+    run(_no_gradients, layout)
+
+
+def _no_gradients(layout):
+    mesh = make_mesh(layout)
+    model = parallelize(make_net(), layout, mesh)
+    assert clip_gradients(model, 1.0) == 0
+    assert get_grad_norm(list(model.parameters()), *_groups(mesh)) == 0.0
+    assert get_grad_norm(list(model.parameters()), *_groups(mesh), norm_type=math.inf) == 0.0
+    clip_grad_by_total_norm_(list(model.parameters()), 1.0, 5.0)
+    rescale_gradients(model, torch.tensor(0))
+
+
+def test_partial_gradients_are_summed_before_they_are_squared():
+    run_ranks(_partial, 2)
+
+
+def _partial():
+    mesh = make_mesh("tp2")
+    model = torch.nn.Linear(2, 3, bias=False).double()
+    model.weight = torch.nn.Parameter(DTensor.from_local(torch.ones(3, 2, dtype=torch.float64), mesh, [Replicate()]))
+    local = torch.full((3, 2), float(dist.get_rank() + 1), dtype=torch.float64)
+    model.weight.grad = DTensor.from_local(local.clone(), mesh, [Partial()])
+    want = 3 * 6**0.5
+    assert math.sqrt((1 + 4) * 6) != pytest.approx(want, rel=0.1), "control: squared as they are"
+    assert get_grad_norm(model.weight, None, mesh.get_group()) == pytest.approx(want, rel=1e-6)
+    assert clip_gradients(model, 1.0).item() == pytest.approx(want, rel=1e-12)
+    assert norm_of(full_gradients(model)) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_a_bare_tensor_and_a_bare_dtensor_are_accepted():
+    run_ranks(_bare, 2)
+
+
+def _bare():
+    mesh = make_mesh("ddp2")
+    parameter = torch.nn.Parameter(DTensor.from_local(torch.ones(2), mesh, [Shard(0)]))
+    parameter.grad = torch.ones_like(parameter) * 2
+    assert get_grad_norm(parameter, mesh.get_group(), None) == pytest.approx(4.0)
+    assert get_grad_norm(parameter, None, None) == pytest.approx(4.0), "a DTensor's own mesh is summed over anyway"
+    clip_grad_by_total_norm_(parameter, 1.0, 4.0)
+    assert get_grad_norm(parameter, None, None) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_plain_shards_are_summed_where_the_caller_says_so():
+    run_ranks(_plain_shards, 4)
+
+
+def _plain_shards():
+    mesh = make_mesh("tp2_fsdp2")
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.full((3,), 1.0 + mesh.get_local_rank("tp"))
+    groups = mesh["dp"].get_group(), mesh["tp"].get_group()
+    got = get_grad_norm(parameter, *groups, plain_sharded_over=("tp",))
+    assert got == pytest.approx((3 * (1 + 4)) ** 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("as_tensor", [True, False])
+def test_clip_by_total_norm_scales_the_gradient_itself_whatever_its_dtype(dtype, as_tensor):
+    parameter = torch.nn.Parameter(torch.zeros(4, dtype=dtype))
+    parameter.grad = torch.full_like(parameter, 2.0)
+    clip_grad_by_total_norm_([parameter], 1, torch.tensor(4.0) if as_tensor else 4.0)
+    assert parameter.grad.dtype == dtype
+    assert parameter.grad.float().norm().item() == pytest.approx(1.0, rel=1e-3)
+    clip_grad_by_total_norm_([parameter], 5, 1.0)
+    assert parameter.grad.float().norm().item() == pytest.approx(1.0, rel=1e-3), "shorter already"
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_gradients_with_a_norm_that_is_not_finite_are_left_alone(bad):
+    model = make_net()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    model.out.bias.grad[0] = bad
+    assert not clip_gradients(model, 1.0).isfinite()
+    clip_grad_by_total_norm_(list(model.parameters()), 1.0, bad)
+    assert torch.equal(model.inp.weight.grad, torch.ones_like(model.inp.weight))
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    assert not torch.equal(model.inp.weight.grad, torch.ones_like(model.inp.weight)), "control: torch's clip"
+
+
+def test_counts_beyond_two_to_the_31_keep_their_digits():
+    run_ranks(_large_counts, 2)
+
+
+def _large_counts():
+    count = torch.tensor([2**31 + 1])
+    loss, denominator = reduce_loss([torch.tensor(1.0), torch.tensor([2.0])], count)
+    assert denominator.item() == 2 * (2**31 + 1)
+    assert loss.item() == 6.0
+    assert (loss.shape, denominator.shape) == ((), ())
+
+
+def test_reduce_loss_by_micro_batches_and_with_an_empty_store():
+    results = run_ranks(_reduce_loss, 2)
+    assert results == [(3.0, 2), (3.0, 2)]
+    loss, denominator = reduce_loss([], torch.tensor(0))
+    assert (loss.item(), denominator.item()) == (0.0, 0)
+
+
+def _reduce_loss():
+    store = [torch.tensor(1.0), torch.tensor(2.0)] if dist.get_rank() == 0 else []
+    loss, denominator = reduce_loss(store, torch.tensor(99), per_token_loss=False)
+    return loss.item(), denominator.item()
+
+
+def test_zero_tokens_do_not_divide_by_zero():
+    model = make_net()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    rescale_gradients(model, torch.tensor(0))
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: clip_gradients(m, 0.0), "max_norm must be > 0, got 0.0; to measure without clipping"),
+        (lambda m: clip_gradients(m, -1.0), "max_norm must be > 0, got -1.0"),
+        (lambda m: clip_gradients(m, math.nan), "max_norm must be > 0, got nan"),
+        (lambda m: clip_gradients(m, 1.0, norm_type=0), "norm_type must be > 0"),
+        (lambda m: clip_gradients(m, 1.0, ownership={"*": "split"}), "must be 'sharded' or 'replicated', got 'split'"),
+        (lambda m: clip_gradients(list(m.parameters()), 1.0), "model must be an nn.Module, got list"),
+        (lambda m: clip_grad_by_total_norm_(list(m.parameters()), -2, 1.0), "max_norm must be > 0, got -2"),
+        (lambda m: get_grad_norm(list(m.parameters()), None, None, norm_type=-1), "norm_type must be > 0"),
+        (lambda m: get_grad_norm(list(m.parameters()), None, None, dtype=torch.int64), "dtype must be a float dtype"),
+        (lambda m: get_grad_norm(list(m.parameters()), None, None, plain_sharded_over=("pp",)), "got \\['pp'\\]"),
+    ],
+)
+def test_bad_arguments_say_what_was_expected(call, message):
+    model = make_net()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=message):
+        call(model)
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters()), "nothing is lost"
+
+
+@pytest.mark.parametrize("layout", ["ddp2", "fsdp2", "hsdp2x2", "tp2_fsdp2", "two_meshes"])
+def test_a_clip_is_one_all_reduce(layout):
+    run(_one_all_reduce, layout)
+
+
+def _one_all_reduce(layout):
+    from torch.profiler import profile
+
+    model, _, _, num_tokens = accumulate(layout)
+    clip_gradients(model, 1.0)  # builds the plan
+    with profile() as profiler:
+        clip_gradients(model, 1.0)
+    names = [event.name for event in profiler.events() if event.name.startswith("gloo:")]
+    assert names == ["gloo:all_reduce"]
+    with profile() as profiler:
+        rescale_gradients(model, num_tokens)
+    assert [e.name for e in profiler.events() if e.name.startswith("gloo:")] == ["gloo:all_reduce"]
