@@ -111,7 +111,7 @@ def test_an_exception_in_the_first_reaches_all_others(launch, kind, tmp_path):
     for name, told_at, message in results[1:]:
         assert name == "FirstRankError"
         assert told_at - raised_at < 1.0
-        assert "rank 0 on host" in message
+        assert "rank 0 of 4 on host" in message
         assert "disk full" in message
         assert "_fail_in_first" in message, "the original traceback"
 
@@ -228,7 +228,7 @@ def test_an_exit_stack_tells_blocks_apart_by_their_own_line(tmp_path):
 
 def test_waiting_is_logged_and_may_be_limited():
     lines = run_ranks(_wait_with_log, 2)[1]
-    assert any("rank 1 waits at" in line and "rank 0 on host" in line and "running for" in line for line in lines)
+    assert any("rank 1 waits at" in line and "rank 0 of 2 on host" in line and "running for" in line for line in lines)
     assert "gave up after 0.6 s" in lines[-1]
 
 
@@ -266,7 +266,7 @@ def _fork_inside(folder):
 
 
 def test_bad_options_and_functions_are_refused():
-    with pytest.raises(InvalidArgumentError, match="poll_s must be > 0 seconds, got 0"):
+    with pytest.raises(InvalidArgumentError, match="poll_s must be > 0, got 0"):
         FirstRankPerNode(poll_s=0)
 
     def generator():
@@ -276,5 +276,5 @@ def test_bad_options_and_functions_are_refused():
         pass
 
     for function in (generator, coroutine):
-        with pytest.raises(InvalidArgumentError, match="would be over before it starts"):
+        with pytest.raises(InvalidArgumentError, match="whose body runs after the call has returned"):
             FirstRankPerNode()(function)

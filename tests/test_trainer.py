@@ -44,7 +44,7 @@ def _is_exact(layout, head):
 
 def _num_targets(head):
     labels = collate(make_data(head))["labels"]
-    if HEADS[head][1] != "tokens":
+    if HEADS[head][2] != "tokens":
         return len(labels)
     return int((labels[:, 1:] if "causal" in head else labels).ne(-100).sum())
 
