@@ -49,7 +49,7 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
         accelerator.__class__ = cls
         accelerator.window = AccumulationWindow(accelerator.device)
         accelerator._num_targets = None
-        return accelerator  # type: ignore[no-any-return]
+        return accelerator
 
     @contextlib.contextmanager
     def counted(self, num_targets: Tensor) -> Iterator[None]:

@@ -24,7 +24,7 @@ from hf_gradutils.barrier import barrier_and_log
 from hf_gradutils.channel import Channel, poll
 from hf_gradutils.errors import FirstRankError, InvalidArgumentError
 from hf_gradutils.store import current_channel, open_channel
-from hf_gradutils.topology import ProcessIdentity, has_ended
+from hf_gradutils.topology import ProcessIdentity
 
 __all__ = ["FirstRankPerNode", "barrier_and_log"]
 
@@ -183,9 +183,7 @@ class FirstRankPerNode(contextlib.ContextDecorator):
             raise
         process = channel.process_of(first)
         assert process is not None  # written before the claim to be first
-        report = self._wait(
-            lambda: _look(block, first, process), lambda: _describe_wait(block, first, process)
-        )
+        report = self._wait(lambda: _look(block, first, process), lambda: _describe_wait(block, first, process))
         if report != "ok":
             raise FirstRankError(report)
         return False

@@ -63,7 +63,9 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float, *, foreach: bool = T
     result = torch.zeros(len(tensors), dtype=torch.float64, device=values.device)
     index = torch.tensor(owners, device=values.device)
     return (
-        result.scatter_reduce_(0, index, values, "amax") if math.isinf(norm_type) else result.index_add_(0, index, values)
+        result.scatter_reduce_(0, index, values, "amax")
+        if math.isinf(norm_type)
+        else result.index_add_(0, index, values)
     )
 
 

@@ -43,7 +43,7 @@ def count_rows(batch: Mapping[str, Any]) -> int:
         if isinstance(value, Tensor) and value.dim() > 0:
             return value.shape[0]
     raise TargetCountError(
-        f"expected a batch with at least one tensor of one dimension or more, got {_describe(batch)}; pass count_targets"
+        f"expected a batch with a tensor of one dimension or more, got {_describe(batch)}; pass count_targets"
     )
 
 

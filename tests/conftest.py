@@ -6,12 +6,10 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
+from ranks import helper_pids, stop_forkserver
 
 # Before anything imports transformers: no test talks to a hub.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
-
-_SERVERS = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")
-_PYTEST_VARIABLES = ("PYTEST_CURRENT_TEST",)
 
 
 @pytest.fixture(autouse=True)
@@ -24,19 +22,16 @@ def _leaves_nothing_behind() -> Iterator[None]:
         assert left == before[kind], f"the test leaves {kind} behind: {left} (was {before[kind]})"
 
 
+def pytest_sessionfinish() -> None:
+    stop_forkserver()
+
+
 def _traces() -> dict[str, object]:
     import torch.distributed as dist
 
     return {
-        "environment variables": {k: v for k, v in os.environ.items() if k not in _PYTEST_VARIABLES},
+        "environment variables": {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"},
         "threads": {thread.name for thread in threading.enumerate()},
-        "child processes": {c.pid for c in psutil.Process().children() if not _is_server(c)},
+        "child processes": {child.pid for child in psutil.Process().children()} - helper_pids(),
         "a process group": dist.is_initialized(),
     }
-
-
-def _is_server(child: psutil.Process) -> bool:
-    try:
-        return any(server in part for part in child.cmdline() for server in _SERVERS)
-    except psutil.NoSuchProcess:
-        return True

@@ -121,7 +121,11 @@ def data_rank(mesh: DeviceMesh | None) -> tuple[int, int]:
 
 def data_group(layout: str, mesh: DeviceMesh | None) -> dist.ProcessGroup | None:
     """The data ranks as one group; None for the default group, which is right wherever they are all there are."""
-    return mesh["dp"].get_group() if mesh is not None and "tp" in mesh.mesh_dim_names and "dp" in mesh.mesh_dim_names else None
+    return (
+        mesh["dp"].get_group()
+        if mesh is not None and "tp" in mesh.mesh_dim_names and "dp" in mesh.mesh_dim_names
+        else None
+    )
 
 
 def sync_plain_gradients(model: nn.Module, layout: str, mesh: DeviceMesh | None) -> None:

@@ -26,10 +26,10 @@ import time
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import forkserver, resource_tracker
 from multiprocessing import connection as mp_connection
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -60,7 +60,9 @@ PRELOADED_IF_IMPORTED = (
 )
 """Loaded in the forkserver if the pytest process has them when the first ranks are wanted."""
 
-UPSTREAM_WARNINGS: tuple[tuple[str, type[Warning]], ...] = ()
+UPSTREAM_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
+    ("FSDP2-wrapped module .* returned a view tensor", UserWarning),  # torch 2.13, about layers of transformers
+)
 """`(message regex, category)` of warnings that are neither ours nor the test's to avoid."""
 
 GRACE_S = 0.5
@@ -107,7 +109,7 @@ class RankReport:
         return self.kind in ("raised", "died", "hangs")
 
 
-class RankFailure(AssertionError):
+class RankFailure(AssertionError):  # noqa: N818
     """A rank raised, hung or died; `reports` has every rank's story in rank order."""
 
     def __init__(self, message: str, reports: list[RankReport]) -> None:
@@ -302,10 +304,8 @@ class _Worker:
         return self.report(answer.kind, summary, time_s=answer.time_s, details=answer.details, is_echo=answer.is_echo)
 
     def let_go(self) -> None:
-        try:
+        with suppress(OSError):  # it died meanwhile: its exit code says so
             self.connection.send_bytes(b"go")
-        except OSError:
-            pass  # it died meanwhile: its exit code says so
 
     def stacks(self) -> str:
         """Ask for the Python stacks of all threads."""
@@ -329,10 +329,8 @@ class _Worker:
     def end(self) -> None:
         pid = self.process.pid
         for kill in (os.killpg, os.kill):
-            try:
+            with suppress(ProcessLookupError):
                 kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
 
     def close(self) -> None:
         self.process.join(EXIT_S)

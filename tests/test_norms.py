@@ -19,7 +19,12 @@ def truth(tensor, p):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("p", P)
 def test_every_dtype_is_exact(p, dtype, foreach):
-    tensors = [torch.randn(3, 5).to(dtype), torch.empty(0, dtype=dtype), torch.randn(200_001).to(dtype), torch.randn(())]
+    tensors = [
+        torch.randn(3, 5).to(dtype),
+        torch.empty(0, dtype=dtype),
+        torch.randn(200_001).to(dtype),
+        torch.randn(()),
+    ]
     norms = root(power_sums(tensors, p, foreach=foreach), p)
     assert norms.dtype == torch.float64
     for norm, tensor in zip(norms.tolist(), tensors, strict=True):

@@ -239,7 +239,9 @@ def test_control_the_stock_evaluation_loss_depends_on_the_batch_size():
     losses = []
     for batch_size in (1, 3):
         arguments = {"learning_rate": 0.0, "per_device_eval_batch_size": batch_size}
-        losses.append(train(head, trainer_class=Trainer, eval_data=data, arguments=arguments)[0].evaluate()["eval_loss"])
+        losses.append(
+            train(head, trainer_class=Trainer, eval_data=data, arguments=arguments)[0].evaluate()["eval_loss"]
+        )
     assert abs(losses[0] / losses[1] - 1) > 1e-4
 
 

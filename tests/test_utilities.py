@@ -112,7 +112,12 @@ def test_every_norm_type_and_dtype_counts_each_element_once(layout):
 def _norms_are_exact(layout):
     mesh = make_mesh(layout)
     groups = _groups(mesh)
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-5), (torch.float16, 1e-5)):
+    for dtype, tolerance in (
+        (torch.float64, 1e-12),
+        (torch.float32, 1e-6),
+        (torch.bfloat16, 1e-5),
+        (torch.float16, 1e-5),
+    ):
         model = parallelize(make_net(dtype), layout, mesh)
         for p in model.parameters():
             p.grad = torch.ones_like(p) * 0.1 + p.detach()
@@ -120,7 +125,9 @@ def _norms_are_exact(layout):
         for p in (1, 2, 3, math.inf):
             want = norm_of(gradients, p)
             assert clip_gradients(model, math.inf, norm_type=p).item() == pytest.approx(want, rel=tolerance)
-            assert clip_gradients(model, math.inf, norm_type=p, foreach=False).item() == pytest.approx(want, rel=tolerance)
+            assert clip_gradients(model, math.inf, norm_type=p, foreach=False).item() == pytest.approx(
+                want, rel=tolerance
+            )
             got = get_grad_norm(list(model.parameters()), *groups, norm_type=p, dtype=torch.float64)
             assert got == pytest.approx(want, rel=tolerance)
             assert isinstance(got, float)

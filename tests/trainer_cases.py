@@ -36,7 +36,15 @@ _SMALL = {"vocab_size": VOCAB, "num_attention_heads": 2, "num_hidden_layers": 2,
 _LLAMA = LlamaConfig(**_SMALL, intermediate_size=32, num_key_value_heads=2, pad_token_id=0, num_labels=3)
 _BERT = BertConfig(**_SMALL, intermediate_size=32, num_labels=3, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
 _GPT2 = GPT2Config(
-    vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=1, eos_token_id=1
+    vocab_size=VOCAB,
+    n_embd=16,
+    n_layer=2,
+    n_head=2,
+    resid_pdrop=0,
+    embd_pdrop=0,
+    attn_pdrop=0,
+    bos_token_id=1,
+    eos_token_id=1,
 )
 _T5 = T5Config(
     vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0, decoder_start_token_id=0
@@ -163,9 +171,10 @@ def train(
     if fsdp:
         use_fsdp_on_cpu()
         layer = WRAPPED[head.split()[0]]
-        options |= {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": [layer]}}
         if head in TIED:
             shard_tied(model, layer)
+            layer = f"FSDP{layer}"  # what fully_shard has made of its name
+        options |= {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": [layer]}}
     tap = GradientTap()
     trainer = trainer_class(
         model=model,
