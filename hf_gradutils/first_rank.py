@@ -20,13 +20,10 @@ from typing import Any, Self, TypeVar
 
 import torch.distributed as dist
 
-from hf_gradutils.barrier import barrier_and_log
 from hf_gradutils.channel import Channel, poll
 from hf_gradutils.errors import FirstRankError, InvalidArgumentError
 from hf_gradutils.store import current_channel, open_channel
-from hf_gradutils.topology import ProcessIdentity
-
-__all__ = ["FirstRankPerNode", "barrier_and_log"]
+from hf_gradutils.topology import ProcessIdentity, has_ended
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +32,9 @@ T = TypeVar("T")
 
 MAX_REPORT_CHARS = 20_000
 """Longest traceback that is published; the end of a longer one is kept."""
+
+DEATH_GRACE_S = 1.0
+"""A dying process closes its connections a moment before it counts as ended."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,14 +176,21 @@ class FirstRankPerNode(contextlib.ContextDecorator):
             if first == me:
                 channel.write(f"{block.key}/run", repr(time.time()))
                 return True
+            process = channel.process_of(first)
+        except RuntimeError as lost:
+            raise FirstRankError(_describe_loss(block)) from lost
         except BaseException as error:
             # The others would wait for a block that this rank is not going to run.
             if _is_first_known_to_be(channel, me):
                 _publish(block, error)
             raise
-        process = channel.process_of(first)
         assert process is not None  # written before the claim to be first
-        report = self._wait(lambda: _look(block, first, process), lambda: _describe_wait(block, first, process))
+        try:
+            report = self._wait(lambda: _look(block, first, process), lambda: _describe_wait(block, first, process))
+        except RuntimeError as lost:
+            # The first rank may host the store: then its death is what ended both.
+            died = has_ended(process, grace_s=DEATH_GRACE_S)
+            raise FirstRankError(_describe_death(block, first, process) if died else _describe_loss(block)) from lost
         if report != "ok":
             raise FirstRankError(report)
         return False
@@ -221,16 +228,18 @@ def _is_first_known_to_be(channel: Channel, global_rank: int) -> bool:
 
 def _publish(block: _Block, error: BaseException | None) -> None:
     """Tell the others how the block ended; a store that is lost must not hide the block's own exception."""
+    channel = block.channel
     report = "ok"
     if error is not None:
-        what = "".join(traceback.format_exception_only(error)).strip()
-        trace = "".join(traceback.format_exception(error))[-MAX_REPORT_CHARS:]
-        who = _describe_rank(block, block.channel.ranks.global_rank, block.channel.process)
-        report = f"{who} failed in {block.name}: {what}\n\nIts traceback:\n{trace}"
+        # What a file name brought into a message may not be encodable.
+        trace = "".join(traceback.format_exception(error)).encode(errors="backslashreplace").decode()
+        kind = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
+        who = _describe_rank(block, channel.ranks.global_rank, channel.process)
+        report = f"{who} failed in {block.name} with {kind}; its traceback:\n\n{trace[-MAX_REPORT_CHARS:]}"
     try:
-        block.channel.claim(f"{block.key}/done", report)
+        channel.claim(f"{block.key}/done", report)
     except RuntimeError as lost:  # the others notice that this rank has ended
-        logger.error("rank %d cannot tell how %s ended: %s", block.channel.ranks.global_rank, block.name, lost)
+        logger.error("rank %d cannot tell how %s ended: %s", channel.ranks.global_rank, block.name, lost)
 
 
 def _look(block: _Block, first: int, process: ProcessIdentity) -> str | None:
@@ -239,14 +248,26 @@ def _look(block: _Block, first: int, process: ProcessIdentity) -> str | None:
     report = channel.read(f"{block.key}/done")
     if report is None and channel.has_left(first):
         # It may have finished between the two looks: what it published last counts.
-        who = _describe_rank(block, first, process)
-        death = f"{who} has ended (killed, or left early) before it was done with {block.name}"
+        death = _describe_death(block, first, process)
         report = channel.read(f"{block.key}/done") or channel.claim(f"{block.key}/done", death)
     return report
 
 
 def _describe_rank(block: _Block, rank: int, process: ProcessIdentity) -> str:
     return f"rank {rank} of {block.channel.ranks.world_size} on {process}"
+
+
+def _describe_death(block: _Block, rank: int, process: ProcessIdentity) -> str:
+    who = _describe_rank(block, rank, process)
+    return f"{who} has ended (killed, or left early) before it was done with {block.name}"
+
+
+def _describe_loss(block: _Block) -> str:
+    channel = block.channel
+    return (
+        f"rank {channel.ranks.global_rank} at {block.name} lost {channel.origin}: its host has ended, so nobody "
+        "can tell any more whether the first rank succeeds"
+    )
 
 
 def _describe_election(block: _Block) -> str:

@@ -5,6 +5,8 @@ import logging
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
@@ -131,14 +133,23 @@ def _fail_in_first(kind, folder):
         return type(error).__name__, raised_at, ""
 
 
-def test_the_death_of_the_first_reaches_all_others(tmp_path):
+DEATHS = [
+    *LAUNCHES,
+    # Rank 0 takes the store down with it.
+    pytest.param({"init": True, "agent": False}, id="after init, no agent"),
+]
+
+
+@pytest.mark.parametrize("launch", DEATHS)
+def test_the_death_of_the_first_reaches_all_others(launch, tmp_path):
     with pytest.raises(RankFailure, match="rank 0 of 3 died"):
-        run_ranks(_kill_first, 3, tmp_path, init=False)
+        run_ranks(_kill_first, 3, tmp_path, grace_s=3, **launch)
     died_at = float((tmp_path / "died").read_text())
     for follower in (1, 2):
-        name, told_at = (tmp_path / str(follower)).read_text().split()
-        assert name == "FirstRankError"
+        told_at, told = (tmp_path / str(follower)).read_text().split(maxsplit=1)
         assert float(told_at) - died_at < 2.0
+        assert told.startswith("rank 0 of 3 on host")
+        assert "has ended (killed, or left early) before it was done" in told
 
 
 def _kill_first(folder):
@@ -148,9 +159,72 @@ def _kill_first(folder):
                 time.sleep(0.2)
                 (folder / "died").write_text(str(time.time()))
                 os.kill(os.getpid(), signal.SIGKILL)
-            (folder / str(rank())).write_text("entered 0")
-    except FirstRankError:
-        (folder / str(rank())).write_text(f"FirstRankError {time.time()}")
+            (folder / str(rank())).write_text("0 entered")
+    except FirstRankError as error:
+        (folder / str(rank())).write_text(f"{time.time()} {error}")
+
+
+def test_a_first_that_ends_without_reaching_the_block_is_noticed(tmp_path):
+    with pytest.raises(RankFailure, match="rank 0 of 2 died"):
+        run_ranks(_never_come_back, 2, tmp_path, grace_s=3, init=False)
+    assert "before it was done with" in (tmp_path / "1").read_text()
+
+
+def _never_come_back(folder):
+    with FirstRankPerNode():
+        pass
+    if rank() == 0:
+        time.sleep(0.3)
+        os._exit(0)  # a launcher sees success and ends nobody
+    try:
+        with FirstRankPerNode():
+            (folder / "1").write_text("entered")
+    except FirstRankError as error:
+        (folder / "1").write_text(str(error))
+
+
+@ranks(2, init=False)
+def test_no_process_group_timeout_limits_the_preparation(tmp_path):
+    dist.init_process_group("gloo", timeout=timedelta(seconds=0.6))
+    with FirstRankPerNode() as is_first:
+        if is_first:
+            time.sleep(1.2)
+            (tmp_path / "data").touch()
+        assert (tmp_path / "data").exists()
+    if rank() == 1:  # control: a collective that rank 0 is late for does give up
+        with pytest.raises(RuntimeError, match=r"[Tt]imed out"):
+            dist.barrier()
+
+
+def test_a_message_that_cannot_be_encoded_reaches_the_others():
+    name, message = run_ranks(_fail_unencodably, 2)[1]
+    assert name == "FirstRankError"
+    assert "\\udcff" in message
+
+
+def _fail_unencodably():
+    try:
+        with FirstRankPerNode():
+            raise OSError(f"no such file: {os.fsdecode(b'data' + bytes([255]))}")
+    except (OSError, FirstRankError) as error:
+        return type(error).__name__, str(error).encode(errors="backslashreplace").decode()
+
+
+@ranks(2)
+def test_threads_keep_their_blocks_apart(tmp_path):
+    context = FirstRankPerNode(name="shared")
+    contexts = {"a": FirstRankPerNode(name="a"), "b": FirstRankPerNode(name="b")}
+
+    def work(name):
+        with contexts[name] as is_first, context:
+            assert is_first == (rank() == 0)
+            if is_first:
+                time.sleep(0.1)
+                (tmp_path / name).touch()
+            assert (tmp_path / name).exists()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, contexts))
 
 
 def test_ctrl_c_ends_a_waiting_rank_at_once(tmp_path):

@@ -1,0 +1,134 @@
+"""The same samples in one piece and in eight: does the gradient stay the same?
+
+    accelerate launch --multi_gpu --num_processes 2 recipes/accumulation_proof.py outputs/demo
+
+Takes 8 docstrings per rank, computes the gradient of one optimizer step with accumulation 1 and with
+accumulation 8, once with ``GradUtilsTrainer`` and once with ``transformers.Trainer``, and prints the relative
+difference ‖g8 − g1‖ / ‖g1‖ over all parameters: for the model in the given folder, and for a small new T5 and a
+small new classifier, which like most heads of transformers do not use the count that Trainer hands them.
+"""
+
+import copy
+import logging
+import sys
+import tempfile
+
+import datasets
+import torch
+from stdlib_docstrings import load_stdlib_docstrings
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_gradutils import FirstRankPerNode, GradUtilsTrainer
+
+SAMPLES_PER_RANK = 8
+MAX_LENGTH = 96
+
+
+class GradientTap(TrainerCallback):
+    """Keeps what the optimizer is about to see."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradient = torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
+
+
+def gradient(trainer_class, model, rows, collator, accumulation):
+    """The gradient of one step over all rows, on the ranks there are."""
+    tap = GradientTap()
+    arguments = TrainingArguments(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=SAMPLES_PER_RANK // accumulation,
+        gradient_accumulation_steps=accumulation,
+        max_steps=1,
+        max_grad_norm=0.0,  # no clipping: it would hide a wrong scale
+        learning_rate=0.0,
+        use_cpu=not torch.accelerator.is_available(),
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        ddp_find_unused_parameters=False,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = trainer_class(
+        model=copy.deepcopy(model), args=arguments, train_dataset=rows, data_collator=collator, callbacks=[tap]
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return tap.gradient
+
+
+def difference(trainer_class, model, rows, collator):
+    whole = gradient(trainer_class, model, rows, collator, accumulation=1)
+    in_pieces = gradient(trainer_class, model, rows, collator, accumulation=SAMPLES_PER_RANK)
+    return float((in_pieces - whole).norm() / whole.norm())
+
+
+set_seed(0)
+logging.getLogger("accelerate").setLevel(logging.ERROR)
+folder = sys.argv[1]
+world_size = TrainingArguments(output_dir=tempfile.mkdtemp(), use_cpu=not torch.accelerator.is_available()).world_size
+
+with FirstRankPerNode():
+    train, _ = load_stdlib_docstrings(str(datasets.config.HF_DATASETS_CACHE))
+tokenizer = AutoTokenizer.from_pretrained(folder)
+docstrings = [row for row in train.shuffle(seed=1).take(2000) if row["package"]][: SAMPLES_PER_RANK * world_size]
+packages = sorted({row["package"] for row in docstrings})
+
+causal_rows, seq2seq_rows, class_rows = [], [], []
+for row in docstrings:
+    prompt, text = tokenizer(row["prompt"]).input_ids, tokenizer(row["docstring"]).input_ids
+    prompt, text = prompt[: MAX_LENGTH // 2], text[: MAX_LENGTH // 2]
+    causal_rows.append({"input_ids": prompt + text, "labels": [-100] * len(prompt) + text})
+    seq2seq_rows.append({"input_ids": prompt, "labels": text})
+    class_rows.append({"input_ids": text, "labels": packages.index(row["package"])})
+
+causal = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+small = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+t5_size = {"d_model": 96, "d_kv": 16, "d_ff": 192, "num_heads": 6, "num_layers": 2, "dropout_rate": 0.0}
+seq2seq = AutoModelForSeq2SeqLM.from_config(
+    AutoConfig.for_model("t5", **small, **t5_size, decoder_start_token_id=tokenizer.pad_token_id)
+)
+bert_size = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 192}
+bert_size |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+classifier = AutoModelForSequenceClassification.from_config(
+    AutoConfig.for_model("bert", **small, **bert_size, num_labels=len(packages))
+)
+pad, pad_pairs = DataCollatorWithPadding(tokenizer), DataCollatorForSeq2Seq(tokenizer)
+cases = [
+    ("causal LM", causal, causal_rows, pad_pairs),
+    ("seq2seq (T5)", seq2seq, seq2seq_rows, pad_pairs),
+    ("classification (BERT)", classifier, class_rows, pad),
+]
+results = [
+    (name, *(difference(trainer, model, rows, collator) for trainer in (GradUtilsTrainer, Trainer)))
+    for name, model, rows, collator in cases
+]
+if torch.distributed.is_initialized():
+    is_rank_0 = torch.distributed.get_rank() == 0
+    torch.distributed.destroy_process_group()
+else:
+    is_rank_0 = True
+if is_rank_0:
+    print(
+        f"Proof: gradient with accumulation {SAMPLES_PER_RANK} against accumulation 1, the same "
+        f"{len(docstrings)} samples on {world_size} rank(s), relative difference"
+    )
+    print(f"  {'':<24}{'GradUtilsTrainer':>18}{'stock Trainer':>18}")
+    for name, ours, stock in results:
+        print(f"  {name:<24}{ours:>18.1e}{stock:>18.1e}{'   <- wrong' if stock > 1e-5 else ''}")
+    print("  (float32 rounding is about 1e-7; 7.0 means that the step is eight times too long)", flush=True)
+    if any(ours > 1e-5 for _, ours, _ in results):
+        sys.exit("error: the gradient of GradUtilsTrainer depends on the accumulation")

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# What `make demo` runs: train on two ranks, show the result, and prove the promise on the trained model.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+BIN=${BIN:-.venv/bin}
+OUTPUT=outputs/demo
+
+num_gpus=$("$BIN/python" -c 'import torch; print(torch.cuda.device_count())')
+case $num_gpus in
+  0) ranks=2; where="2 CPU ranks" ;;
+  1) ranks=1; where="1 GPU (a second one would be a second rank)" ;;
+  *) ranks=2; where="2 GPUs" ;;
+esac
+cores=$(nproc 2>/dev/null || echo 2)
+export OMP_NUM_THREADS=$(( cores / ranks > 0 ? cores / ranks : 1 ))
+export TOKENIZERS_PARALLELISM=false
+
+# --multi_gpu is what makes accelerate start several processes, on CPU too; port 0 takes a free one.
+launch=("$BIN/accelerate" launch --num_processes "$ranks" --num_machines 1 --mixed_precision no
+        --dynamo_backend no --main_process_port 0)
+[ "$ranks" -gt 1 ] && launch+=(--multi_gpu)
+
+echo "Fine-tuning a small Llama on the docstrings of Python's standard library, on $where"
+"${launch[@]}" recipes/finetune.py configs/demo.yaml --output_dir "$OUTPUT"
+echo
+"${launch[@]}" recipes/accumulation_proof.py "$OUTPUT"
