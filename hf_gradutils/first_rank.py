@@ -31,7 +31,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
 MAX_REPORT_CHARS = 20_000
-"""Longest traceback that is published; the end of a longer one is kept."""
+"""Longest message and traceback that are published; a longer message loses its end, a traceback its start."""
 
 DEATH_GRACE_S = 1.0
 """A dying process closes its connections a moment before it counts as ended."""
@@ -231,11 +231,14 @@ def _publish(block: _Block, error: BaseException | None) -> None:
     channel = block.channel
     report = "ok"
     if error is not None:
-        # What a file name brought into a message may not be encodable.
-        trace = "".join(traceback.format_exception(error)).encode(errors="backslashreplace").decode()
-        kind = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
+        what = "".join(traceback.format_exception_only(error)).strip()
+        trace = "".join(traceback.format_exception(error))
         who = _describe_rank(block, channel.ranks.global_rank, channel.process)
-        report = f"{who} failed in {block.name} with {kind}; its traceback:\n\n{trace[-MAX_REPORT_CHARS:]}"
+        report = (
+            f"{who} failed in {block.name}: {what[:MAX_REPORT_CHARS]}\n\nIts traceback:\n{trace[-MAX_REPORT_CHARS:]}"
+        )
+        # What a file name brought into a message may not be encodable.
+        report = report.encode(errors="backslashreplace").decode()
     try:
         channel.claim(f"{block.key}/done", report)
     except RuntimeError as lost:  # the others notice that this rank has ended

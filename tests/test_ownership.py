@@ -1,0 +1,102 @@
+"""Who counts what: replicas that are none are an error, and declared shards are believed."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from layouts import make_mesh, make_net, parallelize
+from ranks import ranks, run_ranks
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from hf_gradutils import clip_gradients, get_grad_norm
+from hf_gradutils.errors import InvalidArgumentError, ReplicaMismatchError
+from hf_gradutils.reduction import domain_of
+
+
+@ranks(2)
+def test_replicas_that_differ_are_an_error_that_names_the_parameter():
+    model = make_net()
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            model.up.weight += 0.1
+    with pytest.raises(ReplicaMismatchError, match=r"'up.weight' should be the same on ranks 0 and 1, .* ownership="):
+        clip_gradients(model, 1.0)
+
+
+@ranks(2)
+def test_declared_shards_are_summed():
+    model = nn.ModuleDict({"expert": nn.Linear(3, 1, bias=False), "dense": nn.Linear(3, 1, bias=False)})
+    with torch.no_grad():
+        model.expert.weight.fill_(dist.get_rank())
+        model.dense.weight.fill_(1)
+    model.expert.weight.grad = torch.full((1, 3), 1.0 + dist.get_rank())
+    model.dense.weight.grad = torch.full((1, 3), 5.0)
+    want = (3 * (1 + 4) + 3 * 25) ** 0.5
+    norm = clip_gradients(model, 1.0, ownership={"expert.*": "sharded"})
+    assert norm.item() == pytest.approx(want, rel=1e-12)
+
+
+@ranks(4)
+def test_parameters_that_only_some_ranks_hold_are_counted_once():
+    stage = dist.get_rank() // 2  # two pipeline stages with two replicas each
+    model = nn.ModuleDict({f"stage{stage}": nn.Linear(2 + stage, 1, bias=False)})
+    with torch.no_grad():
+        model[f"stage{stage}"].weight.fill_(1)
+    model[f"stage{stage}"].weight.grad = torch.full((1, 2 + stage), 1.0 + stage)
+    assert clip_gradients(model, 1e9).item() == pytest.approx((2 * 1 + 3 * 4) ** 0.5, rel=1e-12)
+
+
+@ranks(4, tp=2, dp=2)
+def test_the_same_parameter_on_two_disjoint_meshes_is_counted_once(mesh):
+    model = make_net()
+    fully_shard(model, mesh=mesh["dp"])  # a mesh of two ranks for each of the two tensor-parallel ranks
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    num_elements = sum(p.numel() for p in make_net().parameters())
+    assert clip_gradients(model, 1e9).item() == pytest.approx(num_elements**0.5, rel=1e-12)
+
+
+@ranks(2)
+def test_a_parameter_sharded_on_one_rank_only_is_an_error():
+    model = make_net()
+    mesh = make_mesh("ddp2")
+    if dist.get_rank() == 0:
+        model = parallelize(model, "fsdp2", mesh)
+    else:
+        fully_shard(nn.Linear(1, 1), mesh=mesh)
+    with pytest.raises(ReplicaMismatchError, match="is a DTensor on rank 0 and a plain tensor on rank 1"):
+        clip_gradients(model, 1.0)
+
+
+def test_a_plan_is_made_anew_when_the_parameters_change():
+    model = make_net()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    first = clip_gradients(model, 1e9)
+    model.out = nn.Linear(6, 30).double()
+    model.out.weight.grad = torch.ones_like(model.out.weight)
+    assert clip_gradients(model, 1e9) > first
+
+
+def test_gradients_of_alleged_replicas_that_differ_are_an_error():
+    messages = run_ranks(_differing_gradients, 2)
+    assert all("norms of their gradients differ" in message for message in messages)
+
+
+def _differing_gradients():
+    parameter = nn.Parameter(torch.zeros(4))
+    parameter.grad = torch.full((4,), 1.0 + dist.get_rank())
+    with pytest.raises(ReplicaMismatchError) as caught:
+        get_grad_norm(parameter, dist.group.WORLD, None)
+    return str(caught.value)
+
+
+@ranks(4)
+def test_groups_that_overlap_without_a_grid_are_refused():
+    one = dist.new_group([0, 1, 2])
+    other = dist.new_group([0, 1, 3])
+    if dist.get_rank() in (0, 1):
+        with pytest.raises(InvalidArgumentError, match="groups that meet in one rank"):
+            domain_of([one, other])
+    assert domain_of([None]).num_ranks == 1
+    assert domain_of([dist.group.WORLD, one if dist.get_rank() != 3 else None]).num_ranks == 4

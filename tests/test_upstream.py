@@ -1,0 +1,81 @@
+"""Private names of torch and transformers that the package leans on: this fails when one of them moves."""
+
+import ast
+import inspect
+import math
+from pathlib import Path
+
+import torch
+from ranks import ranks
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from transformers import Trainer
+
+import hf_gradutils
+from hf_gradutils import upstream
+from hf_gradutils.trainer import GradUtilsTrainerMixin
+
+PACKAGE = Path(hf_gradutils.__file__).parent
+
+
+def test_the_methods_of_trainer_take_what_we_think():
+    for name, parameters in upstream.TRAINER_METHODS.items():
+        theirs = tuple(inspect.signature(getattr(Trainer, name)).parameters)
+        assert theirs[: len(parameters)] == parameters, name
+
+
+def test_every_private_name_of_trainer_that_is_used_is_listed():
+    own = {name for name in vars(GradUtilsTrainerMixin) if name.startswith("_")}
+    tree = ast.parse((PACKAGE / "trainer.py").read_text())
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr.startswith("_")}
+    theirs = {name for name in used | own if hasattr(Trainer, name) and not name.startswith("__")}
+    assert theirs <= set(upstream.TRAINER_METHODS)
+    source = inspect.getsource(Trainer)
+    for name in upstream.TRAINER_ATTRIBUTES:
+        assert name in used
+        assert f"self.{name}" in source, f"Trainer no longer keeps {name}"
+
+
+def test_trainer_still_calls_the_two_hooks_before_the_step():
+    source = inspect.getsource(Trainer._run_epoch)
+    clip, norm, step = (
+        source.index(x) for x in ("self._clip_grad_norm(model)", "self._get_grad_norm(", "optimizer.step()")
+    )
+    assert clip < norm < step
+
+
+def test_no_other_file_uses_private_names_of_torch():
+    for path in PACKAGE.glob("*.py"):
+        if path.name == "upstream.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_") and isinstance(node.value, ast.Name):
+                assert node.value.id not in ("torch", "dist"), f"{path.name}: {node.value.id}.{node.attr}"
+
+
+def test_the_multi_tensor_kernels_do_what_we_think():
+    tensors = [torch.randn(7), torch.randn(3, 2).bfloat16()]
+    norms = upstream.foreach_norm(tensors, 2.0, torch.float64)
+    assert [n.dtype for n in norms] == [torch.float64] * 2
+    assert norms[0].item() == torch.linalg.vector_norm(tensors[0].double()).item()
+    maxima = upstream.foreach_norm(tensors, math.inf, torch.float64)
+    assert maxima[1].item() == tensors[1].abs().max().item()
+    half = [torch.randn(5).bfloat16()]
+    want = (half[0].float() * 0.3).bfloat16()
+    upstream.foreach_mul_in_fp32_(half, torch.tensor(0.3))
+    assert torch.equal(half[0], want)
+
+
+@ranks(2)
+def test_the_flags_of_fsdp2_can_be_read_and_written_back():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    fully_shard(model[0])
+    fully_shard(model)
+    model.set_requires_gradient_sync(False)
+    flags = upstream.fsdp2_sync_flags(model)
+    assert [(reduce, all_reduce) for _, reduce, all_reduce in flags] == [(False, False)]
+    model.set_requires_gradient_sync(True)
+    assert [flag[1:] for flag in upstream.fsdp2_sync_flags(model)] == [(True, True)]
+    upstream.restore_fsdp2_sync_flags(flags)
+    assert [flag[1:] for flag in upstream.fsdp2_sync_flags(model)] == [(False, False)]
+    assert upstream.default_store() is not None
