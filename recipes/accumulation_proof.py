@@ -41,6 +41,7 @@ class GradientTap(TrainerCallback):
     """Keeps what the optimizer is about to see."""
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        """Copy the gradients of all parameters into one vector."""
         self.gradient = torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
 
 

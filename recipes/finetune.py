@@ -118,6 +118,8 @@ def load_texts(recipe: RecipeArguments) -> tuple[datasets.Dataset, datasets.Data
     else:
         path, options = recipe.dataset_name, {"name": recipe.dataset_config_name, "cache_dir": recipe.cache_dir}
         if Path(path).is_file():
+            if not Path(path).stat().st_size:
+                raise UserError(f"the data set {path!r} needs rows to train on and rows to hold out, got an empty file")
             path, options["data_files"] = "json", path
         try:
             train = datasets.load_dataset(path, split=recipe.train_split, **options)
@@ -316,6 +318,8 @@ def load_model(
     }
     if recipe.task == "seq2seq":
         size |= {"d_kv": recipe.hidden_size // recipe.num_heads, "d_ff": 2 * recipe.hidden_size, "dropout_rate": 0.0}
+        # Named as T5 names it: under transformers' common name the decoder would keep its default of 6 layers.
+        size |= {"num_layers": size.pop("num_hidden_layers"), "num_decoder_layers": recipe.num_layers}
         size |= {"feed_forward_proj": "gated-gelu", "decoder_start_token_id": tokenizer.pad_token_id}
         return auto.from_config(AutoConfig.for_model("t5", **size))
     size |= {"intermediate_size": 3 * recipe.hidden_size, "max_position_embeddings": recipe.max_length}
