@@ -19,14 +19,18 @@ help:  ## Show the commands
 install: $(STAMP)  ## Create .venv and install the package with its development tools
 
 # torch comes through pip, which also finds a wheel in a local folder; uv does not look there.
-# Everything else comes through uv, which takes seconds where pip takes minutes.
+# Everything else comes through uv, which takes seconds where pip takes minutes; pip is there for a machine whose
+# package index only pip is told about.
 $(STAMP): pyproject.toml
 	@echo "Setting up $(VENV) with $(TORCH) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@rm -f $(VENV)/.ready-*
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "$(TORCH)"
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python --editable ".[trl,peft,plot]" --group dev
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --editable ".[trl,peft,plot]" --group dev || { \
+		echo "uv could not install; once more with pip ..."; \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1" && \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[trl,peft,plot]" --group dev; }
 	@touch $@
 
 demo: $(STAMP)  ## Fine-tune on two ranks (GPUs where there are some, else CPU) and print the result
