@@ -38,6 +38,8 @@ def clip_coefficient(total_norm: Tensor, max_norm: float) -> Tensor:
         max_norm: Greater than 0; inf never clips.
 
     Collectives: none. Host syncs: none.
+
+    Source: ``torch.nn.utils.clip_grad_norm_``, but for norms that are not finite.
     """
     if math.isinf(max_norm):
         return torch.ones_like(total_norm)

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from torch.distributed.tensor import DTensor
+from torch.profiler import profile
 from trainer_cases import HEADS, GradientTap, collate, make_data, make_model, norm, relative_error, train, truth
 from transformers import Trainer
 
@@ -276,6 +277,25 @@ def test_dropout_and_random_states_are_not_disturbed_by_the_check():
         assert all(module.training for module in model.modules())
         results.append(tap.steps[0])
     assert relative_error(results[0], results[1]) == 0
+
+
+@pytest.mark.parametrize("accumulation", [1, 8])
+def test_a_step_costs_one_all_reduce_besides_the_models_own(accumulation):
+    counts = run_ranks(_all_reduces_per_step, 2, accumulation)
+    assert counts == [(2, 0)] * 2, "one bucket of DDP and ours; nothing else"
+
+
+def _all_reduces_per_step(accumulation):
+    seen = []
+    for max_steps in (3, 5):
+        arguments = {"max_steps": max_steps, "logging_strategy": "no"}
+        arguments |= {"ddp_find_unused_parameters": False, "max_grad_norm": 1.0}
+        with profile() as profiler:
+            train("t5 seq2seq", accumulation, arguments=arguments)
+        names = [event.name for event in profiler.events() if event.name.startswith("gloo:")]
+        seen.append((names.count("gloo:all_reduce"), len(names) - names.count("gloo:all_reduce")))
+    (fewer, fewer_others), (more, more_others) = seen
+    return (more - fewer) / 2, (more_others - fewer_others) / 2
 
 
 # ---- What cannot be exact stops with an error ----
