@@ -1,6 +1,6 @@
 """Every private name of torch that the package leans on, and nothing else.
 
-Checked on torch 2.13. ``tests/test_upstream.py`` fails when one of them moves. The private methods of
+Checked on torch 2.11, 2.13 and 2.15. ``tests/test_upstream.py`` fails when one of them moves. The private methods of
 ``transformers.Trainer`` that :mod:`hf_gradutils.trainer` overrides are listed in :data:`TRAINER_METHODS`
 and checked by the same test.
 """
@@ -57,8 +57,11 @@ def fsdp2_sync_flags(module: FSDPModule) -> list[tuple[Any, bool, bool]]:
     """``(parameter group, reduce_grads, all_reduce_grads)`` of one FSDP2 module, not of its children.
 
     FSDP2 has public setters for these flags and no getters; restoring the prior state needs to read it.
+    A module has one group in torch 2.11, or none, and a list of them from 2.13 on.
     """
-    return [(g, g.reduce_grads, g.all_reduce_grads) for g in module._get_fsdp_state()._fsdp_param_groups]
+    state = module._get_fsdp_state()
+    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    return [(g, g.reduce_grads, g.all_reduce_grads) for g in groups if g is not None]
 
 
 def restore_fsdp2_sync_flags(flags: Sequence[tuple[Any, bool, bool]]) -> None:

@@ -62,6 +62,7 @@ PRELOADED_IF_IMPORTED = (
 
 UPSTREAM_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     ("FSDP2-wrapped module .* returned a view tensor", UserWarning),  # torch 2.13, about layers of transformers
+    ("Warning: Profiler clears events at the end of each cycle", UserWarning),  # torch 2.11
 )
 """`(message regex, category)` of warnings that are neither ours nor the test's to avoid."""
 
