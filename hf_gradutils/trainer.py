@@ -21,6 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from hf_gradutils.accelerator import GradUtilsAccelerator, GradUtilsPlugin, uses_exact_arithmetic
 from hf_gradutils.errors import InvalidArgumentError, TargetCountError
 from hf_gradutils.loss_probe import settle_unit, undisturbed
+from hf_gradutils.micro_batches import MicroBatches
 from hf_gradutils.reduction import reduce_packed, world_domain
 from hf_gradutils.targets import count_rows, count_with, take_rows, with_one_target
 from hf_gradutils.window import AccumulationWindow, WindowReport, loss_scale_for
@@ -91,9 +92,14 @@ class GradUtilsTrainerMixin(_Base):  # type: ignore[misc]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], None]:
-        """The window's micro-batches, without a count: each is counted when its turn comes."""
-        return list(itertools.islice(epoch_iterator, num_batches)), None
+    ) -> tuple[Sequence[Any] | MicroBatches, None]:
+        """The window's micro-batches, without a count: each is fetched and counted when its turn comes."""
+        first = list(itertools.islice(epoch_iterator, 1))
+        state = self.accelerator.gradient_state
+        if not first or not state.in_dataloader:
+            # A loader that accelerate has not prepared does not say which batch is its last: look at them all.
+            return first + list(itertools.islice(epoch_iterator, num_batches - len(first))), None
+        return MicroBatches(first.pop(), epoch_iterator, num_batches, lambda: state.end_of_dataloader), None
 
     def training_step(self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch; returns its own mean loss, detached."""

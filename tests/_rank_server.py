@@ -19,8 +19,9 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import DupFd
 from typing import Any, Literal
@@ -89,7 +90,7 @@ class FunctionName:
 
     module: str
     qualname: str
-    depth: int = field(default=0)
+    depth: int = 0
 
     @classmethod
     def of(cls, function: Callable[..., Any]) -> "FunctionName":
@@ -122,7 +123,7 @@ class FunctionName:
 def serve(packed_job: bytes, connection: Connection, output: FileHandle, stacks: FileHandle) -> None:
     """Be one rank, from the first line to the exit."""
     os.setsid()  # a process group of our own, so that grandchildren can be ended with us
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a killed pytest takes the ranks along
+    _end_with_pytest()
     faulthandler.register(STACK_SIGNAL, file=stacks.fd, all_threads=True)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
@@ -146,6 +147,18 @@ def serve(packed_job: bytes, connection: Connection, output: FileHandle, stacks:
         os._exit(1)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _end_with_pytest() -> None:
+    """Let a killed pytest take the ranks along.
+
+    The forkserver ends when nobody holds its "alive" pipe any more, and every process it forks
+    holds it too; once we do not, pytest's end is the forkserver's end, and that one is ours.
+    """
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    server = forkserver._forkserver
+    os.close(server._forkserver_alive_fd)
+    server._forkserver_alive_fd = None
 
 
 def _answer(job: Job) -> Answer:

@@ -2,36 +2,85 @@
 
 import os
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
+import torch.distributed as dist
 from ranks import helper_pids, stop_forkserver
+from tqdm import tqdm
 
 # Before anything imports transformers: no test talks to a hub.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
+tqdm.monitor_interval = 0  # its monitor is a thread that stays
+
 
 @pytest.fixture(autouse=True)
 def _leaves_nothing_behind() -> Iterator[None]:
-    """Fail a test that leaks variables, threads, child processes or a process group."""
-    before = _traces()
+    """Fail a test that leaks, and clear the leak away where it could fail the next test too."""
+    cwd, env = Path.cwd(), _environment()
+    threads, pids, files = _threads(), _child_pids(), _files(cwd)
     yield
-    after = _traces()
-    for kind, left in after.items():
-        assert left == before[kind], f"the test leaves {kind} behind: {left} (was {before[kind]})"
+    leaks = []
+    if Path.cwd() != cwd:
+        leaks.append(f"the working directory {Path.cwd()}")
+        os.chdir(cwd)
+    if changed := {name for name, _ in _environment().items() ^ env.items()}:
+        leaks.append(f"changed environment variables {sorted(changed)}")  # names only: values may be secret
+        _restore(env)
+    if dist.is_initialized():
+        leaks.append("a process group")
+        dist.destroy_process_group()
+    if started := _settled(threads):
+        leaks.append(f"threads {sorted(thread.name for thread in started)}")
+    if children := _child_pids() - pids:
+        leaks.append(f"child processes {[_end(pid) for pid in sorted(children)]}")
+    if written := _files(cwd) - files:
+        leaks.append(f"files {sorted(written)} in {cwd}")
+    if leaks:
+        pytest.fail("the test leaves behind " + "; ".join(leaks), pytrace=False)
 
 
 def pytest_sessionfinish() -> None:
     stop_forkserver()
 
 
-def _traces() -> dict[str, object]:
-    import torch.distributed as dist
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
 
-    return {
-        "environment variables": {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"},
-        "threads": {thread.name for thread in threading.enumerate()},
-        "child processes": {child.pid for child in psutil.Process().children()} - helper_pids(),
-        "a process group": dist.is_initialized(),
-    }
+
+def _restore(env: dict[str, str]) -> None:
+    for name in _environment().keys() - env.keys():
+        del os.environ[name]
+    os.environ.update(env)
+
+
+def _threads() -> set[threading.Thread]:
+    return set(threading.enumerate())
+
+
+def _settled(before: set[threading.Thread], patience_s: float = 1.0) -> set[threading.Thread]:
+    """The new threads, once those that are about to end have ended."""
+    until = time.monotonic() + patience_s
+    while (started := _threads() - before) and time.monotonic() < until:
+        time.sleep(0.02)
+    return started
+
+
+def _child_pids() -> set[int]:
+    return {child.pid for child in psutil.Process().children()} - helper_pids()
+
+
+def _end(pid: int) -> str:
+    child = psutil.Process(pid)
+    text = f"{pid} ({child.name()}, {child.status()})"
+    child.kill()
+    child.wait(10)
+    return text
+
+
+def _files(folder: Path) -> set[str]:
+    return {name for name in os.listdir(folder) if not name.startswith((".", "__pycache__"))}

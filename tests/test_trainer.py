@@ -279,6 +279,67 @@ def test_dropout_and_random_states_are_not_disturbed_by_the_check():
     assert relative_error(results[0], results[1]) == 0
 
 
+@pytest.mark.parametrize("layout", ["1 rank", "ddp2"])
+@pytest.mark.parametrize("trainer_class", [GradUtilsTrainer, Trainer])
+def test_micro_batches_are_fetched_one_ahead_and_not_all_at_once(trainer_class, layout):
+    ahead = run(_largest_look_ahead, layout, trainer_class is Trainer)
+    assert ahead == ([7] if trainer_class is Trainer else [1]) * len(ahead), "the stock Trainer is the control"
+
+
+def _largest_look_ahead(layout, is_stock):
+    num_fetched, num_trained, ahead = 0, 0, []
+
+    def counting_collate(rows):
+        nonlocal num_fetched
+        num_fetched += 1
+        return collate(rows)
+
+    class Counting(Trainer if is_stock else GradUtilsTrainer):
+        def training_step(self, *args, **kwargs):
+            nonlocal num_trained
+            num_trained += 1
+            ahead.append(num_fetched - num_trained)
+            return super().training_step(*args, **kwargs)
+
+    train("bert classes", 8, trainer_class=Counting, data_collator=counting_collate)
+    assert num_trained == 8
+    return max(ahead)
+
+
+@pytest.mark.parametrize("layout", ["1 rank", "ddp2"])
+def test_a_loader_that_accelerate_has_not_prepared_is_exact_too(layout):
+    run(_own_loader, layout)
+
+
+class _OwnLoader(GradUtilsTrainer):
+    def get_train_dataloader(self):
+        world_size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        rows = [row for i, row in enumerate(self.train_dataset) if i % world_size == rank]
+        return torch.utils.data.DataLoader(rows, batch_size=2, collate_fn=collate)
+
+
+def _own_loader(layout):
+    head = "bert masked"
+    data = make_data(head, 12)
+    want, _ = truth(head, data)
+    _, tap = train(head, 8, trainer_class=_OwnLoader, data=data, arguments={"num_train_epochs": 1, "max_steps": -1})
+    assert len(tap.steps) == 1, "one short window"
+    assert relative_error(tap.steps[0], want) < TOLERANCE
+
+
+def test_a_run_resumed_in_the_middle_of_an_epoch_goes_on_as_if_nothing_had_happened(tmp_path):
+    head = "llama causal"
+    data = make_data(head, 32)
+    arguments = {"output_dir": str(tmp_path), "max_steps": 6, "per_device_train_batch_size": 2, "optim": "adamw_torch"}
+    arguments |= {"save_strategy": "steps", "save_steps": 3}
+    whole, _ = train(head, 2, data=data, arguments=arguments)
+    resumed = GradUtilsTrainer(model=make_model(head), args=whole.args, train_dataset=data)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for before, after in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(before, after)
+    assert [e["loss"] for e in whole.state.log_history[:6]] == [e["loss"] for e in resumed.state.log_history[:6]]
+
+
 @pytest.mark.parametrize("accumulation", [1, 8])
 def test_a_step_costs_one_all_reduce_besides_the_models_own(accumulation):
     counts = run_ranks(_all_reduces_per_step, 2, accumulation)
