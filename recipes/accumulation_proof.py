@@ -11,7 +11,6 @@ small new classifier, which like most heads of transformers do not use the count
 import copy
 import logging
 import sys
-import tempfile
 
 import datasets
 import torch
@@ -49,7 +48,7 @@ def gradient(trainer_class, model, rows, collator, accumulation):
     """The gradient of one step over all rows, on the ranks there are."""
     tap = GradientTap()
     arguments = TrainingArguments(
-        output_dir=tempfile.mkdtemp(),
+        output_dir=folder,  # nothing is saved
         per_device_train_batch_size=SAMPLES_PER_RANK // accumulation,
         gradient_accumulation_steps=accumulation,
         max_steps=1,
@@ -80,7 +79,7 @@ def difference(trainer_class, model, rows, collator):
 set_seed(0)
 logging.getLogger("accelerate").setLevel(logging.ERROR)
 folder = sys.argv[1]
-world_size = TrainingArguments(output_dir=tempfile.mkdtemp(), use_cpu=not torch.accelerator.is_available()).world_size
+world_size = TrainingArguments(output_dir=folder, use_cpu=not torch.accelerator.is_available()).world_size
 
 with FirstRankPerNode():
     train, _ = load_stdlib_docstrings(str(datasets.config.HF_DATASETS_CACHE))

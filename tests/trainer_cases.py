@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -152,7 +153,7 @@ def train(
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     data = make_data(head) if data is None else data
     options: dict[str, Any] = {
-        "output_dir": tempfile.mkdtemp(),
+        "output_dir": str(Path(tempfile.gettempdir()) / "hf_gradutils-tests"),  # nothing is saved there
         "use_cpu": True,
         "dataloader_pin_memory": False,
         "per_device_train_batch_size": max(1, NUM_SAMPLES // (accumulation * world_size)),
