@@ -16,6 +16,7 @@ import re
 import resource
 import signal
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -136,6 +137,7 @@ def serve(packed_job: bytes, connection: Connection, output: FileHandle, stacks:
     job: Job = pickle.loads(packed_job)
     os.environ.clear()
     os.environ.update(job.env)
+    tempfile.tempdir = None  # the forkserver's, if it was asked for already
     os.chdir(job.cwd)
     answer = _answer(job)
     sys.stdout.flush()

@@ -22,6 +22,7 @@ import re
 import signal
 import socket
 import sys
+import tempfile
 import time
 import types
 import warnings
@@ -244,13 +245,13 @@ def _run(plan: _Plan, function: Callable[..., Any], args: tuple[Any, ...], kwarg
     body = pickle.dumps((named, args, kwargs))
     start_forkserver()
     workers: list[_Worker] = []
-    with _meeting_point(plan.agent) as port:
+    with _meeting_point(plan.agent) as port, tempfile.TemporaryDirectory(prefix="ranks-") as scratch:
         try:
             for global_rank in range(plan.world_size):
                 job = Job(
                     body=body,
                     global_rank=global_rank,
-                    env=_environment(plan, global_rank, port),
+                    env=_environment(plan, global_rank, port, scratch),
                     cwd=str(Path.cwd()),
                     warning_filters=_warning_filters(),
                     init=plan.init,
@@ -467,7 +468,7 @@ def _meeting_point(agent: bool) -> Iterator[int]:
         del store
 
 
-def _environment(plan: _Plan, global_rank: int, port: int) -> dict[str, str]:
+def _environment(plan: _Plan, global_rank: int, port: int, scratch: str) -> dict[str, str]:
     """What torchrun (or, without agent, a plain launcher) would set, upon our own environment."""
     num_local = plan.world_size // plan.nodes
     env: dict[str, str | None] = {
@@ -485,6 +486,7 @@ def _environment(plan: _Plan, global_rank: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
+        "TMPDIR": scratch,  # ranks end without cleaning up, so we do it for them
         "GLOO_SOCKET_IFNAME": "lo",  # no look-up of the host name, nothing visible outside
     }
     if plan.agent:

@@ -236,6 +236,20 @@ def _start_a_child_and_fail(folder):
     time.sleep(1000)
 
 
+def test_temporary_files_of_ranks_go_with_them(tmp_path):
+    with pytest.raises(RankFailure):
+        run_ranks(_make_a_folder_and_die, 2, tmp_path)
+    folders = [Path(path.read_text()) for path in tmp_path.iterdir()]
+    assert len(folders) == 2
+    assert not any(folder.exists() for folder in folders)
+
+
+def _make_a_folder_and_die(notes):
+    (notes / str(dist.get_rank())).write_text(tempfile.mkdtemp())
+    dist.barrier()
+    os._exit(3)
+
+
 def test_ranks_skip_together_or_not_at_all():
     with pytest.raises(pytest.skip.Exception, match="not today"):
         run_ranks(_skip, 2, everywhere=True)
