@@ -126,7 +126,7 @@ def clip_gradients(
 
     Args:
         model: Its gradients are synchronised. Sharded, replicated, Partial and plain ones may stand side by
-            side; ranks may hold different parameters, or gradients of None.
+            side; ranks may hold different parameters, and a rank may have no gradients at all.
         clip_norm: Greater than 0; ``inf`` measures without clipping.
         foreach: One multi-tensor call per dtype; False makes one per tensor.
         norm_type: p of the norm; ``inf`` is the largest element.

@@ -1,5 +1,6 @@
 """Documented utilities on lists of parameters: the gradient norm over explicit groups, and clipping by it."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -32,7 +33,7 @@ def clip_grad_by_total_norm_(
         max_grad_norm: Greater than 0.
         total_norm: The global norm, a number or a 0-d tensor on any device (a DTensor is gathered). If it is
             not finite, nothing is scaled: the bad gradients stay where they can be seen.
-        dtype: Precision in which the coefficient is computed.
+        dtype: Precision of the coefficient.
 
     Collectives: none. Host syncs: none for a tensor norm on the gradients' device.
 
@@ -44,7 +45,7 @@ def clip_grad_by_total_norm_(
     if isinstance(total_norm, DTensor):
         total_norm = total_norm.full_tensor()
     norm = total_norm if isinstance(total_norm, Tensor) else torch.tensor(float(total_norm), dtype=torch.float64)
-    scale_(grads, clip_coefficient(norm.to(_checked_float(dtype)), max_norm))
+    scale_(grads, clip_coefficient(norm.double(), max_norm).to(_checked_float(dtype)))
 
 
 def get_grad_norm(
@@ -67,7 +68,7 @@ def get_grad_norm(
         dp_cp_group: Ranks of (sharded) data and context parallelism, or None.
         tp_group: Ranks of tensor parallelism, or None.
         norm_type: p, greater than 0; ``inf`` is the largest element.
-        dtype: Precision of the result. The sum itself runs in float64.
+        dtype: Precision of the result, if it can hold it. The sum itself runs in float64.
         plain_sharded_over: Groups over which plain tensors are different parts.
 
     Returns:
@@ -105,7 +106,9 @@ def get_grad_norm(
         spread = torch.stack((torch.ones_like(own), own, own.square()))
     norm, spread = reduce_with_norm(plan, gradients, p, spread)
     _check_spread(spread.tolist(), replicas)
-    return float(norm.to(_checked_float(dtype)).item())
+    value = float(norm.item())
+    rounded = float(torch.tensor(value, dtype=_checked_float(dtype)).item())
+    return rounded if math.isfinite(rounded) else value  # a finite norm stays finite where dtype cannot hold it
 
 
 def _check_spread(spread: list[float], replicas: list[Tensor]) -> None:

@@ -25,6 +25,7 @@ from hf_gradutils.targets import (
     LossUnit,
     count_rows,
     count_with,
+    is_divisible,
     may_shift,
     take_rows,
 )
@@ -91,11 +92,11 @@ def check_additivity(loss_of: LossOf, batch: Mapping[str, Any], count: CountTarg
 
     Args:
         loss_of: Called under :func:`undisturbed`.
-        batch: One row cannot be split and gives NaN.
+        batch: One row, or a batch that is not divisible, cannot be split and gives NaN.
         count: Batch → targets.
     """
     num_rows = count_rows(batch)
-    half = num_rows // 2
+    half = num_rows // 2 if is_divisible(batch) else 0
     parts = [batch, take_rows(batch, 0, half), take_rows(batch, half, num_rows)] if half else [batch] * 3
     sums = []
     for part in parts:

@@ -1,6 +1,6 @@
 """What a loss is a mean over, and how many of those a batch holds."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, TypeGuard, get_args
 
 import torch
@@ -56,6 +56,20 @@ def take_rows(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]
         else value
         for name, value in batch.items()
     }
+
+
+def is_divisible(batch: Mapping[str, Any]) -> bool:
+    """Whether :func:`take_rows` leaves a batch that fits together: everything in it has one entry per row.
+
+    The patches of a vision-language model, or lists of boxes, do not: rows without their patches are no batch.
+    """
+    num_rows = count_rows(batch)
+    return all(
+        value.dim() == 0 or value.shape[0] == num_rows
+        if isinstance(value, Tensor)
+        else not isinstance(value, Sequence | Mapping) or isinstance(value, str)
+        for value in batch.values()
+    )
 
 
 def may_shift(batch: Mapping[str, Any]) -> bool:

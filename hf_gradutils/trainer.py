@@ -23,7 +23,7 @@ from hf_gradutils.errors import InvalidArgumentError, TargetCountError
 from hf_gradutils.loss_probe import settle_unit, undisturbed
 from hf_gradutils.micro_batches import MicroBatches
 from hf_gradutils.reduction import reduce_packed, world_domain
-from hf_gradutils.targets import count_rows, count_with, take_rows, with_one_target
+from hf_gradutils.targets import count_rows, count_with, is_divisible, take_rows, with_one_target
 from hf_gradutils.window import AccumulationWindow, WindowReport, loss_scale_for
 
 if TYPE_CHECKING:
@@ -73,6 +73,17 @@ class GradUtilsTrainerMixin(_Base):  # type: ignore[misc]
                 "itself; use FSDP2 (fsdp=True, fsdp_config={'version': 2}), which shards what ZeRO-3 shards"
             )
 
+        for axis, size in (
+            ("tensor", self.get_tp_size()),
+            ("context", self.get_cp_size()),
+            ("sequence", self.get_sp_size()),
+        ):
+            if size > 1:
+                raise InvalidArgumentError(
+                    f"expected data parallelism (DDP, FSDP2), got {axis} parallelism of size {size}, whose gradients "
+                    "this Trainer does not make exact yet; use FSDP2, or a loop of your own with the utilities"
+                )
+
     def create_accelerator_and_postprocess(self) -> None:
         """Build the Accelerator as Trainer does, and make it one that weighs."""
         super().create_accelerator_and_postprocess()
@@ -89,6 +100,11 @@ class GradUtilsTrainerMixin(_Base):  # type: ignore[misc]
             return super().train(*args, **kwargs)
         finally:
             self.args.logging_nan_inf_filter = filters
+
+    def _update_auto_batch_size(self, batch_size: int) -> None:
+        """As in Trainer, which starts over: what was weighed so far is dropped with its gradients."""
+        self._expects_first_batch, self._logged = True, None
+        super()._update_auto_batch_size(batch_size)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -216,8 +232,10 @@ class GradUtilsTrainerMixin(_Base):  # type: ignore[misc]
                 self.model, dict(batch), return_outputs=True, num_items_in_batch=num_targets
             )
         auxiliary = outputs.get("aux_loss") if isinstance(outputs, Mapping) else None
-        if isinstance(auxiliary, Tensor):
-            loss = loss - getattr(self.model.config, "router_aux_loss_coef", 0.0) * auxiliary
+        is_the_models_own = self.label_smoother is None and self.compute_loss_func is None
+        if is_the_models_own and isinstance(auxiliary, Tensor):
+            config = getattr(self.model, "config", None)
+            loss = loss - getattr(config, "router_aux_loss_coef", 0.0) * auxiliary
         return loss
 
     # ---- Training: the window's end ----
@@ -293,7 +311,7 @@ class GradUtilsTrainerMixin(_Base):  # type: ignore[misc]
         num_targets = self._count_targets(inputs)
         num_rows = count_rows(inputs)
         num_real_rows = self._num_real_rows(num_rows)
-        if num_real_rows is not None:
+        if num_real_rows is not None and is_divisible(inputs):
             # Ranks were handed copies of samples to fill up the last batch: ask for the loss without them.
             batch = self._prepare_input(take_rows(inputs, 0, max(num_real_rows, 1)))
             num_targets = self._count_targets(batch)

@@ -21,6 +21,7 @@ TRAINER_METHODS = {
     "_get_grad_norm": ("self", "model", "grad_norm"),
     "_get_num_items_in_batch": ("self", "batch_samples", "device"),
     "_prepare_input": ("self", "data"),
+    "_update_auto_batch_size": ("self", "batch_size"),
 }
 """Private methods of ``transformers.Trainer`` (5.17 to 5.23) with the parameters that the overrides rely on."""
 
