@@ -19,11 +19,12 @@ from hf_gradutils.grad_utils import clip_grad_by_total_norm_, get_grad_norm
 
 if TYPE_CHECKING:
     from hf_gradutils.accelerator import GradUtilsPlugin
-    from hf_gradutils.trainer import GradUtilsTrainer, GradUtilsTrainerMixin
+    from hf_gradutils.trainer import GradUtilsSeq2SeqTrainer, GradUtilsTrainer, GradUtilsTrainerMixin
 
 __all__ = [
     "FirstRankPerNode",
     "GradUtilsPlugin",
+    "GradUtilsSeq2SeqTrainer",
     "GradUtilsTrainer",
     "GradUtilsTrainerMixin",
     "barrier_and_log",
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "GradUtilsPlugin": "hf_gradutils.accelerator",
+    "GradUtilsSeq2SeqTrainer": "hf_gradutils.trainer",
     "GradUtilsTrainer": "hf_gradutils.trainer",
     "GradUtilsTrainerMixin": "hf_gradutils.trainer",
 }

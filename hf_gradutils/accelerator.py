@@ -3,8 +3,8 @@
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -12,8 +12,8 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 
 from hf_gradutils.dist_utils import get_sync_ctx
-from hf_gradutils.errors import InvalidArgumentError, TargetCountError
-from hf_gradutils.targets import CountTargets, LossUnit, check_loss_unit
+from hf_gradutils.errors import TargetCountError
+from hf_gradutils.targets import CountTargets, LossUnit, TargetCounter
 from hf_gradutils.window import AccumulationWindow, WindowReport
 
 
@@ -29,9 +29,16 @@ class GradUtilsPlugin(GradientAccumulationPlugin):  # type: ignore[misc]
     """Verify on the first batch, with three forwards, that the loss is a mean over what is counted."""
 
     def __post_init__(self) -> None:
-        check_loss_unit(self.loss_unit)
-        if self.count_targets is not None and not callable(self.count_targets):
-            raise InvalidArgumentError(f"count_targets must be a function of a batch, got {self.count_targets!r}")
+        self.counter()
+
+    def counter(self) -> TargetCounter:
+        """Counts a batch's targets as these settings say. InvalidArgumentError where they say nothing sensible."""
+        return TargetCounter(self.loss_unit, self.count_targets)
+
+    def accumulation_settings(self) -> list[str]:
+        """``name=value`` of everything set that accelerate's own plugin has, which a Trainer takes elsewhere."""
+        own = {field.name: field.default for field in fields(GradientAccumulationPlugin)}
+        return [f"{name}={getattr(self, name)!r}" for name, default in own.items() if getattr(self, name) != default]
 
 
 class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
@@ -41,24 +48,27 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
     """
 
     window: AccumulationWindow
-    _num_targets: Tensor | None
+    _counted: "_Counted | None"
 
     @classmethod
     def adopt(cls, accelerator: Accelerator) -> "GradUtilsAccelerator":
         """Turn an Accelerator, as the Trainer builds it by name, into one of ours, in place."""
         accelerator.__class__ = cls
         accelerator.window = AccumulationWindow(accelerator.device)
-        accelerator._num_targets = None
+        accelerator._counted = None
         return accelerator
 
     @contextlib.contextmanager
-    def counted(self, num_targets: Tensor) -> Iterator[None]:
-        """Every ``backward`` inside is of a micro-batch with this many targets."""
-        self._num_targets = num_targets
+    def one_micro_batch(self) -> Iterator[None]:
+        """What :meth:`count` says inside holds for every ``backward`` inside, and is forgotten at the end."""
         try:
             yield
         finally:
-            self._num_targets = None
+            self._counted = None
+
+    def count(self, num_targets: Tensor, weight: Tensor) -> None:
+        """Say how many targets the micro-batch has, and what turns its loss into the sum over them."""
+        self._counted = _Counted(num_targets, weight)
 
     def backward(self, loss: Tensor, num_targets: Tensor | None = None, **kwargs: Any) -> None:
         """Backward of a micro-batch's own mean loss, weighted by its targets.
@@ -66,14 +76,13 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
         Raises:
             TargetCountError: nobody said how many targets the micro-batch has.
         """
-        if num_targets is None:
-            num_targets = self._num_targets
-        if num_targets is None:
+        counted = self._counted if num_targets is None else _Counted(num_targets, num_targets)
+        if counted is None:
             raise TargetCountError(
                 "expected the number of targets of this micro-batch, got none; call "
                 "accelerator.backward(loss, num_targets=(labels != -100).sum())"
             )
-        super().backward(self.window.weigh(loss, num_targets), **kwargs)
+        super().backward(self.window.weigh(loss, *counted), **kwargs)
 
     @contextlib.contextmanager
     def no_sync(self, model: nn.Module) -> Iterator[None]:
@@ -88,6 +97,11 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
         """
         self.unscale_gradients()
         return self.window.close(model, max_norm)
+
+
+class _Counted(NamedTuple):
+    num_targets: Tensor
+    weight: Tensor
 
 
 def uses_exact_arithmetic(accelerator: Accelerator, model: nn.Module) -> bool:

@@ -11,24 +11,16 @@ Names, signatures and tables are wrong for dozens of heads; two questions to the
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from hf_gradutils.batches import count_rows, is_divisible, take_rows
 from hf_gradutils.errors import LossUnitError, TargetCountError
 from hf_gradutils.reduction import reduce_packed, world_domain
-from hf_gradutils.targets import (
-    IGNORE_INDEX,
-    CountTargets,
-    LossUnit,
-    count_rows,
-    count_with,
-    is_divisible,
-    may_shift,
-    take_rows,
-)
+from hf_gradutils.targets import IGNORE_INDEX, TargetCounter, check_count
 
 LossOf: TypeAlias = Callable[[Mapping[str, Any]], Tensor]
 """Batch → the mean loss the training would use for it, shape ()."""
@@ -37,10 +29,13 @@ _TOLERANCE = 2e-5
 """Relative error of additivity in float32: right units stay below 6e-6 and wrong ones start at 2e-5 on 799 heads."""
 _TOLERANCE_REDUCED = 5e-3
 """The same where a batch's composition changes its rounding: half precision, autocast, TF32."""
+_SMALLEST_LOSS = 1e-6
+"""A mean loss nearer to 0 than this is rounding of larger numbers that cancel, and tells nothing."""
 
-_FIX = (
+HOW_TO_FIX = (
     "set loss_unit or count_targets to what the loss averages over; a loss that is no mean of its samples' losses "
-    "(contrastive) has no exact accumulation: train it with gradient_accumulation_steps=1, check_loss_unit=False"
+    "(contrastive) has no exact accumulation: train it on one process with gradient_accumulation_steps=1, or accept "
+    "the mean of its micro-batches with check_loss_unit=False"
 )
 
 
@@ -49,12 +44,17 @@ class Additivity:
     """Both sides of L(AB)·n(AB) = L(A)·n(A) + L(B)·n(B) on one rank; NaN where it could not be checked."""
 
     whole: float
-    parts: float
+    parts: tuple[float, float]
+    num_targets: float
 
     @property
     def relative_error(self) -> float:
-        """|whole − parts| / |whole|; NaN if unchecked."""
-        return abs(self.whole - self.parts) / max(abs(self.whole), 1e-30)
+        """|whole − Σ parts| over the largest sum of magnitudes in it; NaN if unchecked."""
+        scale = max(abs(self.whole), sum(map(abs, self.parts)))
+        return abs(self.whole - sum(self.parts)) / scale if scale > _SMALLEST_LOSS * self.num_targets else math.nan
+
+
+_UNCHECKED = Additivity(math.nan, (math.nan, math.nan), 0.0)
 
 
 @contextlib.contextmanager
@@ -87,25 +87,25 @@ def loss_ignores_first_position(loss_of: LossOf, batch: Mapping[str, Any]) -> bo
     return with_first == without or (math.isnan(with_first) and math.isnan(without))
 
 
-def check_additivity(loss_of: LossOf, batch: Mapping[str, Any], count: CountTargets) -> Additivity:
+def check_additivity(loss_of: LossOf, batch: Mapping[str, Any], counter: TargetCounter) -> Additivity:
     """Both sides of the equation for a batch. Three forwards on every rank, also where nothing can be split.
 
     Args:
         loss_of: Called under :func:`undisturbed`.
         batch: One row, or a batch that is not divisible, cannot be split and gives NaN.
-        count: Batch → targets.
+        counter: Batch → targets.
     """
     num_rows = count_rows(batch)
     half = num_rows // 2 if is_divisible(batch) else 0
     parts = [batch, take_rows(batch, 0, half), take_rows(batch, half, num_rows)] if half else [batch] * 3
     sums = []
     for part in parts:
-        num_targets = float(count(part))
+        weight = float(counter.weight(counter(part)))
         loss = float(loss_of(part))
-        sums.append(loss * num_targets if num_targets else 0.0)
-    if not half or not sums[0]:
-        return Additivity(math.nan, math.nan)
-    return Additivity(whole=sums[0], parts=sums[1] + sums[2])
+        sums.append(loss * weight if weight else 0.0)
+    if not half:
+        return _UNCHECKED
+    return Additivity(sums[0], (sums[1], sums[2]), float(counter(batch)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +120,9 @@ class Settled:
 
 def settle_unit(
     head_loss_of: LossOf,
-    loss_of: Callable[[Mapping[str, Any], bool], Tensor],
+    loss_of: Callable[[Mapping[str, Any], TargetCounter], Tensor],
     batch: Mapping[str, Any],
-    loss_unit: LossUnit,
-    count: CountTargets | None,
+    counter: TargetCounter,
     *,
     check: bool,
     exact_arithmetic: bool,
@@ -132,10 +131,9 @@ def settle_unit(
 
     Args:
         head_loss_of: The loss of the head itself, asked whether it shifts. Called under :func:`undisturbed`.
-        loss_of: (batch, whether the head shifts) → the loss that is trained. Called under :func:`undisturbed`.
+        loss_of: (batch, its counter) → the loss that is trained. Called under :func:`undisturbed`.
         batch: This rank's first micro-batch.
-        loss_unit: What the user said.
-        count: The user's own count, or None.
+        counter: What the user, or the table of known heads, said.
         check: Verify additivity.
         exact_arithmetic: float32 or better, without autocast or TF32.
 
@@ -150,7 +148,7 @@ def settle_unit(
     domain = world_domain()
     failure: TargetCountError | None = None
     try:
-        count_with(batch, loss_unit, count, head_shifts=False)
+        counter(batch)
     except TargetCountError as error:
         failure = error
     (num_failures,), _ = reduce_packed(domain, torch.tensor([failure is not None], dtype=torch.float64))
@@ -161,19 +159,13 @@ def settle_unit(
             f"{num_failures:.0f} of {domain.num_ranks} ranks cannot count the targets of their first batch"
         )
 
-    asks = count is None and loss_unit == "auto" and may_shift(batch)
-    shifts = asks and loss_ignores_first_position(head_loss_of, batch)
-    additivity = Additivity(math.nan, math.nan)
-    if check:
-        additivity = check_additivity(
-            lambda part: loss_of(part, shifts),
-            batch,
-            lambda part: count_with(part, loss_unit, count, head_shifts=shifts),
-        )
+    shifts = counter.asks_whether_the_head_shifts(batch) and loss_ignores_first_position(head_loss_of, batch)
+    settled = replace(counter, head_shifts=shifts)
+    additivity = check_additivity(lambda part: loss_of(part, settled), batch, settled) if check else _UNCHECKED
     is_wrong = additivity.relative_error > (_TOLERANCE if exact_arithmetic else _TOLERANCE_REDUCED)
-    num_targets = float(count_with(batch, loss_unit, count, head_shifts=shifts))
-    mine = torch.tensor([shifts, is_wrong, num_targets], dtype=torch.float64)
+    mine = torch.tensor([shifts, is_wrong, float(settled(batch))], dtype=torch.float64)
     num_shifting, num_wrong, total_targets = reduce_packed(domain, mine)[0].tolist()
+    check_count(total_targets)
 
     if num_shifting not in (0, domain.num_ranks):
         raise LossUnitError(
@@ -182,12 +174,12 @@ def settle_unit(
         )
     if num_wrong:
         seen = (
-            f"L(AB)·n(AB) = {additivity.whole:.7g} but L(A)·n(A) + L(B)·n(B) = {additivity.parts:.7g}, relative "
+            f"L(AB)·n(AB) = {additivity.whole:.7g} but L(A)·n(A) + L(B)·n(B) = {sum(additivity.parts):.7g}, relative "
             f"difference {additivity.relative_error:.1e}"
             if is_wrong
             else f"seen on {num_wrong:.0f} of {domain.num_ranks} ranks"
         )
         raise LossUnitError(
-            f"the loss is not a mean over the targets counted (loss_unit={loss_unit!r}): {seen}; {_FIX}"
+            f"the loss is not a mean over the targets counted (loss_unit={counter.loss_unit!r}): {seen}; {HOW_TO_FIX}"
         )
     return Settled(head_shifts=shifts, targets_per_micro_batch=total_targets / domain.num_ranks)

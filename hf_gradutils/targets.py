@@ -1,21 +1,32 @@
 """What a loss is a mean over, and how many of those a batch holds."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeGuard, get_args
 
 import torch
 from torch import Tensor
 
+from hf_gradutils.batches import count_rows, describe
 from hf_gradutils.errors import InvalidArgumentError, TargetCountError
 
-LossUnit: TypeAlias = Literal["auto", "rows", "tokens", "shifted_tokens"]
+LossUnit: TypeAlias = Literal[
+    "auto", "rows", "tokens", "shifted_tokens", "answers", "masked_patches", "attended_tokens", "boxes", "sum"
+]
 """What the model's loss averages over:
 
 - ``rows``: the samples of the batch;
-- ``tokens``: labels that are not -100;
+- ``tokens``: labels that are not -100 (or not the value that the head ignores: 255 in segmentation);
 - ``shifted_tokens``: the same without position 0 of each row, which causal heads never predict;
-- ``auto``: rows when labels are absent or floating point, ``shifted_tokens`` for labels of two or more
-  dimensions under a head that shifts, ``tokens`` otherwise.
+- ``answers``: rows whose start and end position lie within the sequence;
+- ``masked_patches``: the patches that ``bool_masked_pos`` marks;
+- ``attended_tokens``: positions that the attention mask keeps;
+- ``boxes``: boxes in ``labels``, a list with one ``{"class_labels": …}`` for each row;
+- ``sum``: nothing: the loss is a sum over rows, so that gradients add up and are not divided;
+- ``auto``: what the head is known to use, if it is an exception; else ``answers`` or ``rows`` where there are no
+  labels, ``rows`` for floating-point labels, ``shifted_tokens`` for labels of two or more dimensions under a head
+  that shifts, ``tokens`` otherwise.
 """
 
 CountTargets: TypeAlias = Callable[[Mapping[str, Any]], Tensor]
@@ -27,119 +38,136 @@ IGNORE_INDEX = -100
 _HOW_TO_COUNT = "name the unit with loss_unit='rows', or pass count_targets=lambda batch: <0-d tensor>"
 
 
-def check_loss_unit(loss_unit: str) -> None:
-    """Raise InvalidArgumentError unless ``loss_unit`` is one of :data:`LossUnit`."""
-    if loss_unit not in get_args(LossUnit):
-        raise InvalidArgumentError(f"loss_unit must be one of {get_args(LossUnit)}, got {loss_unit!r}")
+@dataclass(frozen=True, slots=True)
+class TargetCounter:
+    """Counts the targets of a batch: called with what the model is called with.
 
-
-def count_rows(batch: Mapping[str, Any]) -> int:
-    """Samples in a batch: the first dim of its first tensor that has one.
-
-    Raises:
-        TargetCountError: no tensor has a first dim.
+    Collectives: none. Host syncs: none.
     """
-    for value in batch.values():
-        if isinstance(value, Tensor) and value.dim() > 0:
-            return value.shape[0]
-    raise TargetCountError(
-        f"expected a batch with a tensor of one dimension or more, got {_describe(batch)}; pass count_targets"
-    )
+
+    loss_unit: LossUnit = "auto"
+    count: CountTargets | None = None
+    """The user's own count; takes the place of the unit."""
+    head_shifts: bool = False
+    """Under ``auto``: position 0 of each row is no target."""
+    ignore_index: int = IGNORE_INDEX
+    """The label of ``tokens`` that is no target."""
+
+    def __post_init__(self) -> None:
+        if self.loss_unit not in get_args(LossUnit):
+            raise InvalidArgumentError(f"loss_unit must be one of {get_args(LossUnit)}, got {self.loss_unit!r}")
+        if self.count is not None and not callable(self.count):
+            raise InvalidArgumentError(f"count_targets must be a function of a batch, got {self.count!r}")
+
+    def __call__(self, batch: Mapping[str, Any]) -> Tensor:
+        """Targets of one micro-batch.
+
+        Returns:
+            Shape (), on the device of what is counted (CPU for rows). NaN for ``answers`` with only one end in the
+            sequence somewhere: their loss is a mean of two means over different numbers of rows.
+
+        Raises:
+            TargetCountError: the batch holds nothing that the unit could count, or the user's count is no number.
+        """
+        if self.count is not None:
+            num_targets = torch.as_tensor(self.count(batch))
+            if num_targets.numel() != 1:
+                raise TargetCountError(f"count_targets must return one number, got shape {tuple(num_targets.shape)}")
+            return num_targets.reshape(())
+        return self._count(batch, self._resolve(batch))
+
+    def weight(self, num_targets: Tensor) -> Tensor:
+        """What the micro-batch's loss is multiplied by to get the sum over its targets; mostly their number."""
+        if self.count is None and self.loss_unit == "boxes":
+            # Detection divides by at least 1: without any box there still is the loss of seeing none.
+            return num_targets.clamp(min=1)
+        return torch.ones_like(num_targets) if self.is_sum else num_targets
+
+    @property
+    def is_default(self) -> bool:
+        """Nobody said what the unit is."""
+        return self.count is None and self.loss_unit == "auto"
+
+    @property
+    def is_sum(self) -> bool:
+        """Gradients of micro-batches add up to that of the whole batch as they are."""
+        return self.count is None and self.loss_unit == "sum"
+
+    def asks_whether_the_head_shifts(self, batch: Mapping[str, Any]) -> bool:
+        """Whether ``head_shifts`` changes the count of such a batch."""
+        return self.is_default and _may_shift(batch)
+
+    def _resolve(self, batch: Mapping[str, Any]) -> LossUnit:
+        labels = batch.get("labels")
+        if self.loss_unit != "auto":
+            return self.loss_unit
+        if labels is None and "shift_labels" not in batch:
+            return "answers" if "start_positions" in batch and "end_positions" in batch else "rows"
+        if "shift_labels" in batch or _is_class_labels(labels):
+            return "shifted_tokens" if self.head_shifts and _may_shift(batch) else "tokens"
+        if isinstance(labels, Tensor) and labels.is_floating_point() and labels.dim() > 0:
+            return "rows"
+        raise TargetCountError(
+            f"expected labels as a tensor of integers (classes, -100 to skip) or floats (one target a row), got "
+            f"{describe({'labels': labels})}; {_HOW_TO_COUNT}"
+        )
+
+    def _count(self, batch: Mapping[str, Any], unit: LossUnit) -> Tensor:
+        if unit in ("rows", "sum"):
+            return torch.tensor(count_rows(batch))
+        if unit == "answers":
+            return _count_answers(batch)
+        if unit == "masked_patches":
+            return _require(batch, "bool_masked_pos", unit).sum()
+        if unit == "attended_tokens":
+            mask = batch.get("attention_mask")
+            return torch.tensor(_require(batch, "labels", unit).numel()) if mask is None else mask.sum()
+        labels = batch.get("shift_labels", batch.get("labels"))
+        if unit == "boxes":
+            if not isinstance(labels, list | tuple):
+                raise TargetCountError(
+                    f"expected labels as a list of dicts to count boxes, got {describe({'labels': labels})}"
+                )
+            return torch.tensor(sum(len(row["class_labels"]) for row in labels))
+        if not _is_class_labels(labels):
+            raise TargetCountError(
+                f"expected integer labels to count {unit}, got {describe({'labels': labels})}; {_HOW_TO_COUNT}"
+            )
+        if unit == "shifted_tokens" and "shift_labels" not in batch:
+            labels = labels[..., 1:]
+        return labels.ne(self.ignore_index).sum()
 
 
-def take_rows(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
-    """Rows ``start`` to ``stop`` of every tensor that has as many rows as the batch; the rest as it is."""
-    num_rows = count_rows(batch)
-    return {
-        name: value[start:stop]
-        if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == num_rows
-        else value
-        for name, value in batch.items()
-    }
+def check_count(num_targets: float) -> None:
+    """Raise TargetCountError for the NaN that stands for answers of which only one end lies in the sequence."""
+    if math.isnan(num_targets):
+        raise TargetCountError(
+            "expected answers with both ends in the sequence or none, got rows with one: their loss is a mean of two "
+            "means over different numbers of rows; set both positions of such a row to the sequence's length, or "
+            "accept the mean over rows with loss_unit='rows', check_loss_unit=False"
+        )
 
 
-def is_divisible(batch: Mapping[str, Any]) -> bool:
-    """Whether :func:`take_rows` leaves a batch that fits together: everything in it has one entry per row.
-
-    The patches of a vision-language model, or lists of boxes, do not: rows without their patches are no batch.
-    """
-    num_rows = count_rows(batch)
-    return all(
-        value.dim() == 0 or value.shape[0] == num_rows
-        if isinstance(value, Tensor)
-        else not isinstance(value, Sequence | Mapping) or isinstance(value, str)
-        for value in batch.values()
-    )
-
-
-def may_shift(batch: Mapping[str, Any]) -> bool:
-    """Whether it matters for ``auto`` if the head shifts: token labels of two or more dims, not shifted yet."""
+def _may_shift(batch: Mapping[str, Any]) -> bool:
     labels = batch.get("labels")
     return "shift_labels" not in batch and _is_class_labels(labels) and labels.dim() > 1
 
 
-def resolve_unit(batch: Mapping[str, Any], loss_unit: LossUnit, *, head_shifts: bool) -> LossUnit:
-    """The unit that ``auto`` means for this batch; any other unit as it is.
-
-    Raises:
-        TargetCountError: the labels are of a kind that nothing can count.
-    """
-    if loss_unit != "auto":
-        return loss_unit
-    labels = batch.get("labels")
-    if labels is None and "shift_labels" not in batch:
-        return "rows"
-    if "shift_labels" in batch or _is_class_labels(labels):
-        return "shifted_tokens" if head_shifts and may_shift(batch) else "tokens"
-    if isinstance(labels, Tensor) and labels.is_floating_point() and labels.dim() > 0:
-        return "rows"
-    raise TargetCountError(
-        f"expected labels as a tensor of integers (classes, -100 to skip) or floats (one target a row), got "
-        f"{_describe({'labels': labels})}; {_HOW_TO_COUNT}"
-    )
-
-
-def count_targets(batch: Mapping[str, Any], unit: LossUnit) -> Tensor:
-    """Targets of one micro-batch.
-
-    Args:
-        batch: What the model is called with.
-        unit: A resolved unit, not ``auto``.
-
-    Returns:
-        Shape (), int64, on the labels' device (CPU for rows).
-
-    Collectives: none. Host syncs: none.
-
-    Raises:
-        TargetCountError: the batch holds no labels of the kind that the unit needs.
-    """
-    if unit == "rows":
+def _count_answers(batch: Mapping[str, Any]) -> Tensor:
+    start, end = (_require(batch, name, "answers") for name in ("start_positions", "end_positions"))
+    tokens = batch.get("input_ids", batch.get("inputs_embeds"))
+    if not isinstance(tokens, Tensor):
         return torch.tensor(count_rows(batch))
-    labels = batch.get("shift_labels", batch.get("labels"))
-    if not _is_class_labels(labels):
-        raise TargetCountError(
-            f"expected integer labels to count {unit}, got {_describe({'labels': labels})}; {_HOW_TO_COUNT}"
-        )
-    if unit == "shifted_tokens" and "shift_labels" not in batch:
-        labels = labels[..., 1:]
-    return labels.ne(IGNORE_INDEX).sum()
+    # Heads skip an end that the sequence was cut before; where both ends agree it is a mean over whole answers.
+    has_start, has_end = start.lt(tokens.shape[1]), end.lt(tokens.shape[1])
+    return torch.where((has_start == has_end).all(), has_start.sum().to(torch.float64), math.nan)
 
 
-def count_with(
-    batch: Mapping[str, Any], loss_unit: LossUnit, count: CountTargets | None, *, head_shifts: bool
-) -> Tensor:
-    """Targets by the user's own count if there is one, else by the unit.
-
-    Raises:
-        TargetCountError: the labels cannot be counted, or the user's count is no single number.
-    """
-    if count is None:
-        return count_targets(batch, resolve_unit(batch, loss_unit, head_shifts=head_shifts))
-    num_targets = torch.as_tensor(count(batch))
-    if num_targets.numel() != 1:
-        raise TargetCountError(f"count_targets must return one number, got shape {tuple(num_targets.shape)}")
-    return num_targets.reshape(())
+def _require(batch: Mapping[str, Any], name: str, unit: LossUnit) -> Tensor:
+    value = batch.get(name)
+    if not isinstance(value, Tensor):
+        raise TargetCountError(f"expected a tensor {name!r} to count {unit}, got {describe(batch)}; {_HOW_TO_COUNT}")
+    return value
 
 
 def with_one_target(batch: Mapping[str, Any], num_targets: Tensor) -> Mapping[str, Any]:
@@ -170,11 +198,3 @@ def _is_class_labels(labels: object) -> TypeGuard[Tensor]:
         and not labels.is_complex()
         and labels.dtype != torch.bool
     )
-
-
-def _describe(batch: Mapping[str, Any]) -> str:
-    parts = []
-    for name, value in batch.items():
-        kind = f"{value.dtype}, shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        parts.append(f"{name}: {kind}")
-    return "{" + "; ".join(parts) + "}"

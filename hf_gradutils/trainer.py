@@ -2,37 +2,31 @@
 
 micro-batch     training_step: count the targets, let the model return its own mean, weigh it in backward
 window's end    _clip_grad_norm: one reduction, one scaling; the loss it reports replaces the running loss
-evaluation      prediction_step: sum n·L and n over samples; evaluation_loop: divide once
+evaluation      :mod:`hf_gradutils.evaluation`
 """
 
 import contextlib
-import inspect
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import Seq2SeqTrainer, Trainer
+from transformers.trainer_utils import has_length
 
-from hf_gradutils.accelerator import GradUtilsAccelerator, GradUtilsPlugin, uses_exact_arithmetic
+from hf_gradutils.accelerator import GradUtilsAccelerator, GradUtilsPlugin
 from hf_gradutils.errors import InvalidArgumentError, TargetCountError
-from hf_gradutils.loss_probe import settle_unit, undisturbed
-from hf_gradutils.micro_batches import MicroBatches
+from hf_gradutils.evaluation import EvaluationMixin
+from hf_gradutils.micro_batches import BatchStream, MicroBatches, Padding
+from hf_gradutils.partial_gradients import sum_increments
 from hf_gradutils.reduction import reduce_packed, world_domain
-from hf_gradutils.targets import count_rows, count_with, is_divisible, take_rows, with_one_target
+from hf_gradutils.targets import check_count, with_one_target
 from hf_gradutils.window import AccumulationWindow, WindowReport, loss_scale_for
 
-if TYPE_CHECKING:
-    _Base = Any  # any Trainer class
-else:
-    _Base = object
 
-
-class GradUtilsTrainerMixin(_Base):  # type: ignore[misc]
+class GradUtilsTrainerMixin(EvaluationMixin):
     """What makes a Trainer exact; goes in front of the Trainer class it is mixed into.
 
     Args:
@@ -41,19 +35,18 @@ class GradUtilsTrainerMixin(_Base):  # type: ignore[misc]
         **kwargs: As the Trainer class takes them.
 
     Raises:
-        InvalidArgumentError: a negative ``max_grad_norm``, one process for several GPUs, or DeepSpeed.
+        InvalidArgumentError: a negative ``max_grad_norm``, one process for several GPUs, DeepSpeed, or settings of
+            the plugin that ``TrainingArguments`` has a place for.
     """
-
-    accelerator: GradUtilsAccelerator
-    compute_loss_func: Any
-    label_smoother: Any
 
     def __init__(self, *args: Any, grad_plugin: GradUtilsPlugin | None = None, **kwargs: Any):
         self.grad_plugin = grad_plugin or GradUtilsPlugin()
-        self._head_shifts: bool | None = None
         self._expects_first_batch = True
         self._logged: _RunningLog | None = None
-        self._eval_sums: Tensor | None = None
+        self._micro_batch_count: Tensor | None = None
+        self._stream: BatchStream | None = None
+        self._epoch_iterator: Iterator[Any] | None = None
+        self._has_length, self._pads, self._others_have_data = True, False, torch.tensor(0.0)
         super().__init__(*args, **kwargs)
         self._check_setup()
 
@@ -67,176 +60,155 @@ class GradUtilsTrainerMixin(_Base):  # type: ignore[misc]
                 f"expected one process per GPU, got one process for {self.args.n_gpu}; start it with `accelerate "
                 f"launch --num_processes {self.args.n_gpu}`, or with CUDA_VISIBLE_DEVICES=0 for one GPU"
             )
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED or self.get_sp_size() > 1:
             raise InvalidArgumentError(
-                "expected DDP, FSDP2 or tensor parallelism, got DeepSpeed, whose engine scales and clips gradients "
-                "itself; use FSDP2 (fsdp=True, fsdp_config={'version': 2}), which shards what ZeRO-3 shards"
+                "expected DDP, FSDP2, tensor or context parallelism, got DeepSpeed, whose engine scales and clips "
+                "gradients itself; use FSDP2 (fsdp=True, fsdp_config={'version': 2}), which shards what ZeRO-3 shards"
             )
-
-        for axis, size in (
-            ("tensor", self.get_tp_size()),
-            ("context", self.get_cp_size()),
-            ("sequence", self.get_sp_size()),
-        ):
-            if size > 1:
-                raise InvalidArgumentError(
-                    f"expected data parallelism (DDP, FSDP2), got {axis} parallelism of size {size}, whose gradients "
-                    "this Trainer does not make exact yet; use FSDP2, or a loop of your own with the utilities"
-                )
+        if named := self.grad_plugin.accumulation_settings():
+            raise InvalidArgumentError(
+                f"expected accumulation to be set in TrainingArguments, got GradUtilsPlugin({', '.join(named)}); use "
+                "gradient_accumulation_steps, or accelerator_config={'gradient_accumulation_kwargs': {…}}"
+            )
 
     def create_accelerator_and_postprocess(self) -> None:
         """Build the Accelerator as Trainer does, and make it one that weighs."""
         super().create_accelerator_and_postprocess()
         GradUtilsAccelerator.adopt(self.accelerator)
 
-    # ---- Training: a micro-batch ----
+    # ---- Training: start and end ----
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer.train``; a non-finite loss is logged as it is, not replaced by an average of earlier ones."""
         self._expects_first_batch, self._logged = True, None
+        sum_increments(self.model)
         # The filter costs two host syncs per micro-batch, and the loss it filters is not the one logged here.
-        filters, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
-        try:
+        with self._nan_filter(False):
             return super().train(*args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """As ``Trainer.save_model``."""
+        with self._nan_filter(self._users_nan_filter):
+            super().save_model(*args, **kwargs)
+
+    _users_nan_filter = True
+
+    @contextlib.contextmanager
+    def _nan_filter(self, value: bool) -> Iterator[None]:
+        before = self.args.logging_nan_inf_filter
+        if not value:
+            self._users_nan_filter = before
+        self.args.logging_nan_inf_filter = value
+        try:
+            yield
         finally:
-            self.args.logging_nan_inf_filter = filters
+            self.args.logging_nan_inf_filter = before
 
     def _update_auto_batch_size(self, batch_size: int) -> None:
         """As in Trainer, which starts over: what was weighed so far is dropped with its gradients."""
         self._expects_first_batch, self._logged = True, None
         super()._update_auto_batch_size(batch_size)
 
+    # ---- Training: the batches ----
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
+        """As in Trainer, for the rank that has the most batches: the others pad theirs, and nobody waits in vain."""
+        self._epoch_iterator = None
+        self._has_length = has_length(dataloader)
+        num_batches = len(dataloader) if self._has_length else 0
+        extremes = torch.tensor([num_batches, -num_batches], dtype=torch.float64)
+        _, maxima = reduce_packed(world_domain(), extremes[:0], extremes)
+        assert maxima is not None
+        most, least = int(maxima[0]), -int(maxima[1])
+        self._pads = not self._has_length or most != least
+        return super().set_initial_training_values(args, _OfLength(dataloader, most) if most != least else dataloader)
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, *args: Any, **kwargs: Any
+    ) -> tuple[int, int]:
+        """As in Trainer, which takes data without a length for one long epoch and would skip more than there is."""
+        trained = super()._init_training_state(max_steps, num_update_steps_per_epoch, *args, **kwargs)
+        if self._has_length or not self.state.global_step:
+            return trained
+        num_epochs = int(self.state.epoch)
+        num_batches = round((self.state.epoch - num_epochs) * max_steps * self.args.gradient_accumulation_steps)
+        return num_epochs, 0 if self.args.ignore_data_skip else num_batches
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[Sequence[Any] | MicroBatches, None]:
         """The window's micro-batches, without a count: each is fetched and counted when its turn comes."""
-        first = list(itertools.islice(epoch_iterator, 1))
+        if self._stream is None or epoch_iterator is not self._epoch_iterator:
+            self._stream = self._start_epoch(epoch_iterator)
+        if self._pads and not self._stream.has_more() and not self._others_have_data.item():
+            return [], None
+        return MicroBatches(self._stream, num_batches, pads=self._pads), None
+
+    def _start_epoch(self, epoch_iterator: Iterator[Any]) -> BatchStream:
         state = self.accelerator.gradient_state
-        if not first or not state.in_dataloader:
-            # A loader that accelerate has not prepared does not say which batch is its last: look at them all.
-            return first + list(itertools.islice(epoch_iterator, num_batches - len(first))), None
-        return MicroBatches(first.pop(), epoch_iterator, num_batches, lambda: state.end_of_dataloader), None
+        stream = BatchStream(
+            epoch_iterator,
+            # A loader that accelerate has not prepared does not say which batch is its last.
+            lambda: state.end_of_dataloader if state.in_dataloader else None,
+            padding=self._stream.padding if self._stream is not None else None,
+        )
+        self._epoch_iterator = epoch_iterator
+        if self._pads:
+            has_none = not stream.has_more() and stream.padding is None
+            mine = torch.tensor([stream.has_more(), has_none], dtype=torch.float64, device=self.args.device)
+            self._others_have_data, num_without = reduce_packed(world_domain(), mine)[0]
+            if num_without and self._others_have_data:
+                raise InvalidArgumentError(
+                    f"expected data on every rank, got none on {num_without:.0f} of {self.accelerator.num_processes} "
+                    "ranks in the first epoch; use fewer ranks, or split the dataset into more shards"
+                )
+        return stream
+
+    # ---- Training: a micro-batch ----
 
     def training_step(self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch; returns its own mean loss, detached."""
+        if isinstance(inputs, Padding) and self._num_data_ranks() == 1:
+            return torch.zeros((), device=self.args.device)  # nobody communicates with what this rank lacks
         if self._expects_first_batch:
             self._start_windows(inputs)
-        num_targets = self._count_targets(inputs)
         # A micro-batch's own mean is wanted: Trainer must not divide it by the number of micro-batches.
         self.current_gradient_accumulation_steps = 1
-        with self.accelerator.counted(num_targets):
-            return super().training_step(
-                model, with_one_target(inputs, num_targets), num_items_in_batch=num_targets.clamp(min=1)
-            )
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: Mapping[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
-    ) -> Any:
-        """The micro-batch's own mean loss.
-
-        Models are not told ``num_items_in_batch`` unless their forward asks for it by name: they return their
-        mean then, whatever they would do with the number. Loss functions get the micro-batch's own count.
-        """
-        inputs = dict(inputs)
-        if num_items_in_batch is not None and self._forward_names_count():
-            inputs["num_items_in_batch"] = num_items_in_batch
-        with self._own_mean(num_items_in_batch):
-            return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=None)
-
-    @contextlib.contextmanager
-    def _own_mean(self, num_targets: Tensor | None) -> Iterator[None]:
-        """Give a loss function the micro-batch's count, and label smoothing the shift of the head.
-
-        Trainer passes both a count over the whole window and decides on the shift by the model's class name,
-        which ``fully_shard`` changes.
-        """
-        loss_func, smoother = self.compute_loss_func, self.label_smoother
-
-        def own_loss_func(outputs: Any, labels: Any, num_items_in_batch: object = None) -> Tensor:
-            return loss_func(outputs, labels, num_items_in_batch=num_targets)
-
-        def own_smoother(
-            outputs: Any, labels: Any, shift_labels: object = None, num_items_in_batch: object = None
-        ) -> Tensor:
-            return smoother(outputs, labels, shift_labels=bool(self._head_shifts))
-
-        self.compute_loss_func = own_loss_func if loss_func is not None else None
-        self.label_smoother = own_smoother if smoother is not None else None
+        self._micro_batch_count = torch.ones((), dtype=torch.float64, device=self.args.device)
         try:
-            yield
+            with self.accelerator.one_micro_batch():
+                return super().training_step(model, inputs, num_items_in_batch=self._micro_batch_count)
         finally:
-            self.compute_loss_func, self.label_smoother = loss_func, smoother
+            self._micro_batch_count = None
 
-    def _forward_names_count(self) -> bool:
-        model = self.accelerator.unwrap_model(self.model)
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        return "num_items_in_batch" in inspect.signature(type(base).forward).parameters
-
-    def _count_targets(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Targets of one micro-batch, shape (), on this rank's device."""
-        plugin = self.grad_plugin
-        num_targets = count_with(inputs, plugin.loss_unit, plugin.count_targets, head_shifts=bool(self._head_shifts))
-        return num_targets.to(self.args.device, non_blocking=True)
-
-    # ---- Training: the first batch ----
+    def _prepare_inputs(self, inputs: Mapping[str, Any]) -> Any:
+        """As in Trainer, and count: only here, context parallelism has cut the sequence to this rank's part."""
+        prepared = super()._prepare_inputs(inputs)
+        if self._micro_batch_count is None:
+            return prepared
+        assert self._counter is not None
+        num_targets = self._count_targets(prepared)
+        self._micro_batch_count.copy_(num_targets.clamp(min=1))
+        if isinstance(inputs, Padding):
+            num_targets = weight = torch.zeros_like(num_targets)
+        else:
+            weight = self._counter.weight(num_targets)
+        self.accelerator.count(num_targets, weight)
+        return with_one_target(prepared, num_targets)
 
     def _start_windows(self, inputs: Mapping[str, Any]) -> None:
         """Settle the unit of the loss on the first batch, and open the first window with a scale to match."""
         accumulation = self.args.gradient_accumulation_steps
-        is_one_micro_batch = accumulation == 1 and self.accelerator.num_processes == 1
-        check = self.grad_plugin.check_loss_unit and not is_one_micro_batch
-        targets_per_micro_batch = self._settle(inputs, check=check)
+        is_split = accumulation > 1 or self._num_data_ranks() > 1
+        targets_per_micro_batch = self._settle_unit(inputs, is_split=is_split)
+        assert self._counter is not None
         self.accelerator.window = AccumulationWindow(
             self.args.device,
-            loss_scale=loss_scale_for(targets_per_micro_batch * accumulation),
+            loss_scale=1.0 if self._counter.is_sum else loss_scale_for(targets_per_micro_batch * accumulation),
             num_replicas=self.get_tp_size(),
+            is_sum=self._counter.is_sum,
         )
         self._expects_first_batch = False
-
-    def _settle(self, inputs: Mapping[str, Any], *, check: bool) -> float:
-        """Find out whether the head shifts; returns the mean number of targets in a rank's micro-batch."""
-        batch = self._prepare_input(dict(inputs))
-        with undisturbed(self.model):
-            settled = settle_unit(
-                self._head_loss,
-                self._trained_loss,
-                batch,
-                self.grad_plugin.loss_unit,
-                self.grad_plugin.count_targets,
-                check=check,
-                exact_arithmetic=uses_exact_arithmetic(self.accelerator, self.model),
-            )
-        self._head_shifts = settled.head_shifts
-        return settled.targets_per_micro_batch
-
-    def _head_loss(self, batch: Mapping[str, Any]) -> Tensor:
-        """The loss of the head itself, without label smoothing around it."""
-        smoother, self.label_smoother = self.label_smoother, None
-        try:
-            with self.compute_loss_context_manager():
-                loss: Tensor = self.compute_loss(self.model, dict(batch), num_items_in_batch=torch.tensor(1))
-        finally:
-            self.label_smoother = smoother
-        return loss
-
-    def _trained_loss(self, batch: Mapping[str, Any], head_shifts: bool) -> Tensor:
-        """The loss that is trained, without the auxiliary term of a mixture of experts, which is no mean."""
-        self._head_shifts = head_shifts
-        num_targets = self._count_targets(batch).clamp(min=1)
-        with self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(
-                self.model, dict(batch), return_outputs=True, num_items_in_batch=num_targets
-            )
-        auxiliary = outputs.get("aux_loss") if isinstance(outputs, Mapping) else None
-        is_the_models_own = self.label_smoother is None and self.compute_loss_func is None
-        if is_the_models_own and isinstance(auxiliary, Tensor):
-            config = getattr(self.model, "config", None)
-            loss = loss - getattr(config, "router_aux_loss_coef", 0.0) * auxiliary
-        return loss
 
     # ---- Training: the window's end ----
 
@@ -249,7 +221,10 @@ class GradUtilsTrainerMixin(_Base):  # type: ignore[misc]
         return self._close_window(model, math.inf) if grad_norm is None else grad_norm
 
     def _close_window(self, model: nn.Module, max_norm: float) -> Tensor:
+        if self._stream is not None:
+            self.accelerator.window.note_data_left(self._stream.has_more())
         report = self.accelerator.close_window(model, max_norm)
+        self._others_have_data = report.num_ranks_with_data
         if self._logged is None:
             self._logged = _RunningLog(report)
         else:
@@ -263,10 +238,13 @@ class GradUtilsTrainerMixin(_Base):  # type: ignore[misc]
         """As ``Trainer.log``, with the number of targets that the logged loss is a mean over.
 
         Raises:
-            TargetCountError: no micro-batch so far had a target on any rank, so nothing was learnt.
+            TargetCountError: no micro-batch so far had a target on any rank, so nothing was learnt; or some had
+                targets that cannot be counted.
         """
         if self._logged is not None and ("loss" in logs or "train_loss" in logs):
-            if not self._logged.total_targets.item():
+            total = self._logged.total_targets.item()
+            check_count(total)
+            if not total:
                 raise TargetCountError(
                     f"expected batches with targets, got none in the first {self.state.global_step} optimizer steps on "
                     "any rank: every label is -100; look at how the labels are masked and truncated"
@@ -275,66 +253,19 @@ class GradUtilsTrainerMixin(_Base):  # type: ignore[misc]
                 logs["num_targets"] = round(self._logged.num_targets.item())
         super().log(logs, *args, **kwargs)
 
-    # ---- Evaluation ----
 
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """As in Trainer, with the loss Σ n·L / Σ n over the evaluation set, each sample once."""
-        self._eval_sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        sums, self._eval_sums = self._eval_sums, None
-        if f"{metric_key_prefix}_loss" in output.metrics:
-            count, weighted_loss = reduce_packed(world_domain(), sums)[0].tolist()
-            output.metrics[f"{metric_key_prefix}_loss"] = weighted_loss / count if count else math.nan
-        return output
+class _OfLength:
+    """A loader, but for its length: that of the rank that has the most batches."""
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: Mapping[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor | None, Any, Any]:
-        """As in Trainer; the loss is also added up for :meth:`evaluation_loop`."""
-        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
-        if loss is not None and self._eval_sums is not None:
-            self._add_eval_loss(model, inputs, loss)
-        return loss, logits, labels
+    def __init__(self, dataloader: Any, length: int):
+        self._dataloader = dataloader
+        self._length = length
 
-    def _add_eval_loss(self, model: nn.Module, inputs: Mapping[str, Any], loss: Tensor) -> None:
-        num_targets = self._count_targets(inputs)
-        num_rows = count_rows(inputs)
-        num_real_rows = self._num_real_rows(num_rows)
-        if num_real_rows is not None and is_divisible(inputs):
-            # Ranks were handed copies of samples to fill up the last batch: ask for the loss without them.
-            batch = self._prepare_input(take_rows(inputs, 0, max(num_real_rows, 1)))
-            num_targets = self._count_targets(batch)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                loss = self.compute_loss(model, batch, num_items_in_batch=num_targets.clamp(min=1)).detach().mean()
-            num_targets = num_targets * min(num_real_rows, 1)
-        count = num_targets.to(torch.float64)
-        assert self._eval_sums is not None
-        self._eval_sums += torch.stack((count, torch.where(count > 0, loss.to(torch.float64) * count, 0.0)))
+    def __len__(self) -> int:
+        return self._length
 
-    def _num_real_rows(self, num_rows: int) -> int | None:
-        """Rows of this rank's batch that are no copies; None on every rank if there are no copies on any."""
-        state = self.accelerator.gradient_state
-        num_processes = self.accelerator.num_processes
-        if num_processes == 1 or not state.end_of_dataloader or not 0 < state.remainder < num_rows * num_processes:
-            return None
-        return max(0, min(num_rows, state.remainder - self.accelerator.process_index * num_rows))
-
-    def _get_num_items_in_batch(self, batch_samples: Sequence[Mapping[str, Any]], device: torch.device) -> Tensor:
-        """The count that ``prediction_step`` passes to ``compute_loss``: the batch's own."""
-        if self._head_shifts is None:
-            self._settle(batch_samples[0], check=False)
-        return self._count_targets(batch_samples[0]).clamp(min=1)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._dataloader, name)
 
 
 class _RunningLog:
@@ -359,3 +290,7 @@ class GradUtilsTrainer(GradUtilsTrainerMixin, Trainer):  # type: ignore[misc]
     and the head; a log entry also has ``num_targets``, and the evaluation loss is a mean over all targets of
     the evaluation set.
     """
+
+
+class GradUtilsSeq2SeqTrainer(GradUtilsTrainerMixin, Seq2SeqTrainer):  # type: ignore[misc]
+    """``transformers.Seq2SeqTrainer``, exact in the same way."""

@@ -1,17 +1,19 @@
-"""Every private name of torch that the package leans on, and nothing else.
+"""Every private name of torch, accelerate and transformers that the package leans on, and nothing else.
 
-Checked on torch 2.11, 2.13 and 2.15. ``tests/test_upstream.py`` fails when one of them moves. The private methods of
-``transformers.Trainer`` that :mod:`hf_gradutils.trainer` overrides are listed in :data:`TRAINER_METHODS`
-and checked by the same test.
+Checked on torch 2.11, 2.13 and 2.15, accelerate 1.15, transformers 5.17 and 5.23. ``tests/test_upstream.py`` fails when
+one of them moves. The private methods of ``transformers.Trainer`` that the Trainer overrides are listed in
+:data:`TRAINER_METHODS` and checked by the same test.
 """
 
-from collections.abc import Sequence
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._distributed_c10d import Store
-from torch.distributed import distributed_c10d
+from torch.distributed import ProcessGroup, distributed_c10d
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -20,7 +22,15 @@ TRAINER_METHODS = {
     "_clip_grad_norm": ("self", "model"),
     "_get_grad_norm": ("self", "model", "grad_norm"),
     "_get_num_items_in_batch": ("self", "batch_samples", "device"),
-    "_prepare_input": ("self", "data"),
+    "_init_training_state": (
+        "self",
+        "max_steps",
+        "num_update_steps_per_epoch",
+        "num_train_epochs",
+        "resume_from_checkpoint",
+        "trial",
+    ),
+    "_prepare_inputs": ("self", "inputs"),
     "_update_auto_batch_size": ("self", "batch_size"),
 }
 """Private methods of ``transformers.Trainer`` (5.17 to 5.23) with the parameters that the overrides rely on."""
@@ -79,3 +89,51 @@ def local_tensor(tensor: Tensor) -> Tensor:
         if isinstance(tensor, AsyncCollectiveTensor):
             tensor = tensor.wait()
     return tensor
+
+
+_PARTIAL_STYLE = "ReplicatedWithGradAllReduce"
+"""The tensor-parallel style of transformers whose hook all-reduces an accumulated gradient."""
+
+
+def take_accumulated_all_reduces(model: nn.Module) -> list[tuple[nn.Module, ProcessGroup]]:
+    """Remove the hooks of transformers' tensor parallelism that all-reduce ``.grad``, the accumulated gradient.
+
+    Returns:
+        The modules whose own parameters' gradients have to be summed over the group instead. 5.17 hooks the
+        module's backward, 5.23 its parameters, on the first forward.
+    """
+    taken = []
+    for module in model.modules():
+        forward: Any = vars(module).get("forward")
+        if _PARTIAL_STYLE in getattr(forward, "__qualname__", ""):
+            names = inspect.getclosurevars(forward).nonlocals
+            module.forward = names["original_forward"]
+            for parameter in names["is_already_hooked"].values():
+                _drop(parameter._post_accumulate_grad_hooks)
+            taken.append((module, inspect.getclosurevars(names["_all_reduce_grad"]).nonlocals["mesh"].get_group()))
+        for hook in _drop(module._backward_hooks):
+            taken.append((module, inspect.getclosurevars(hook).nonlocals["mesh"].get_group()))
+    return taken
+
+
+def _drop(hooks: dict[int, Any]) -> list[Any]:
+    """Remove transformers' hooks from a dict of hooks; returns them."""
+    theirs = {key: hook for key, hook in hooks.items() if _PARTIAL_STYLE in getattr(hook, "__qualname__", "")}
+    for key in theirs:
+        del hooks[key]
+    return list(theirs.values())
+
+
+@contextlib.contextmanager
+def without_accelerate_state() -> Iterator[None]:
+    """Let transformers' detection losses divide by this rank's own boxes.
+
+    They ask accelerate's state for other ranks to average the number over, and divide by it once too often.
+    """
+    from accelerate import PartialState
+
+    state, PartialState._shared_state = PartialState._shared_state, {}
+    try:
+        yield
+    finally:
+        PartialState._shared_state = state

@@ -30,6 +30,8 @@ class WindowReport:
     """Σ n over micro-batches and data ranks, float64; a tensor-parallel replica counts once."""
     grad_norm: Tensor
     """Norm of the exact mean gradient before clipping, float64."""
+    num_ranks_with_data: Tensor
+    """Ranks that said, with :meth:`AccumulationWindow.note_data_left`, that they have batches for another window."""
 
 
 class AccumulationWindow:
@@ -41,29 +43,38 @@ class AccumulationWindow:
         device: Where the sums live; the losses' device.
         loss_scale: K, a power of two, the same on every rank and from ``weigh`` to ``close``.
         num_replicas: Ranks that see the same batch, R / D: 1 for data parallelism of any kind.
+        is_sum: The losses are sums, not means: they add up to that of the whole batch and are not divided.
     """
 
-    def __init__(self, device: torch.device, *, loss_scale: float = 1.0, num_replicas: int = 1):
+    def __init__(self, device: torch.device, *, loss_scale: float = 1.0, num_replicas: int = 1, is_sum: bool = False):
         if loss_scale <= 0 or not math.log2(loss_scale).is_integer():
             raise InvalidArgumentError(f"loss_scale must be a power of two, got {loss_scale}")
         self._loss_scale = loss_scale
         self._num_replicas = num_replicas
-        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self._is_sum = is_sum
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
 
-    def weigh(self, loss: Tensor, num_targets: Tensor) -> Tensor:
+    def weigh(self, loss: Tensor, num_targets: Tensor, weight: Tensor | None = None) -> Tensor:
         """The loss to call ``backward`` on, in at least float32 (bf16 would round n / K to 8 bits).
 
         Args:
             loss: Shape (), the micro-batch's own mean over its targets.
             num_targets: Shape (), any dtype: the targets that mean is over. At 0 the loss counts for nothing.
+            weight: Shape (), what turns the loss into the sum over its targets, where that is not their number.
 
         Collectives: none. Host syncs: none.
         """
-        count = num_targets.detach().to(device=self._sums.device, dtype=torch.float64, non_blocking=True)
-        own_mean = loss.detach().to(device=self._sums.device, dtype=torch.float64)
-        self._sums += torch.stack((count, torch.where(count > 0, own_mean * count, 0.0)))
+        device = self._sums.device
+        count = num_targets.detach().to(device=device, dtype=torch.float64, non_blocking=True)
+        factor = count if weight is None else weight.detach().to(device=device, dtype=torch.float64, non_blocking=True)
+        own_mean = loss.detach().to(device=device, dtype=torch.float64)
+        self._sums[:2] += torch.stack((count, torch.where(factor == 0, 0.0, own_mean * factor)))
         wide = loss.to(torch.promote_types(loss.dtype, torch.float32))
-        return wide * (count / self._loss_scale).to(device=wide.device, dtype=wide.dtype)
+        return wide * (factor / self._loss_scale).to(device=wide.device, dtype=wide.dtype)
+
+    def note_data_left(self, has_data: bool) -> None:
+        """Say whether this rank has batches for another window; ``close`` tells everybody how many ranks do."""
+        self._sums[2].fill_(has_data)
 
     def discard(self) -> None:
         """Forget the micro-batches so far, together with the gradients that the caller drops."""
@@ -92,17 +103,21 @@ class AccumulationWindow:
         parameters = trainable_parameters(model)
         plan = plan_for_model(model, parameters, ownership=ownership)
         gradients = collect_gradients(parameters.values(), plan)
-        norm, (count, weighted_loss) = reduce_with_norm(plan, gradients, norm_type, self._sums)
+        norm, (count, weighted_loss, num_ranks_with_data) = reduce_with_norm(plan, gradients, norm_type, self._sums)
         self.discard()
 
-        # A window without targets has gradients of zero; any finite multiplier leaves them so.
-        multiplier = self._loss_scale * plan.domain.num_ranks / torch.where(count > 0, count, 1.0)
+        # A window without targets has gradients of zero; any finite divisor leaves them so.
+        divisor = torch.where(count == 0, float(self._num_replicas), count)
+        if self._is_sum:
+            divisor = torch.full_like(count, self._num_replicas)
+        multiplier = self._loss_scale * plan.domain.num_ranks / divisor
         grad_norm = norm * multiplier
         scale_(gradients.shards, multiplier * clip_coefficient(grad_norm, max_norm))
         return WindowReport(
-            loss=torch.where(count > 0, weighted_loss / count, 0.0),
+            loss=weighted_loss / divisor,
             num_targets=count / self._num_replicas,
             grad_norm=grad_norm,
+            num_ranks_with_data=num_ranks_with_data,
         )
 
 

@@ -25,9 +25,11 @@ def test_the_methods_of_trainer_take_what_we_think():
 
 
 def test_every_private_name_of_trainer_that_is_used_is_listed():
-    own = {name for name in vars(GradUtilsTrainerMixin) if name.startswith("_")}
-    tree = ast.parse((PACKAGE / "trainer.py").read_text())
-    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr.startswith("_")}
+    mixins = [c for c in GradUtilsTrainerMixin.__mro__ if c.__module__.startswith("hf_gradutils")]
+    own = {name for mixin in mixins for name in vars(mixin) if name.startswith("_")}
+    files = {mixin.__module__.rpartition(".")[2] for mixin in mixins}
+    nodes = [node for file in files for node in ast.walk(ast.parse((PACKAGE / f"{file}.py").read_text()))]
+    used = {node.attr for node in nodes if isinstance(node, ast.Attribute) and node.attr.startswith("_")}
     theirs = {name for name in used | own if hasattr(Trainer, name) and not name.startswith("__")}
     assert theirs <= set(upstream.TRAINER_METHODS)
     source = inspect.getsource(Trainer)

@@ -1,0 +1,123 @@
+"""Evaluation loss as one mean over all targets, the same for every batch size and number of ranks."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.trainer_utils import EvalLoopOutput
+
+from hf_gradutils.batches import count_rows, is_divisible, take_rows
+from hf_gradutils.own_mean_loss import OwnMeanLossMixin
+from hf_gradutils.reduction import reduce_packed, world_domain
+from hf_gradutils.targets import check_count
+
+
+class EvaluationMixin(OwnMeanLossMixin):
+    """``prediction_step`` sums n·L and n over samples; ``evaluation_loop`` divides once."""
+
+    _eval_sums: Tensor | None = None
+    """(Σ n, Σ n·L) of this rank while it evaluates, float64."""
+    _evaluated_targets: Tensor | None = None
+    """Targets of the batch that :meth:`compute_loss` saw last."""
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As in Trainer, with the loss Σ n·L / Σ n over the evaluation set, each sample once."""
+        self._eval_sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        sums, self._eval_sums = self._eval_sums, None
+        if f"{metric_key_prefix}_loss" in output.metrics:
+            count, weighted_loss = reduce_packed(world_domain(), sums)[0].tolist()
+            check_count(count)
+            output.metrics[f"{metric_key_prefix}_loss"] = weighted_loss / count if count else math.nan
+        return output
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """As in Trainer; the loss is also added up for :meth:`evaluation_loop`."""
+        if any(inputs.get(name) is not None for name in self.label_names):
+            self._settle_once(inputs)
+        self._evaluated_targets = None
+        loss, logits, labels = super().prediction_step(
+            model, inputs, prediction_loss_only, ignore_keys=ignore_keys, **kwargs
+        )
+        if loss is not None and self._eval_sums is not None:
+            self._settle_once(inputs)
+            self._add_loss(model, inputs, loss)
+        return loss, logits, labels
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """As above; under context parallelism only here are the labels this rank's part of the sequence."""
+        if self._eval_sums is not None and self._counter is not None:
+            self._evaluated_targets = self._count_targets(inputs)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _settle_once(self, inputs: Mapping[str, Any]) -> None:
+        if self._counter is None:
+            self._settle_unit(inputs, is_split=False)
+
+    def _add_loss(self, model: nn.Module, inputs: Mapping[str, Any], loss: Tensor) -> None:
+        num_rows = count_rows(inputs)
+        num_real_rows = self._num_real_rows(num_rows)
+        if num_real_rows is not None:
+            # Ranks were handed copies of samples to fill up the last batch: ask for the loss without them.
+            batch = self._prepare_inputs(self._without_copies(inputs, num_real_rows))
+            num_items = self._count_targets(batch).clamp(min=1)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = self.compute_loss(model, batch, num_items_in_batch=num_items).detach().mean()
+        num_targets = self._evaluated_targets
+        if num_targets is None:
+            num_targets = self._count_targets(batch if num_real_rows is not None else inputs)
+        if num_real_rows == 0:
+            num_targets = torch.zeros_like(num_targets)
+        assert self._counter is not None
+        assert self._eval_sums is not None
+        count = num_targets.to(torch.float64)
+        # Of a loss that is a sum over rows, the mean over rows is kept: it does not depend on the batch size.
+        weight = self._counter.weight(count) * (count != 0)
+        self._eval_sums += torch.stack((count, torch.where(weight == 0, 0.0, loss.to(torch.float64) * weight)))
+
+    def _without_copies(self, inputs: Mapping[str, Any], num_real_rows: int) -> dict[str, Any]:
+        if is_divisible(inputs):
+            return take_rows(inputs, 0, max(num_real_rows, 1))
+        labels = inputs.get("labels")
+        if not isinstance(labels, Tensor) or labels.is_floating_point():
+            return dict(inputs)
+        assert self._counter is not None
+        is_copy = torch.arange(len(labels), device=labels.device) >= max(num_real_rows, 1)
+        masked = labels.masked_fill(is_copy.reshape(-1, *[1] * (labels.dim() - 1)), self._counter.ignore_index)
+        return {**inputs, "labels": masked}
+
+    def _num_real_rows(self, num_rows: int) -> int | None:
+        """Rows of this rank's batch that are no copies; None on every rank if there are no copies on any."""
+        state = self.accelerator.gradient_state
+        num_ranks = self._num_data_ranks()
+        if num_ranks == 1 or not state.end_of_dataloader or not 0 < state.remainder < num_rows * num_ranks:
+            return None
+        data_rank = self.accelerator.process_index // (self.accelerator.num_processes // num_ranks)
+        return max(0, min(num_rows, state.remainder - data_rank * num_rows))
+
+    def _get_num_items_in_batch(self, batch_samples: Sequence[Mapping[str, Any]], device: torch.device) -> Tensor:
+        """The count that ``prediction_step`` passes to ``compute_loss``: the batch's own."""
+        self._settle_once(batch_samples[0])
+        return self._count_targets(batch_samples[0]).clamp(min=1)
