@@ -5,7 +5,6 @@ earlier ones are multiplied by the size of the group again each time. Summing ea
 number of micro-batches.
 """
 
-import weakref
 from typing import Any
 
 import torch.distributed as dist
@@ -32,13 +31,13 @@ class _HookOnForward:
 
     def __init__(self, group: ProcessGroup):
         self._group = group
-        self._hooked: weakref.WeakSet[Tensor] = weakref.WeakSet()
+        self._hooked: dict[str, nn.Parameter] = {}
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        for parameter in module.parameters(recurse=False):
-            if parameter.requires_grad and parameter not in self._hooked:
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and self._hooked.get(name) is not parameter:
                 parameter.register_hook(self._sum)  # type: ignore[no-untyped-call]
-                self._hooked.add(parameter)
+                self._hooked[name] = parameter
 
     def _sum(self, gradient: Tensor) -> Tensor:
         gradient = gradient.clone()  # autograd may use what it passed for something else
