@@ -65,6 +65,8 @@ PRELOADED_IF_IMPORTED = (
 
 UPSTREAM_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     ("FSDP2-wrapped module .* returned a view tensor", UserWarning),  # torch 2.13, about layers of transformers
+    ("Grad strides do not match bucket view strides", UserWarning),  # DDP, of 1 × 1 convolutions
+    ("Slicing a flattened dim from root mesh will be deprecated", UserWarning),  # accelerate 1.15, of HSDP's meshes
     ("Warning: Profiler clears events at the end of each cycle", UserWarning),  # torch 2.11
 )
 """`(message regex, category)` of warnings that are neither ours nor the test's to avoid."""

@@ -1,124 +1,157 @@
-"""Heads and layouts for the Trainer's tests: tiny models, ragged data, and the float64 truth."""
+"""Trainings of one optimizer step for the Trainer's tests: every head in every layout, and the float64 truth."""
 
-import copy
+import contextlib
 import functools
 import math
 import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
+from accelerate.utils import ParallelismConfig
+from heads import HEADS
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    T5Config,
-    T5ForConditionalGeneration,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.distributed import DistributedConfig
 
 from hf_gradutils import GradUtilsTrainer
 
 NUM_SAMPLES = 16
-LENGTH = 12
-VOCAB = 48
-_SMALL = {"vocab_size": VOCAB, "num_attention_heads": 2, "num_hidden_layers": 2, "hidden_size": 16}
-_LLAMA = LlamaConfig(**_SMALL, intermediate_size=32, num_key_value_heads=2, pad_token_id=0, num_labels=3)
-_BERT = BertConfig(**_SMALL, intermediate_size=32, num_labels=3, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
-_GPT2 = GPT2Config(
-    vocab_size=VOCAB,
-    n_embd=16,
-    n_layer=2,
-    n_head=2,
-    resid_pdrop=0,
-    embd_pdrop=0,
-    attn_pdrop=0,
-    bos_token_id=1,
-    eos_token_id=1,
-)
-_T5 = T5Config(
-    vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0, decoder_start_token_id=0
-)
 
-HEADS: dict[str, tuple[type[nn.Module], Any, str]] = {
-    "llama causal": (LlamaForCausalLM, _LLAMA, "tokens"),
-    "gpt2 causal": (GPT2LMHeadModel, _GPT2, "tokens"),
-    "t5 seq2seq": (T5ForConditionalGeneration, _T5, "tokens"),
-    "bert masked": (BertForMaskedLM, _BERT, "tokens"),
-    "bert classes": (BertForSequenceClassification, _BERT, "classes"),
-    "llama classes": (LlamaForSequenceClassification, _LLAMA, "classes"),
-    "bert regression": (BertForSequenceClassification, _BERT, "numbers"),
-    "bert multi-label": (BertForSequenceClassification, _BERT, "several"),
+Rows = list[dict[str, Tensor]]
+
+
+def make_model(head: str) -> nn.Module:
+    return HEADS[head].build()
+
+
+def make_data(head: str, num_samples: int = NUM_SAMPLES, *, seed: int = 5) -> Rows:
+    return HEADS[head].rows(num_samples, seed)
+
+
+def truth(head: str, data: Rows) -> tuple[dict[str, Tensor], float]:
+    """Gradient and loss of one process and one batch in float64: what the model's own mean gives there."""
+    return truth_of_micro_batches(head, [data])
+
+
+def truth_of_micro_batches(head: str, micro_batches: list[Rows]) -> tuple[dict[str, Tensor], float]:
+    """The same for a loss with a term that no split leaves alone: the mean of the parts', weighted by targets."""
+    model = make_model(head).double()
+    batches = [HEADS[head].collate(rows) for rows in micro_batches]
+    counts = [HEADS[head].targets(batch) for batch in batches]
+    total = 0.0
+    for batch, count in zip(batches, counts, strict=True):
+        batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+        loss = model(**batch)["loss"] * (count / sum(counts))
+        loss.backward()
+        total += loss.item()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, total
+
+
+def micro_batches_of(data: Rows, layout: str, accumulation: int) -> list[Rows]:
+    """How the loader of a Trainer that does not shuffle splits the data over ranks and micro-batches."""
+    size = len(data) // (LAYOUTS[layout].num_data_ranks * accumulation)
+    return [data[start : start + size] for start in range(0, len(data), size)]
+
+
+# ---- Layouts ----
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model is spread over ranks."""
+
+    num_ranks: int
+    num_data_ranks: int
+    is_right: Callable[[nn.Module], bool]
+    """Whether the model that a Trainer has wrapped is spread like that: FSDP on CPU silently becomes DDP."""
+    arguments: Callable[[tuple[str, ...]], dict[str, Any]] = lambda layers: {}
+    """Class names of the repeated layers → training arguments."""
+    loading: dict[str, Any] | None = None
+    """What ``from_pretrained`` is told, where transformers spreads the model itself."""
+
+
+def _meshes(model: nn.Module) -> set[tuple[int, ...]]:
+    return {tuple(p.device_mesh.shape) for p in model.parameters() if isinstance(p, DTensor)}
+
+
+def _fsdp2(layers: tuple[str, ...]) -> dict[str, Any]:
+    return {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": list(layers)}}
+
+
+def _hsdp(layers: tuple[str, ...]) -> dict[str, Any]:
+    return _fsdp2(layers) | {"parallelism_config": ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)}
+
+
+def _is_ddp(model: nn.Module) -> bool:
+    return isinstance(model, DistributedDataParallel)
+
+
+def _is_fsdp(*shape: int) -> Callable[[nn.Module], bool]:
+    return lambda model: isinstance(model, FSDPModule) and _meshes(model) == {shape}
+
+
+def _is_tp(model: nn.Module) -> bool:
+    return (2,) in _meshes(model) and not isinstance(model, FSDPModule)
+
+
+LAYOUTS = {
+    "1 rank": Layout(1, 1, lambda model: not _meshes(model)),
+    "ddp2": Layout(2, 2, _is_ddp),
+    "ddp4": Layout(4, 4, _is_ddp),
+    "fsdp2x2": Layout(2, 2, _is_fsdp(2), _fsdp2),
+    "hsdp2x2": Layout(4, 4, _is_fsdp(2, 2), _hsdp),
+    "native fsdp2x2": Layout(2, 2, _is_fsdp(2), loading={"fsdp_size": 2}),
+    "native hsdp2x2": Layout(4, 4, _is_fsdp(2, 2), loading={"fsdp_size": 2, "dp_replicate_size": 2}),
+    "tp2": Layout(2, 1, _is_tp, loading={"tp_size": 2, "tp_plan": "auto"}),
+    "tp2 x fsdp2": Layout(
+        4,
+        2,
+        lambda model: isinstance(model, FSDPModule) and (2, 2) in _meshes(model),
+        loading={"tp_size": 2, "tp_plan": "auto", "fsdp_size": 2},
+    ),
+    "ep2 x fsdp2": Layout(
+        2,
+        2,
+        lambda model: len(_meshes(model)) == 2,
+        loading={"fsdp_size": 2, "ep_size": 2, "ep_implementation": "all_to_all"},
+    ),
 }
-"""Name → (class, configuration, kind of labels). The first label of a row counts for heads that do not shift."""
-
-WRAPPED = {"llama": "LlamaDecoderLayer", "bert": "BertLayer", "gpt2": "GPT2Block", "t5": "T5Block"}
+"""Name → how a Trainer gets there. DDP, FSDP2 and HSDP through accelerate, ``native`` and the rest by transformers."""
 
 TIED = ("t5 seq2seq", "bert masked")
 """Heads whose tied parameters accelerate 1.15 puts into two FSDP2 groups, which torch 2.13 refuses."""
 
 
-def shard_tied(model: nn.Module, layer: str) -> None:
+def shard_tied(model: nn.Module, layers: tuple[str, ...]) -> None:
     """FSDP2 by hand: each layer a group, and all that is tied in the root's."""
     for module in model.modules():
-        if type(module).__name__ == layer:
+        if type(module).__name__ in layers:
             fully_shard(module)
     fully_shard(model)
 
 
-def make_model(head: str) -> nn.Module:
-    torch.manual_seed(11)
-    model_class, config, kind = HEADS[head]
-    config = copy.deepcopy(config)  # models write the kind of problem into it
-    if kind == "numbers":
-        config.num_labels = 1
-    return model_class(config)
-
-
-def make_data(head: str, num_samples: int = NUM_SAMPLES, *, seed: int = 5) -> list[dict[str, Tensor]]:
-    """Rows of one length; the number of targets is ragged, from 1 up."""
-    generator = torch.Generator().manual_seed(seed)
-    kind, rows = HEADS[head][2], []
-    for index in range(num_samples):
-        input_ids = torch.randint(3, VOCAB, (LENGTH,), generator=generator)
-        row = {"input_ids": input_ids, "attention_mask": torch.ones(LENGTH, dtype=torch.int64)}
-        if kind == "tokens":
-            labels = torch.randint(3, VOCAB, (LENGTH,), generator=generator)
-            labels[2 + (index * 5) % (LENGTH - 2) :] = -100
-            row["labels"] = labels
-        elif kind == "classes":
-            row["labels"] = torch.randint(0, 3, (), generator=generator)
-        elif kind == "numbers":
-            row["labels"] = torch.randn((), generator=generator)
-        else:
-            row["labels"] = torch.randint(0, 2, (3,), generator=generator).float()
-        rows.append(row)
-    return rows
-
-
-def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-def truth(head: str, data: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], float]:
-    """Gradient and loss of one process and one batch in float64: what the model's own mean gives there."""
-    model = make_model(head).double()
-    batch = collate(data)
-    batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
-    loss = model(**batch).loss
-    loss.backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, loss.item()
+def load(head: str, options: dict[str, Any]) -> nn.Module:
+    """The head, spread over the ranks by transformers while it is loaded."""
+    model = make_model(head)
+    assert isinstance(model, PreTrainedModel), f"transformers does not load {type(model).__name__}"
+    with tempfile.TemporaryDirectory() as own_folder:
+        folders = [own_folder]
+        dist.broadcast_object_list(folders)
+        model.save_pretrained(folders[0])  # on rank 0 only: it sees to that itself
+        dist.barrier()
+        loaded = type(model).from_pretrained(
+            folders[0],
+            distributed_config=DistributedConfig(**options),
+            experts_implementation="eager" if "moe" in head else None,  # as it was built; this is not saved
+        )
+        dist.barrier()
+    return loaded
 
 
 class GradientTap(TrainerCallback):
@@ -140,23 +173,30 @@ def train(
     head: str,
     accumulation: int = 1,
     *,
+    layout: str | None = None,
     trainer_class: type[Trainer] = GradUtilsTrainer,
-    fsdp: bool = False,
     model: nn.Module | None = None,
     data: Any = None,
     eval_data: Any = None,
     arguments: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> tuple[Trainer, GradientTap]:
-    """One optimizer step over all the data, on the ranks there are."""
+    """One optimizer step over all the data, on the ranks there are.
+
+    Args:
+        layout: A key of ``LAYOUTS``; None for what accelerate makes of the ranks, DDP or one process.
+    """
     reset_accelerate()
     world_size = dist.get_world_size() if dist.is_initialized() else 1
+    spread = LAYOUTS[layout or ("1 rank" if world_size == 1 else f"ddp{world_size}")]
+    assert spread.num_ranks == world_size
     data = make_data(head) if data is None else data
+    num_samples = len(data) if hasattr(data, "__len__") else NUM_SAMPLES
     options: dict[str, Any] = {
         "output_dir": str(Path(tempfile.gettempdir()) / "hf_gradutils-tests"),  # nothing is saved there
         "use_cpu": True,
         "dataloader_pin_memory": False,
-        "per_device_train_batch_size": max(1, NUM_SAMPLES // (accumulation * world_size)),
+        "per_device_train_batch_size": max(1, num_samples // (accumulation * spread.num_data_ranks)),
         "gradient_accumulation_steps": accumulation,
         "max_steps": 1,
         "max_grad_norm": 0.0,
@@ -167,25 +207,26 @@ def train(
         "save_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,
+        "remove_unused_columns": False,
     }
-    model = make_model(head) if model is None else model
-    if fsdp:
-        use_fsdp_on_cpu()
-        layer = WRAPPED[head.split()[0]]
-        if head in TIED:
-            shard_tied(model, layer)
-            layer = f"FSDP{layer}"  # what fully_shard has made of its name
-        options |= {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": [layer]}}
-    tap = GradientTap()
-    trainer = trainer_class(
-        model=model,
-        args=TrainingArguments(**options | (arguments or {})),
-        train_dataset=data,
-        eval_dataset=eval_data,
-        callbacks=[tap],
-        **kwargs,
-    )
-    trainer.train()
+    layers = HEADS[head].layers
+    with fsdp_on_cpu() if spread.loading or spread.arguments(layers) else contextlib.nullcontext():
+        if model is None:
+            model = load(head, spread.loading) if spread.loading else make_model(head)
+        if layout == "fsdp2x2" and head in TIED:
+            shard_tied(model, layers)
+            layers = tuple(f"FSDP{layer}" for layer in layers)  # what fully_shard has made of their names
+        tap = GradientTap()
+        trainer = trainer_class(
+            model=model,
+            args=TrainingArguments(**options | spread.arguments(layers) | (arguments or {})),
+            train_dataset=data,
+            eval_dataset=eval_data,
+            callbacks=[tap],
+            **{"data_collator": HEADS[head].collate} | kwargs,
+        )
+        trainer.train()
+    assert spread.is_right(trainer.model_wrapped), (layout, type(trainer.model_wrapped), _meshes(trainer.model_wrapped))
     return trainer, tap
 
 
@@ -208,13 +249,14 @@ def reset_accelerate() -> None:
     GradientState._reset_state()
 
 
-@functools.cache
-def use_fsdp_on_cpu() -> None:
+@contextlib.contextmanager
+def fsdp_on_cpu() -> Iterator[None]:
     """Test only: accelerate ignores FSDP on CPU silently and would run DDP."""
     from accelerate import state
 
     original = state.PartialState.__init__
 
+    @functools.wraps(original)
     def patched(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         shared = state.PartialState._shared_state
@@ -222,3 +264,7 @@ def use_fsdp_on_cpu() -> None:
             shared["distributed_type"] = state.DistributedType.MULTI_GPU
 
     state.PartialState.__init__ = patched
+    try:
+        yield
+    finally:
+        state.PartialState.__init__ = original
