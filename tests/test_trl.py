@@ -1,0 +1,337 @@
+"""The mixin in front of trl's trainers: supervised fine-tuning by tokens, preferences by pairs."""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from ranks import run_ranks
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.distributed.tensor import DTensor
+from trainer_cases import GradientTap, fsdp_on_cpu, norm, relative_error, reset_accelerate
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+from hf_gradutils.accelerator import GradUtilsPlugin
+from hf_gradutils.errors import InvalidArgumentError, LossUnitError
+from hf_gradutils.trainer import GradUtilsTrainerMixin
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning",  # trl 1.16 under transformers 5.23
+    "ignore:`label_smoothing_factor` is deprecated:FutureWarning",
+)
+TOLERANCE = 1e-5
+BETA = 0.1
+LAYOUTS = ["1 rank", "ddp2"]
+WORDS = ["<pad>", "<eos>", "<user>", "<assistant>", *(f"w{i}" for i in range(4, 16))]
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <eos> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+class ExactSFT(GradUtilsTrainerMixin, SFTTrainer):
+    pass
+
+
+class ExactDPO(GradUtilsTrainerMixin, DPOTrainer):
+    pass
+
+
+class MeanOfMeansSFT(SFTTrainer):
+    """A control: every micro-batch counts the same."""
+
+    loss_is_scaled_for_ga = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return super().compute_loss(model, inputs, return_outputs)
+
+
+def make_tokenizer():
+    words = models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", chat_template=TEMPLATE
+    )
+
+
+def make_model(seed=11):
+    torch.manual_seed(seed)
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2, "hidden_size": 16}
+    config = LlamaConfig(
+        vocab_size=len(WORDS), **sizes, intermediate_size=32, pad_token_id=0, eos_token_id=1, initializer_range=0.3
+    )
+    return LlamaForCausalLM(config)
+
+
+def make_data(num_rows=16, *, seed=5):
+    """Conversations whose answers have 1 to 11 words; ``completion`` is what SFT trains, the others DPO."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def say(role, num_words):
+        words = torch.randint(4, len(WORDS), (num_words,), generator=generator).tolist()
+        return [{"role": role, "content": " ".join(WORDS[i] for i in words)}]
+
+    rows = []
+    for i in range(num_rows):
+        row = {"prompt": say("user", 1 + i % 5)}
+        rows.append(row | {k: say("assistant", 1 + i * step % 11) for k, step in (("chosen", 5), ("rejected", 3))})
+    return rows
+
+
+def log_probs(model, row, answer="chosen"):
+    """Of every token of the answer (its words and <eos>): what the model gives it, and the mean over all words."""
+    tokenizer = make_tokenizer()
+    prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+    ids = torch.tensor(tokenizer.apply_chat_template(row["prompt"] + row[answer], return_dict=False))
+    every = torch.log_softmax(model(ids[None]).logits[0, len(prompt) - 1 : -1], -1)
+    return every.gather(-1, ids[len(prompt) :, None])[:, 0], every.mean(-1)
+
+
+def truth(loss_type, data):
+    """Gradient and loss of one process that sees every row by itself, in float64 and without trl."""
+    model, reference = make_model().double(), make_model(12).double()
+    log_p, uniform = (torch.cat(parts) for parts in zip(*(log_probs(model, row) for row in data), strict=True))
+    if loss_type in ("nll", "sft"):
+        loss = -log_p.mean()
+    elif loss_type == "dft":
+        loss = -(log_p * log_p.exp().detach()).mean()
+    elif loss_type == "smoothed":
+        loss = -(0.9 * log_p + 0.1 * uniform).mean()
+    else:
+        loss = torch.stack([_preference(loss_type, model, reference, row) for row in data]).mean()
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters()}, loss.item()
+
+
+def _preference(loss_type, model, reference, row):
+    ratios = []
+    for answer in ("chosen", "rejected"):
+        with torch.no_grad():
+            base = log_probs(reference, row, answer)[0]
+        ratio = log_probs(model, row, answer)[0] - base
+        ratios.append(ratio.mean() if loss_type == "ipo" else ratio.sum())
+    delta = ratios[0] - ratios[1]
+    return (delta - 1 / (2 * BETA)) ** 2 if loss_type == "ipo" else -F.logsigmoid(BETA * delta)
+
+
+def make_trainer(trainer_class, batch_size, accumulation=1, *, data=None, eval_data=None, arguments=None, **kwargs):
+    """DPO starts away from its reference, where every pair has a loss of its own."""
+    reset_accelerate()
+    options = {
+        "output_dir": str(Path(tempfile.gettempdir()) / "hf_gradutils-tests"),  # nothing is saved there
+        "use_cpu": True,
+        "bf16": False,
+        "dataloader_pin_memory": False,
+        "report_to": [],
+        "disable_tqdm": True,
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": 1,
+        "optim": "sgd",
+        "learning_rate": 0.0,
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+    }
+    if issubclass(trainer_class, DPOTrainer):
+        config, as_dataset = DPOConfig, Dataset.from_list
+        kwargs["ref_model"] = make_model(12)
+    else:
+        config, as_dataset = SFTConfig, _as_prompt_and_completion
+    return trainer_class(
+        model=make_model(),
+        args=config(**options | (arguments or {})),
+        train_dataset=as_dataset(data or make_data()),
+        eval_dataset=as_dataset(eval_data or make_data(1)),
+        processing_class=make_tokenizer(),
+        **kwargs,
+    )
+
+
+def train(*args, **kwargs):
+    """One optimizer step."""
+    tap = GradientTap()
+    trainer = make_trainer(*args, callbacks=[tap], **kwargs)
+    trainer.train()
+    return trainer, tap
+
+
+def _as_prompt_and_completion(rows):
+    return Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows])
+
+
+def run(function, layout, *args):
+    return [function(layout, *args)] if layout == "1 rank" else run_ranks(function, 2, layout, *args)
+
+
+# ---- Supervised fine-tuning: a mean over the answers' tokens ----
+
+
+def count(batch):
+    return batch["labels"][:, 1:].ne(-100).sum()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("loss_type", ["nll", "dft", "smoothed"])
+def test_sft_takes_the_step_of_the_whole_batch(loss_type, layout):
+    run(_sft_is_exact, layout, loss_type)
+
+
+def _sft_is_exact(layout, loss_type):
+    data = make_data()
+    want, want_loss = truth(loss_type, data)
+    arguments = {"label_smoothing_factor": 0.1} if loss_type == "smoothed" else {"loss_type": loss_type}
+    for accumulation in (1, 4, 8):
+        batch_size = 16 // accumulation // (2 if layout == "ddp2" else 1)
+        trainer, tap = train(ExactSFT, batch_size, accumulation, arguments=arguments)
+        assert relative_error(tap.steps[0], want) < TOLERANCE, accumulation
+        entry = trainer.state.log_history[0]
+        assert entry["loss"] == pytest.approx(want_loss, rel=1e-5)
+        assert entry["grad_norm"] == pytest.approx(norm(want), rel=1e-5)
+        assert entry["num_targets"] == sum(2 + i * 5 % 11 for i in range(16)), "words and <eos>"
+
+
+@pytest.mark.parametrize("plugin", [GradUtilsPlugin(loss_unit="shifted_tokens"), GradUtilsPlugin(count_targets=count)])
+def test_smoothing_shifts_whoever_counts(plugin):
+    _, tap = train(ExactSFT, 4, 4, arguments={"label_smoothing_factor": 0.1}, grad_plugin=plugin)
+    assert relative_error(tap.steps[0], truth("smoothed", make_data())[0]) < TOLERANCE
+
+
+def test_control_a_mean_of_means_is_wrong_for_sft():
+    _, tap = train(MeanOfMeansSFT, 4, 4)
+    assert relative_error(tap.steps[0], truth("nll", make_data())[0]) > 1e-2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("how", ["padding-free", "packed"])
+def test_sft_without_padding_is_exact(how, layout):
+    run(_flattened_is_exact, layout, how)
+
+
+def _flattened_is_exact(layout, how):
+    is_packed = how == "packed"
+    arguments = {"packing": True, "max_length": 24} if is_packed else {"padding_free": True, "max_length": None}
+    trainer, tap = train(ExactSFT, 1 if is_packed else 2, 16, arguments=arguments | {"num_train_epochs": 1})
+    assert len(trainer.train_dataset) == (10 if is_packed else 16)
+    assert relative_error(tap.steps[0], truth("nll", make_data())[0]) < TOLERANCE
+
+
+# ---- Preferences: a mean over pairs, whose rows are all chosen ones, then all rejected ones ----
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+def test_dpo_takes_the_step_of_the_whole_batch(loss_type, layout):
+    run(_dpo_is_exact, layout, loss_type)
+
+
+def _dpo_is_exact(layout, loss_type):
+    # 15 pairs leave a last micro-batch that is smaller; trl gathers rewards, so on two ranks all must be as large.
+    num_pairs, cuts = (15, ((15, 1), (4, 4), (2, 8), (1, 15))) if layout == "1 rank" else (16, ((8, 1), (2, 4), (1, 8)))
+    data = make_data(num_pairs)
+    want, want_loss = truth(loss_type, data)
+    for batch_size, accumulation in cuts:
+        trainer, tap = train(ExactDPO, batch_size, accumulation, data=data, arguments={"loss_type": [loss_type]})
+        assert relative_error(tap.steps[0], want) < TOLERANCE, accumulation
+        entry = trainer.state.log_history[0]
+        assert entry["loss"] == pytest.approx(want_loss, rel=1e-5)
+        assert entry["grad_norm"] == pytest.approx(norm(want), rel=1e-5)
+        assert entry["num_targets"] == num_pairs
+
+
+def test_control_the_stock_dpo_trainer_is_wrong_on_the_same_data():
+    data = make_data(15)
+    assert relative_error(train(DPOTrainer, 4, 4, data=data)[1].steps[0], truth("sigmoid", data)[0]) > 1e-2
+
+
+@pytest.mark.parametrize("loss_type", ["sft", "aot", "aot_unpaired"])
+def test_dpo_losses_that_are_no_mean_over_pairs_are_refused(loss_type):
+    arguments = {"loss_type": ["sigmoid", loss_type], "loss_weights": [1.0, 0.5]}
+    with pytest.raises(
+        LossUnitError, match="L\\(AB\\)" if loss_type == "sft" else "cannot be split exactly: .* sorts the pairs"
+    ):
+        train(ExactDPO, 4, 4, data=make_data(15), arguments=arguments)
+
+
+def test_dpo_with_a_count_of_the_users_own_is_exact():
+    def count_chosen(batch):
+        return batch["completion_mask"].chunk(2)[0][:, 1:].sum()
+
+    data = make_data(15)
+    plugin = GradUtilsPlugin(count_targets=count_chosen)
+    _, tap = train(ExactDPO, 4, 4, data=data, arguments={"loss_type": ["sft"]}, grad_plugin=plugin)
+    assert relative_error(tap.steps[0], truth("sft", data)[0]) < TOLERANCE
+
+
+# ---- Both: sharding, metrics, evaluation ----
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_shards_are_exact(kind):
+    run_ranks(_shards_are_exact, 2, kind)
+
+
+def _shards_are_exact(kind):
+    arguments = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+    with fsdp_on_cpu():
+        trainer, tap = train(ExactSFT if kind == "sft" else ExactDPO, 2, 4, arguments=arguments)
+    assert all(isinstance(p, DTensor) for p in trainer.model_wrapped.parameters())
+    assert relative_error(tap.steps[0], truth("nll" if kind == "sft" else "sigmoid", make_data())[0]) < TOLERANCE
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_metrics_are_those_of_the_stock_trainer(kind, layout):
+    run(_metrics_are_stock, layout, kind)
+
+
+def _metrics_are_stock(layout, kind):
+    logs = []
+    for trainer_class in (ExactSFT, SFTTrainer) if kind == "sft" else (ExactDPO, DPOTrainer):
+        arguments = {"per_device_eval_batch_size": 3}
+        trainer, _ = train(trainer_class, 2, 4, eval_data=make_data(13, seed=8), arguments=arguments)
+        trainer.evaluate()
+        logs.append(trainer.state.log_history[0] | trainer.state.log_history[-1])
+    names = ["entropy", "mean_token_accuracy", "num_tokens"]
+    names += ["rewards/chosen", "rewards/margins", "logps/rejected", "logits/chosen"] if kind == "dpo" else []
+    for name in (*names, *(f"eval_{name}" for name in names)):
+        assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-6), name
+        assert logs[0][name] != 0, name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_the_evaluation_loss_is_that_of_one_batch(kind, layout):
+    run(_eval_loss, layout, kind)
+
+
+def _eval_loss(layout, kind):
+    data = make_data(13, seed=8)  # does not divide: ranks are handed copies to fill up
+    want = truth("nll" if kind == "sft" else "sigmoid", data)[1]
+    for batch_size in (1, 3, 8):
+        arguments = {"per_device_eval_batch_size": batch_size}
+        trainer = make_trainer(ExactSFT if kind == "sft" else ExactDPO, 4, eval_data=data, arguments=arguments)
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(want, rel=1e-5), batch_size
+
+
+# ---- What weighs or batches by itself ----
+
+
+class ExactGRPO(GradUtilsTrainerMixin, GRPOTrainer):
+    pass
+
+
+def test_a_trainer_that_normalises_by_itself_is_refused():
+    reset_accelerate()
+    with pytest.raises(InvalidArgumentError, match="got GRPOTrainer, which divides its loss by a count of its own"):
+        ExactGRPO(
+            model=make_model(),
+            reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
+            args=GRPOConfig(use_cpu=True, bf16=False, report_to=[]),
+            train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in make_data()]),
+            processing_class=make_tokenizer(),
+        )
