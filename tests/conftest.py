@@ -9,13 +9,18 @@ from pathlib import Path
 import psutil
 import pytest
 import torch.distributed as dist
-from ranks import helper_pids, stop_forkserver
+from ranks import UPSTREAM_WARNINGS, helper_pids, stop_forkserver
 from tqdm import tqdm
 
 # Before anything imports transformers: no test talks to a hub.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
 tqdm.monitor_interval = 0  # its monitor is a thread that stays
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for message, category in UPSTREAM_WARNINGS:
+        config.addinivalue_line("filterwarnings", f"ignore:{message}:{category.__name__}")
 
 
 @pytest.fixture(autouse=True)

@@ -66,10 +66,12 @@ PRELOADED_IF_IMPORTED = (
 UPSTREAM_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     ("FSDP2-wrapped module .* returned a view tensor", UserWarning),  # torch 2.13, about layers of transformers
     ("Grad strides do not match bucket view strides", UserWarning),  # DDP, of 1 × 1 convolutions
+    (r"The \.grad attribute of a Tensor that is not a leaf", UserWarning),  # torch.compile, of what DDP returns
+    ("`is_gradient_checkpointing` is deprecated", FutureWarning),  # peft 0.21, of transformers 5.23
     ("Slicing a flattened dim from root mesh will be deprecated", UserWarning),  # accelerate 1.15, of HSDP's meshes
-    ("Warning: Profiler clears events at the end of each cycle", UserWarning),  # torch 2.11
+    (".*Profiler clears events at the end of each cycle", UserWarning),  # torch 2.11
 )
-"""`(message regex, category)` of warnings that are neither ours nor the test's to avoid."""
+"""`(message regex, category)` of warnings that are neither ours nor the test's to avoid; no colon in a message."""
 
 GRACE_S = 0.5
 """After a first failure the other ranks have this long to report theirs."""

@@ -226,7 +226,11 @@ def train(
             **{"data_collator": HEADS[head].collate} | kwargs,
         )
         trainer.train()
-    assert spread.is_right(trainer.model_wrapped), (layout, type(trainer.model_wrapped), _meshes(trainer.model_wrapped))
+    wrapped = trainer.model_wrapped
+    inside = getattr(wrapped, "_orig_mod", wrapped)  # of what torch.compile returns
+    if spread.loading and hasattr(inside, "get_base_model"):
+        inside = inside.get_base_model()  # peft's is around what transformers has sharded
+    assert spread.is_right(wrapped) or spread.is_right(inside), (layout, type(wrapped), _meshes(wrapped))
     return trainer, tap
 
 
