@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
+from hf_gradutils import trl_trainers
 from hf_gradutils.batches import count_rows, is_divisible, take_rows
 from hf_gradutils.own_mean_loss import OwnMeanLossMixin
 from hf_gradutils.reduction import reduce_packed, world_domain
@@ -17,8 +18,8 @@ from hf_gradutils.targets import check_count
 class EvaluationMixin(OwnMeanLossMixin):
     """``prediction_step`` sums n·L and n over samples; ``evaluation_loop`` divides once."""
 
-    _eval_sums: Tensor | None = None
-    """(Σ n, Σ n·L) of this rank while it evaluates, float64."""
+    _eval_sums: list[Tensor] | None = None
+    """(n, n·L) of each batch that this rank has evaluated, float64; None while it does not evaluate."""
     _evaluated_targets: Tensor | None = None
     """Targets of the batch that :meth:`compute_loss` saw last."""
 
@@ -31,11 +32,12 @@ class EvaluationMixin(OwnMeanLossMixin):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """As in Trainer, with the loss Σ n·L / Σ n over the evaluation set, each sample once."""
-        self._eval_sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        self._eval_sums = []
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         sums, self._eval_sums = self._eval_sums, None
-        if f"{metric_key_prefix}_loss" in output.metrics:
-            count, weighted_loss = reduce_packed(world_domain(), sums)[0].tolist()
+        # Empty if a subclass predicts without us: Trainer's mean over samples is kept then.
+        if sums and f"{metric_key_prefix}_loss" in output.metrics:
+            count, weighted_loss = reduce_packed(world_domain(), torch.stack(sums).sum(0))[0].tolist()
             check_count(count)
             output.metrics[f"{metric_key_prefix}_loss"] = weighted_loss / count if count else math.nan
         return output
@@ -77,13 +79,13 @@ class EvaluationMixin(OwnMeanLossMixin):
             self._settle_unit(inputs, is_split=False)
 
     def _add_loss(self, model: nn.Module, inputs: Mapping[str, Any], loss: Tensor) -> None:
-        num_rows = count_rows(inputs)
+        num_rows = count_rows(inputs, num_blocks=trl_trainers.num_blocks(self))
         num_real_rows = self._num_real_rows(num_rows)
         if num_real_rows is not None:
             # Ranks were handed copies of samples to fill up the last batch: ask for the loss without them.
             batch = self._prepare_inputs(self._without_copies(inputs, num_real_rows))
             num_items = self._count_targets(batch).clamp(min=1)
-            with torch.no_grad(), self.compute_loss_context_manager():
+            with torch.no_grad(), self.compute_loss_context_manager(), trl_trainers.loss_only(self):
                 loss = self.compute_loss(model, batch, num_items_in_batch=num_items).detach().mean()
         num_targets = self._evaluated_targets
         if num_targets is None:
@@ -95,11 +97,12 @@ class EvaluationMixin(OwnMeanLossMixin):
         count = num_targets.to(torch.float64)
         # Of a loss that is a sum over rows, the mean over rows is kept: it does not depend on the batch size.
         weight = self._counter.weight(count) * (count != 0)
-        self._eval_sums += torch.stack((count, torch.where(weight == 0, 0.0, loss.to(torch.float64) * weight)))
+        self._eval_sums.append(torch.stack((count, torch.where(weight == 0, 0.0, loss.to(torch.float64) * weight))))
 
     def _without_copies(self, inputs: Mapping[str, Any], num_real_rows: int) -> dict[str, Any]:
-        if is_divisible(inputs):
-            return take_rows(inputs, 0, max(num_real_rows, 1))
+        num_blocks = trl_trainers.num_blocks(self)
+        if is_divisible(inputs, num_blocks=num_blocks):
+            return take_rows(inputs, 0, max(num_real_rows, 1), num_blocks=num_blocks)
         labels = inputs.get("labels")
         if not isinstance(labels, Tensor) or labels.is_floating_point():
             return dict(inputs)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import has_length
 
+from hf_gradutils import trl_trainers
 from hf_gradutils.accelerator import GradUtilsAccelerator, GradUtilsPlugin
 from hf_gradutils.errors import InvalidArgumentError, TargetCountError
 from hf_gradutils.evaluation import EvaluationMixin
@@ -35,8 +36,8 @@ class GradUtilsTrainerMixin(EvaluationMixin):
         **kwargs: As the Trainer class takes them.
 
     Raises:
-        InvalidArgumentError: a negative ``max_grad_norm``, one process for several GPUs, DeepSpeed, or settings of
-            the plugin that ``TrainingArguments`` has a place for.
+        InvalidArgumentError: a negative ``max_grad_norm``, one process for several GPUs, DeepSpeed, a trainer of
+            trl that weighs or batches by itself, or settings of the plugin that ``TrainingArguments`` has a place for.
     """
 
     def __init__(self, *args: Any, grad_plugin: GradUtilsPlugin | None = None, **kwargs: Any):
@@ -64,6 +65,12 @@ class GradUtilsTrainerMixin(EvaluationMixin):
             raise InvalidArgumentError(
                 "expected DDP, FSDP2, tensor or context parallelism, got DeepSpeed, whose engine scales and clips "
                 "gradients itself; use FSDP2 (fsdp=True, fsdp_config={'version': 2}), which shards what ZeRO-3 shards"
+            )
+        if reason := trl_trainers.why_not_exact(self):
+            name = trl_trainers.trl_name(self)
+            raise InvalidArgumentError(
+                f"expected of trl's trainers one of {', '.join(trl_trainers.EXACT)}, got {name}, which {reason}; use "
+                f"{name} by itself, without GradUtilsTrainerMixin in front"
             )
         if named := self.grad_plugin.accumulation_settings():
             raise InvalidArgumentError(
@@ -199,7 +206,7 @@ class GradUtilsTrainerMixin(EvaluationMixin):
     def _start_windows(self, inputs: Mapping[str, Any]) -> None:
         """Settle the unit of the loss on the first batch, and open the first window with a scale to match."""
         accumulation = self.args.gradient_accumulation_steps
-        is_split = accumulation > 1 or self._num_data_ranks() > 1
+        is_split = accumulation > 1 or self.accelerator.num_processes > self.get_tp_size()
         targets_per_micro_batch = self._settle_unit(inputs, is_split=is_split)
         assert self._counter is not None
         self.accelerator.window = AccumulationWindow(

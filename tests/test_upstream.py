@@ -3,13 +3,19 @@
 import ast
 import inspect
 import math
+import tempfile
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from ranks import ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from transformers import Trainer
+from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer
+from transformers.distributed import DistributedConfig
+from transformers.loss import loss_for_object_detection
 
 import hf_gradutils
 from hf_gradutils import upstream
@@ -81,3 +87,32 @@ def test_the_flags_of_fsdp2_can_be_read_and_written_back():
     upstream.restore_fsdp2_sync_flags(flags)
     assert [flag[1:] for flag in upstream.fsdp2_sync_flags(model)] == [(False, False)]
     assert upstream.default_store() is not None
+
+
+def test_the_detection_losses_ask_the_state_that_we_hide():
+    source = inspect.getsource(loss_for_object_detection.ImageLoss.forward)
+    assert "PartialState._shared_state" in source
+    PartialState(cpu=True)
+    with upstream.without_accelerate_state():
+        assert PartialState._shared_state == {}
+    assert PartialState._shared_state
+    AcceleratorState._reset_state(True)
+
+
+@ranks(2)
+def test_the_hooks_of_replicated_norms_under_tensor_parallelism_are_found():
+    config = Qwen3Config(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, head_dim=4)
+    config.update({"num_attention_heads": 2, "num_key_value_heads": 2})
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    Qwen3ForCausalLM(config).save_pretrained(folder[0])
+    dist.barrier()
+    model = Qwen3ForCausalLM.from_pretrained(folder[0], distributed_config=DistributedConfig(tp_size=2, tp_plan="auto"))
+    dist.barrier()
+    taken = upstream.take_accumulated_all_reduces(model)
+    attention = model.model.layers[0].self_attn
+    assert {module for module, _ in taken} == {attention.q_norm, attention.k_norm}
+    assert {group.size() for _, group in taken} == {2}
+    assert upstream.take_accumulated_all_reduces(model) == []
+    model(torch.arange(4)[None]).logits.sum().backward()
+    assert not attention.q_norm.weight._post_accumulate_grad_hooks, "nothing hooks it again"
