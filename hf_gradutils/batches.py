@@ -1,40 +1,58 @@
-"""The rows of a batch: how many there are, and whether it can be cut between them."""
+"""The rows of a batch: how many there are, and whether it can be cut between them.
+
+``num_blocks``: the rows lie in that many blocks of equal size, and a sample is one row of each. A batch of
+preferences has two, all that were chosen and then all that were rejected; most batches have one.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_gradutils.errors import TargetCountError
 
 
-def count_rows(batch: Mapping[str, Any]) -> int:
-    """Samples in a batch: the first dim of its first tensor that has one.
+def count_rows(batch: Mapping[str, Any], *, num_blocks: int = 1) -> int:
+    """Samples in a batch: the first dim of its first tensor that has one, over the blocks.
 
     Raises:
         TargetCountError: no tensor has a first dim.
     """
     for value in batch.values():
         if isinstance(value, Tensor) and value.dim() > 0:
-            return value.shape[0]
+            return value.shape[0] // num_blocks
     raise TargetCountError(
         f"expected a batch with a tensor of one dimension or more, got {describe(batch)}; pass count_targets"
     )
 
 
-def take_rows(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
-    """Rows ``start`` to ``stop`` of everything that has one entry per row; the rest as it is."""
-    num_rows = count_rows(batch)
-    return {name: value[start:stop] if _is_per_row(value, num_rows) else value for name, value in batch.items()}
+def take_rows(batch: Mapping[str, Any], start: int, stop: int, *, num_blocks: int = 1) -> dict[str, Any]:
+    """Samples ``start`` to ``stop`` of everything that has entries for them; the rest as it is."""
+    num_rows = count_rows(batch, num_blocks=num_blocks)
+
+    def take(value: Any) -> Any:
+        if _is_per_row(value, num_rows):
+            return value[start:stop]
+        if isinstance(value, Tensor) and _is_per_row(value, num_rows * num_blocks):
+            return torch.cat([block[start:stop] for block in value.chunk(num_blocks)])
+        return value
+
+    return {name: take(value) for name, value in batch.items()}
 
 
-def is_divisible(batch: Mapping[str, Any]) -> bool:
-    """Whether :func:`take_rows` leaves a batch that fits together: everything in it has one entry per row.
+def is_divisible(batch: Mapping[str, Any], *, num_blocks: int = 1) -> bool:
+    """Whether :func:`take_rows` leaves a batch that fits together: everything in it has entries for each sample.
 
     The patches of a vision-language model do not: rows without their patches are no batch.
     """
-    num_rows = count_rows(batch)
-    return all(_is_per_row(value, num_rows) or _is_single(value) for value in batch.values())
+    num_rows = count_rows(batch, num_blocks=num_blocks)
+    return all(
+        _is_per_row(value, num_rows)
+        or (isinstance(value, Tensor) and _is_per_row(value, num_rows * num_blocks))
+        or _is_single(value)
+        for value in batch.values()
+    )
 
 
 def describe(batch: Mapping[str, Any]) -> str:

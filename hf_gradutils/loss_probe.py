@@ -9,6 +9,7 @@ Names, signatures and tables are wrong for dozens of heads; two questions to the
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -87,17 +88,22 @@ def loss_ignores_first_position(loss_of: LossOf, batch: Mapping[str, Any]) -> bo
     return with_first == without or (math.isnan(with_first) and math.isnan(without))
 
 
-def check_additivity(loss_of: LossOf, batch: Mapping[str, Any], counter: TargetCounter) -> Additivity:
+def check_additivity(
+    loss_of: LossOf, batch: Mapping[str, Any], counter: TargetCounter, *, num_blocks: int = 1
+) -> Additivity:
     """Both sides of the equation for a batch. Three forwards on every rank, also where nothing can be split.
 
     Args:
         loss_of: Called under :func:`undisturbed`.
         batch: One row, or a batch that is not divisible, cannot be split and gives NaN.
         counter: Batch → targets.
+        num_blocks: How the batch lies, see :mod:`hf_gradutils.batches`.
     """
-    num_rows = count_rows(batch)
-    cut = _most_telling_cut(batch, counter) if num_rows > 1 and is_divisible(batch) else 0
-    parts = [batch, take_rows(batch, 0, cut), take_rows(batch, cut, num_rows)] if cut else [batch] * 3
+    num_rows = count_rows(batch, num_blocks=num_blocks)
+    take = functools.partial(take_rows, batch, num_blocks=num_blocks)
+    is_cut = num_rows > 1 and is_divisible(batch, num_blocks=num_blocks)
+    cut = _most_telling_cut([counter(take(row, row + 1)) for row in range(num_rows)]) if is_cut else 0
+    parts = [batch, take(0, cut), take(cut, num_rows)] if cut else [batch] * 3
     sums = []
     for part in parts:
         weight = float(counter.weight(counter(part)))
@@ -108,13 +114,13 @@ def check_additivity(loss_of: LossOf, batch: Mapping[str, Any], counter: TargetC
     return Additivity(sums[0], (sums[1], sums[2]), float(counter(batch)))
 
 
-def _most_telling_cut(batch: Mapping[str, Any], counter: TargetCounter) -> int:
+def _most_telling_cut(targets_of_rows: list[Tensor]) -> int:
     """Rows of part A, so that its share of the targets is as far as can be from its share of the rows.
 
     Where both shares are the same, a mean over rows passes for a mean over targets.
     """
-    num_rows = count_rows(batch)
-    num_targets = torch.stack([counter(take_rows(batch, row, row + 1)) for row in range(num_rows)]).to(torch.float64)
+    num_rows = len(targets_of_rows)
+    num_targets = torch.stack(targets_of_rows).to(torch.float64)
     in_a, rows_in_a = num_targets.cumsum(0), torch.arange(1, num_rows + 1, device=num_targets.device)
     contrast = (in_a - in_a[-1] * rows_in_a / num_rows)[:-1].abs().nan_to_num()
     return int(contrast.argmax()) + 1 if contrast.any() else num_rows // 2
@@ -138,6 +144,8 @@ def settle_unit(
     *,
     check: bool,
     exact_arithmetic: bool,
+    smooths_labels: bool = False,
+    num_blocks: int = 1,
 ) -> Settled:
     """Find out whether the head shifts, and make sure that the loss is a mean over what is counted.
 
@@ -148,6 +156,8 @@ def settle_unit(
         counter: What the user, or the table of known heads, said.
         check: Verify additivity.
         exact_arithmetic: float32 or better, without autocast or TF32.
+        smooths_labels: The shift matters whatever the count, because label smoothing has to shift like the head.
+        num_blocks: How the batch lies, see :mod:`hf_gradutils.batches`.
 
     Collectives: two all-reduces over all ranks, one before the first forward and one after the last: every
         rank learns of every rank's failure, and none waits in a forward that another does not enter.
@@ -171,9 +181,12 @@ def settle_unit(
             f"{num_failures:.0f} of {domain.num_ranks} ranks cannot count the targets of their first batch"
         )
 
-    shifts = counter.asks_whether_the_head_shifts(batch) and loss_ignores_first_position(head_loss_of, batch)
+    asks = (TargetCounter() if smooths_labels else counter).asks_whether_the_head_shifts(batch)
+    shifts = asks and loss_ignores_first_position(head_loss_of, batch)
     settled = replace(counter, head_shifts=shifts)
-    additivity = check_additivity(lambda part: loss_of(part, settled), batch, settled) if check else _UNCHECKED
+    additivity = _UNCHECKED
+    if check:
+        additivity = check_additivity(lambda part: loss_of(part, settled), batch, settled, num_blocks=num_blocks)
     is_wrong = additivity.relative_error > (_TOLERANCE if exact_arithmetic else _TOLERANCE_REDUCED)
     mine = torch.tensor([shifts, is_wrong, float(settled(batch))], dtype=torch.float64)
     num_shifting, num_wrong, total_targets = reduce_packed(domain, mine)[0].tolist()
@@ -192,6 +205,12 @@ def settle_unit(
             else f"seen on {num_wrong:.0f} of {domain.num_ranks} ranks"
         )
         raise LossUnitError(
-            f"the loss is not a mean over the targets counted (loss_unit={counter.loss_unit!r}): {seen}; {HOW_TO_FIX}"
+            f"the loss is not a mean over the targets counted ({_how_it_counts(counter)}): {seen}; {HOW_TO_FIX}"
         )
     return Settled(head_shifts=shifts, targets_per_micro_batch=total_targets / domain.num_ranks)
+
+
+def _how_it_counts(counter: TargetCounter) -> str:
+    if counter.count is None:
+        return f"loss_unit={counter.loss_unit!r}"
+    return f"count_targets={getattr(counter.count, '__name__', repr(counter.count))}"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_gradutils import upstream
+from hf_gradutils import trl_trainers, upstream
 from hf_gradutils.accelerator import GradUtilsAccelerator, GradUtilsPlugin, uses_exact_arithmetic
 from hf_gradutils.errors import LossUnitError, TargetCountError
 from hf_gradutils.known_heads import known_head
@@ -113,7 +113,7 @@ class OwnMeanLossMixin(TrainerBase):  # type: ignore[misc]
         batch = self._prepare_inputs(dict(inputs))
         check = is_split and self.grad_plugin.check_loss_unit
         counter = self._initial_counter(batch, is_split=is_split, check=check)
-        with undisturbed(self.model):
+        with undisturbed(self.model), trl_trainers.loss_only(self, with_auxiliary=False):
             settled = settle_unit(
                 self._head_loss,
                 self._trained_loss,
@@ -121,24 +121,30 @@ class OwnMeanLossMixin(TrainerBase):  # type: ignore[misc]
                 counter,
                 check=check,
                 exact_arithmetic=uses_exact_arithmetic(self.accelerator, self.model),
+                smooths_labels=self.label_smoother is not None,
+                num_blocks=trl_trainers.num_blocks(self),
             )
         self._counter = replace(counter, head_shifts=settled.head_shifts)
         return settled.targets_per_micro_batch
 
     def _initial_counter(self, batch: Mapping[str, Any], *, is_split: bool, check: bool) -> TargetCounter:
-        """What the user said, or what is known of the head."""
-        counter = self.grad_plugin.counter()
-        known = known_head(self._head()) if counter.is_default and self.compute_loss_func is None else None
-        if known is not None and known.loss_unit is not None:
-            counter = TargetCounter(known.loss_unit, ignore_index=known.ignore_index)
-        elif known is not None and check:
-            raise LossUnitError(f"the loss cannot be split exactly: {known.reason}; {HOW_TO_FIX}")
+        """What the user said, or what is known of the trainer or the head."""
+        counter, why_not = self.grad_plugin.counter(), ""
+        if counter.is_default and trl_trainers.num_blocks(self) == 2:
+            counter, why_not = TargetCounter(count=trl_trainers.count_pairs), trl_trainers.why_without_unit(self)
+        elif counter.is_default and self.compute_loss_func is None and (known := known_head(self._head())) is not None:
+            if known.loss_unit is not None:
+                counter = TargetCounter(known.loss_unit, ignore_index=known.ignore_index)
+            elif not is_split:
+                counter = TargetCounter("rows")
+            why_not = known.reason
+        if why_not and check:
+            raise LossUnitError(f"the loss cannot be split exactly: {why_not}; {HOW_TO_FIX}")
         if is_split:
             return counter
         # One micro-batch on one process: its loss is the whole loss, and the count is only reported.
         try:
-            is_countable = known is None or known.loss_unit is not None
-            return counter if is_countable and counter(batch).isfinite() else TargetCounter("rows")
+            return counter if counter(batch).isfinite() else TargetCounter("rows")
         except TargetCountError:
             return TargetCounter("rows")
 
@@ -156,15 +162,18 @@ class OwnMeanLossMixin(TrainerBase):  # type: ignore[misc]
         """The loss that is trained, without the auxiliary term of a mixture of experts, which is no mean."""
         self._counter = counter
         num_targets = self._count_targets(batch).clamp(min=1)
+        is_the_models_own = self.label_smoother is None and self.compute_loss_func is None
+        coefficient = _auxiliary_coefficient(self._head()) if is_the_models_own else 0.0
         with self.compute_loss_context_manager():
+            # trl's trainers add the auxiliary term themselves, and were told not to; outputs would cost a forward.
+            if coefficient == 0 or trl_trainers.trl_name(self) is not None:
+                loss: Tensor = self.compute_loss(self.model, dict(batch), num_items_in_batch=num_targets)
+                return loss
             loss, outputs = self.compute_loss(
                 self.model, dict(batch), return_outputs=True, num_items_in_batch=num_targets
             )
         auxiliary = outputs.get("aux_loss") if isinstance(outputs, Mapping) else None
-        is_the_models_own = self.label_smoother is None and self.compute_loss_func is None
-        if is_the_models_own and isinstance(auxiliary, Tensor):
-            loss = loss - _auxiliary_coefficient(self._head()) * auxiliary
-        return loss
+        return loss - coefficient * auxiliary if isinstance(auxiliary, Tensor) else loss
 
 
 def _auxiliary_coefficient(model: nn.Module) -> float:

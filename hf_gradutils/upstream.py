@@ -38,6 +38,12 @@ TRAINER_METHODS = {
 TRAINER_ATTRIBUTES = ("_tr_loss", "_globalstep_last_logged")
 """Private attributes that ``transformers.Trainer.train`` keeps its running loss in (5.17 to 5.23)."""
 
+TRL_METRICS = ("_metrics", "_total_train_tokens")
+"""Private attributes in which ``compute_loss`` of trl's trainers (1.16) keeps what they log."""
+
+TRL_AUXILIARY = ("aux_loss_enabled",)
+"""Attributes by which ``compute_loss`` of trl's trainers (1.16), if they have them, adds a mixture's auxiliary loss."""
+
 
 def default_store() -> Store:
     """The store of the default process group. ValueError when there is no such group."""
