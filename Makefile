@@ -11,7 +11,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready-$(subst /,_,$(subst =,-,$(TORCH)))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format build clean
+.PHONY: help install demo test matrix check format build clean
 
 help:  ## Show the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,9 @@ demo: $(STAMP)  ## Fine-tune on two ranks (GPUs where there are some, else CPU) 
 
 test: $(STAMP)  ## Run the tests
 	@$(BIN)/python -m pytest
+
+matrix: $(STAMP)  ## Measure every head in every layout beside the stock Trainer, write docs/exactness.md; about 25 minutes
+	@$(BIN)/python benchmarks/exactness.py --out docs/exactness.md
 
 check: $(STAMP)  ## Lint, check the types and the architecture
 	@$(BIN)/ruff check .

@@ -249,20 +249,16 @@ def _model(model_class: Any, options: dict[str, Any], **more: Any) -> Callable[[
     return _seeded(lambda: model_class(model_class.config_class(**copy.deepcopy(options | more))))
 
 
-def _without_batch_statistics(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+def without_batch_statistics(model: nn.Module) -> nn.Module:
     """Batch normalisation couples the rows in training mode, so that no accumulation is exact: keep it in eval."""
 
     def stay_in_eval(module: nn.Module, _: Any) -> None:
         module.eval()
 
-    def build_frozen() -> nn.Module:
-        model = build()
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.register_forward_pre_hook(stay_in_eval)
-        return model
-
-    return build_frozen
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_pre_hook(stay_in_eval)
+    return model
 
 
 class PlainLayer(nn.Module):
@@ -400,14 +396,14 @@ HEADS: dict[str, Head] = {
     ),
     # Pixels and patches.
     "segformer pixels": Head(
-        _without_batch_statistics(_model(hf.SegformerForSemanticSegmentation, _SEGFORMER)),
+        _model(hf.SegformerForSemanticSegmentation, _SEGFORMER),
         _rows_with_pixels,
         ("SegformerLayer",),
         _count_pixels,
     ),
     # Its auxiliary head adds a second mean over the same pixels.
     "beit pixels": Head(
-        _without_batch_statistics(_model(hf.BeitForSemanticSegmentation, _BEIT)),
+        _model(hf.BeitForSemanticSegmentation, _BEIT),
         _rows_with_pixels,
         ("BeitLayer",),
         _count_pixels,

@@ -67,10 +67,8 @@ def test_micro_batches_cost_no_host_sync():
 
 
 def _syncs_per_micro_batch(trainer_class):
-    per_step = [
-        _events(trainer_class, accumulation, 5) - _events(trainer_class, accumulation, 3) for accumulation in (1, 8)
-    ]
-    return (per_step[1] - per_step[0]) / (2 * 7)
+    short, long = (_syncs(trainer_class, n, 5) - _syncs(trainer_class, n, 3) for n in (1, 8))
+    return (long - short) / (2 * 7)
 
 
 def _syncs(trainer_class, accumulation, max_steps):

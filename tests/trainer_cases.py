@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 from accelerate.utils import ParallelismConfig
-from heads import HEADS
+from heads import HEADS, without_batch_statistics
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -27,7 +27,7 @@ Rows = list[dict[str, Tensor]]
 
 
 def make_model(head: str) -> nn.Module:
-    return HEADS[head].build()
+    return without_batch_statistics(HEADS[head].build())
 
 
 def make_data(head: str, num_samples: int = NUM_SAMPLES, *, seed: int = 5) -> Rows:
@@ -151,7 +151,7 @@ def load(head: str, options: dict[str, Any]) -> nn.Module:
             experts_implementation="eager" if "moe" in head else None,  # as it was built; this is not saved
         )
         dist.barrier()
-    return loaded
+    return without_batch_statistics(loaded)
 
 
 class GradientTap(TrainerCallback):
