@@ -17,6 +17,7 @@ import resource
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -32,6 +33,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from tqdm import tqdm
 
 STACK_SIGNAL = signal.SIGUSR1
 """Makes a rank write the Python stacks of its threads, even while it holds the GIL."""
@@ -170,6 +172,7 @@ def _answer(job: Job) -> Answer:
         _install_warning_filters(job.warning_filters)
         _rewrite_asserts()
         torch.set_num_threads(1)
+        tqdm.set_lock(threading.RLock())  # its own is a semaphore that nobody takes down at the end
         _seed()
         function, args, kwargs = pickle.loads(job.body)
         if isinstance(function, FunctionName):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import torch.distributed as dist
 from ranks import UPSTREAM_WARNINGS, helper_pids, stop_forkserver
 from tqdm import tqdm
@@ -16,6 +17,7 @@ from tqdm import tqdm
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
 tqdm.monitor_interval = 0  # its monitor is a thread that stays
+torch.set_num_threads(1)  # as in the ranks: these models are too small to be split up
 
 
 def pytest_configure(config: pytest.Config) -> None:
