@@ -10,6 +10,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hf_gradutils import trl_trainers
 from hf_gradutils.batches import count_rows, is_divisible, take_rows
+from hf_gradutils.errors import TargetCountError
 from hf_gradutils.own_mean_loss import OwnMeanLossMixin
 from hf_gradutils.reduction import reduce_packed, world_domain
 from hf_gradutils.targets import check_count
@@ -80,10 +81,13 @@ class EvaluationMixin(OwnMeanLossMixin):
 
     def _add_loss(self, model: nn.Module, inputs: Mapping[str, Any], loss: Tensor) -> None:
         num_rows = count_rows(inputs, num_blocks=trl_trainers.num_blocks(self))
-        num_real_rows = self._num_real_rows(num_rows)
+        # Without padding, the samples follow each other in one row; a last batch that has copies is full.
+        num_flattened = self.args.eval_batch_size if num_rows == 1 and "position_ids" in inputs else 1
+        num_real_rows = self._num_real_rows(max(num_rows, num_flattened))
         if num_real_rows is not None:
             # Ranks were handed copies of samples to fill up the last batch: ask for the loss without them.
-            batch = self._prepare_inputs(self._without_copies(inputs, num_real_rows))
+            take = self._without_copies if num_flattened == 1 else self._without_flattened_copies
+            batch = self._prepare_inputs(take(inputs, num_real_rows))
             num_items = self._count_targets(batch).clamp(min=1)
             with torch.no_grad(), self.compute_loss_context_manager(), trl_trainers.loss_only(self):
                 loss = self.compute_loss(model, batch, num_items_in_batch=num_items).detach().mean()
@@ -110,6 +114,22 @@ class EvaluationMixin(OwnMeanLossMixin):
         is_copy = torch.arange(len(labels), device=labels.device) >= max(num_real_rows, 1)
         masked = labels.masked_fill(is_copy.reshape(-1, *[1] * (labels.dim() - 1)), self._counter.ignore_index)
         return {**inputs, "labels": masked}
+
+    def _without_flattened_copies(self, inputs: Mapping[str, Any], num_real_rows: int) -> Mapping[str, Any]:
+        """The samples of the evaluation set say where, in a row that may be packed, the copies start."""
+        if num_real_rows in (0, self.args.eval_batch_size):
+            return inputs
+        dataset = self.callback_handler.eval_dataloader.dataset
+        samples = [dataset[i].get("input_ids", ()) for i in range(len(dataset) - num_real_rows, len(dataset))]
+        real = torch.cat([torch.as_tensor(sample) for sample in samples]).to(inputs["input_ids"].device)
+        if not len(real) or not torch.equal(real, inputs["input_ids"][0, : len(real)]):
+            raise TargetCountError(
+                f"expected the last batch to start with the last {num_real_rows} samples of the evaluation set, one "
+                "after the other, got others; evaluate in the order of the set, or with padding"
+            )
+        assert self._counter is not None
+        is_copy = torch.arange(inputs["labels"].shape[1], device=inputs["labels"].device) >= len(real)
+        return {**inputs, "labels": inputs["labels"].masked_fill(is_copy, self._counter.ignore_index)}
 
     def _num_real_rows(self, num_rows: int) -> int | None:
         """Rows of this rank's batch that are no copies; None on every rank if there are no copies on any."""

@@ -57,6 +57,8 @@ PRELOADED_IF_IMPORTED = (
     "transformers.trainer",
     "transformers.models.llama.modeling_llama",
     "trl",
+    "trl.trainer.dpo_trainer",
+    "trl.trainer.sft_trainer",
     "hf_gradutils",
     "hf_gradutils.accelerator",
     "hf_gradutils.trainer",
