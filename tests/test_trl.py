@@ -450,6 +450,10 @@ def test_trainers_that_are_refused_are_known_by_their_classes(name):
     assert trl_trainers.why_not_exact(mine.__new__(mine)) == trl_trainers.NOT_EXACT[name]
 
 
+def test_every_trainer_of_trl_is_known():
+    assert {name for name in dir(trl) if name.endswith("Trainer")} == {*trl_trainers.EXACT, *trl_trainers.NOT_EXACT}
+
+
 def test_a_trainer_that_overrides_an_exact_one_is_not_taken_for_it():
     of_trl = type("DistilledSFTTrainer", (SFTTrainer,), {"__module__": "trl.experimental.distilled"})
     mine = type("DistilledSFTTrainer", (SFTTrainer,), {"__module__": "my_project"})
