@@ -1,7 +1,7 @@
 """Every private name of torch, accelerate, transformers and trl that the package leans on, and nothing else.
 
 Checked on torch 2.11, 2.13 and 2.15, accelerate 1.15, transformers 5.17 and 5.23, trl 1.16. ``tests/test_upstream.py``,
-and for trl ``tests/test_trl.py``, fails when one of them moves. The private methods of ``transformers.Trainer`` that the
+for trl ``tests/test_trl.py``, fails when one of them moves. The private methods of ``transformers.Trainer`` that the
 Trainer overrides are listed in :data:`TRAINER_METHODS` and checked by the same test.
 """
 
