@@ -132,7 +132,8 @@ def clip_gradients(
         norm_type: p of the norm; ``inf`` is the largest element.
         group: All ranks that train the model; None is the default group, or this process without one.
         ownership: Name pattern → ``"sharded"`` for plain parameters of which each rank holds a part of its
-            own (experts). The others are checked to be the same on the ranks that hold them.
+            own (experts), or the group whose ranks hold different parts, if other groups hold copies. Megatron's and
+            DeepSpeed's marks and FSDP1 need no entry. The others are checked to be the same on all that hold them.
 
     Returns:
         The norm before clipping, shape (), float64, on the gradients' device. If it is not finite, the
@@ -155,7 +156,7 @@ def clip_gradients(
     parameters = trainable_parameters(model)
     plan = plan_for_model(model, parameters, group=group, ownership=ownership)
     gradients = collect_gradients(parameters.values(), plan)
-    norm, _ = reduce_with_norm(plan, gradients, p, foreach=foreach)
+    norms, _ = reduce_with_norm(plan, gradients, p, foreach=foreach)
     if not math.isinf(max_norm):
-        scale_(gradients.shards, clip_coefficient(norm, max_norm), foreach=foreach)
-    return norm
+        scale_(gradients.shards, clip_coefficient(norms.total, max_norm), foreach=foreach)
+    return norms.total

@@ -100,13 +100,13 @@ def get_grad_norm(
 
     # Replicas that disagree show in the spread of their own sums: [ranks that have some, Σ s, Σ s²].
     spread = torch.zeros(3, dtype=torch.float64, device=gradients.device)
-    replicas = [v for v, plain in zip(gradients.values, gradients.is_plain, strict=True) if plain]
-    if replicas and num_plain_shards == 1:
+    replicas = [v for v, i in zip(gradients.values, gradients.indices, strict=True) if plan.replicas[i] is not None]
+    if replicas:
         own = power_sums(replicas, 2.0).sum().sqrt()
         spread = torch.stack((torch.ones_like(own), own, own.square()))
-    norm, spread = reduce_with_norm(plan, gradients, p, spread)
+    norms, spread = reduce_with_norm(plan, gradients, p, spread)
     _check_spread(spread.tolist(), replicas)
-    value = float(norm.item())
+    value = float(norms.total.item())
     rounded = float(torch.tensor(value, dtype=_checked_float(dtype)).item())
     return rounded if math.isfinite(rounded) else value  # a finite norm stays finite where dtype cannot hold it
 

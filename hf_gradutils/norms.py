@@ -83,10 +83,10 @@ def _pieces(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
         if num_elements == 0:
             continue
         if tensor.device.type == "cpu" and num_elements > _CPU_CHUNK:
-            chunks = tensor.detach().reshape(-1).split(_CPU_CHUNK)  # type: ignore[no-untyped-call]
+            chunks = tensor.reshape(-1).split(_CPU_CHUNK)  # type: ignore[no-untyped-call]
             pieces.extend(chunks)
             owners.extend([index] * len(chunks))
         else:
-            pieces.append(tensor.detach())
+            pieces.append(tensor)
             owners.append(index)
     return pieces, owners

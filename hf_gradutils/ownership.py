@@ -17,15 +17,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.tensor import DTensor
 
 from hf_gradutils import upstream
 from hf_gradutils.errors import InvalidArgumentError, ReplicaMismatchError
+from hf_gradutils.norm_groups import ALL, NormGroups, group_name
 from hf_gradutils.norms import power_sums
 from hf_gradutils.reduction import Domain, world_domain
 
-Ownership: TypeAlias = Mapping[str, Literal["sharded", "replicated"]]
-"""Name patterns (:mod:`fnmatch`) of plain parameters and whether ranks hold different parts or copies."""
+Ownership: TypeAlias = Mapping[str, Literal["sharded", "replicated"] | ProcessGroup]
+"""Name patterns (:mod:`fnmatch`) of plain parameters, and whether ranks hold different parts of them or copies.
+
+``"sharded"``: every rank a part of its own. A group: its ranks hold different parts, and other such groups copies of
+those (experts that are replicated too). The last pattern that matches counts. Without one, Megatron's and DeepSpeed's
+mark on expert parameters, ``parameter.allreduce = False``, says "sharded"; FSDP1's flat parameters are found.
+"""
 
 ShardKey: TypeAlias = tuple[tuple[str, int, int], ...]
 """Which part of a parameter a rank holds: (placement, mesh size, coordinate) of each dim that splits it."""
@@ -34,14 +41,22 @@ _REPLICA_TOLERANCE = 1e-4
 """Relative difference of checksums that replicas may show; theirs are equal bit for bit unless they drift."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """How many ranks of the domain hold what this rank holds of each parameter, in the parameters' order."""
+    """How this rank counts each of its parameters, in their order; built once, so by identity."""
 
     domain: Domain
-    num_holders: tuple[float, ...]
-    plain_everywhere: bool
-    """Every rank of the domain holds every plain parameter, as under DDP or beside FSDP2."""
+    names: tuple[str, ...]
+    """Empty where parameters have none."""
+    weights: tuple[float, ...]
+    """1 / ranks of the domain that hold what this rank holds of a parameter; 0 if this rank holds nothing."""
+    replicas: tuple[int | None, ...]
+    """For plain parameters with copies on other ranks: their number among those of all ranks. None for others."""
+    num_replicas: int
+    groups: tuple[str, ...]
+    """Norm groups, the same on all ranks."""
+    group_of: tuple[int, ...]
+    group_of_replica: tuple[int, ...]
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -58,6 +73,7 @@ def plan_for_model(
     *,
     group: ProcessGroup | None = None,
     ownership: Ownership | None = None,
+    norm_groups: NormGroups = None,
 ) -> Plan:
     """The plan of a model, found by parameter name and kept while parameters and placements stay the same.
 
@@ -66,6 +82,7 @@ def plan_for_model(
         parameters: ``trainable_parameters(model)``.
         group: All ranks that train the model; None is the default group, or one process without any.
         ownership: Declares plain parameters that are shards although they carry no placements (experts).
+        norm_groups: Groups whose norms are wanted beside the total; None is one group of all.
 
     Collectives: the first call for a model gathers one object per rank over ``group``; later ones none.
     Host syncs: one in the first call.
@@ -77,11 +94,13 @@ def plan_for_model(
     ownership = _checked(ownership or {})
     domain = world_domain(group)
     identities = tuple((id(p), *_placements(p)) for p in parameters.values())
-    signature = (identities, domain.ranks, tuple(ownership.items()))
+    grouping = norm_groups if norm_groups is None or isinstance(norm_groups, str) else tuple(norm_groups.items())
+    signature = (identities, domain.ranks, tuple(ownership.items()), grouping)
     known = _plans.get(model)
     if known is not None and known[0] == signature:
         return known[1]
-    plan = _build_plan(parameters, domain, ownership)
+    declared = _declared_shards(model, parameters, ownership)
+    plan = _build_plan(parameters, domain, declared, norm_groups)
     _plans[model] = (signature, plan)
     return plan
 
@@ -97,14 +116,25 @@ def plan_for_grid(parameters: Sequence[Tensor], domain: Domain, num_plain_shards
 
     Collectives: none.
     """
-    holders = []
+    weights: list[float] = []
+    replicas: list[int | None] = []
     for parameter in parameters:
-        if isinstance(parameter, DTensor):
-            num_shards = math.prod(size for _, size, _ in _shard_key(parameter) or ())
-        else:
-            num_shards = num_plain_shards
-        holders.append(domain.num_ranks / num_shards)
-    return Plan(domain=domain, num_holders=tuple(holders), plain_everywhere=num_plain_shards == 1)
+        is_plain = not isinstance(parameter, DTensor)
+        parts = num_plain_shards if is_plain else math.prod(size for _, size, _ in _shard_key(parameter) or ())
+        weights.append(parts / domain.num_ranks)
+        is_replica = is_plain and num_plain_shards == 1 and domain.num_ranks > 1
+        replicas.append(sum(r is not None for r in replicas) if is_replica else None)
+    num_replicas = sum(r is not None for r in replicas)
+    return Plan(
+        domain=domain,
+        names=(),
+        weights=tuple(weights),
+        replicas=tuple(replicas),
+        num_replicas=num_replicas,
+        groups=(ALL,),
+        group_of=(0,) * len(parameters),
+        group_of_replica=(0,) * num_replicas,
+    )
 
 
 @torch.no_grad()
@@ -142,42 +172,75 @@ def _shard_key(parameter: Tensor) -> ShardKey | None:
 
 def _checked(ownership: Ownership) -> Ownership:
     for pattern, kind in ownership.items():
-        if kind not in ("sharded", "replicated"):
-            raise InvalidArgumentError(f"ownership[{pattern!r}] must be 'sharded' or 'replicated', got {kind!r}")
+        if not (isinstance(kind, ProcessGroup) or kind in ("sharded", "replicated")):
+            raise InvalidArgumentError(
+                f"ownership[{pattern!r}] must be 'sharded', 'replicated' or a process group, got {kind!r}"
+            )
     return ownership
 
 
-def _is_declared_sharded(name: str, ownership: Ownership) -> bool:
-    kinds = [kind for pattern, kind in ownership.items() if fnmatch.fnmatchcase(name, pattern)]
-    return bool(kinds) and kinds[-1] == "sharded"
+def _declared_shards(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], ownership: Ownership
+) -> dict[str, ShardKey]:
+    """Name → which part this rank holds, for plain parameters that are parts although they do not say so."""
+    flat: dict[int, ProcessGroup] = {}
+    for module in model.modules():
+        if isinstance(module, FullyShardedDataParallel) and module.sharding_strategy != ShardingStrategy.NO_SHARD:
+            assert module.process_group is not None
+            flat |= {id(p): module.process_group for p in module.parameters() if id(p) not in flat}
+    declared: dict[str, ShardKey] = {}
+    for name, parameter in parameters.items():
+        kinds = [kind for pattern, kind in ownership.items() if fnmatch.fnmatchcase(name, pattern)]
+        kind = kinds[-1] if kinds else flat.get(id(parameter))
+        if kind is None and not getattr(parameter, "allreduce", True):
+            kind = "sharded"
+        if isinstance(parameter, DTensor) or kind in (None, "replicated") or not dist.is_initialized():
+            continue
+        group = kind if isinstance(kind, ProcessGroup) else None
+        declared[name] = (("declared", dist.get_world_size(group), dist.get_rank(group)),)
+    return declared
 
 
 _Record: TypeAlias = dict[str, tuple[ShardKey, bool, tuple[float, float]]]
 """Name → (what this rank holds, whether it is a plain tensor, checksum)."""
 
 
-def _build_plan(parameters: Mapping[str, nn.Parameter], domain: Domain, ownership: Ownership) -> Plan:
-    if not domain.groups:
-        return Plan(domain=domain, num_holders=(1.0,) * len(parameters), plain_everywhere=True)
-    group = domain.groups[0]
-    checksums = dict(zip(parameters, _checksums(parameters.values()), strict=True))
+def _build_plan(
+    parameters: Mapping[str, nn.Parameter],
+    domain: Domain,
+    declared: Mapping[str, ShardKey],
+    norm_groups: NormGroups,
+) -> Plan:
+    checksums = dict(zip(parameters, _checksums(parameters.values()), strict=True)) if domain.groups else {}
     mine: _Record = {}
     for name, parameter in parameters.items():
-        key = _shard_key(parameter)
-        if _is_declared_sharded(name, ownership):
-            key = (("declared", domain.num_ranks, dist.get_rank()),)
+        key = declared.get(name, _shard_key(parameter))
         if key is not None:
-            mine[name] = (key, not isinstance(parameter, DTensor), checksums[name])
-    records: list[_Record] = [{} for _ in range(domain.num_ranks)]
-    dist.all_gather_object(records, mine, group=group)
+            mine[name] = (key, not isinstance(parameter, DTensor), checksums.get(name, (0.0, 0.0)))
+    records: list[_Record] = [mine]
+    if domain.groups:
+        records = [{} for _ in range(domain.num_ranks)]
+        dist.all_gather_object(records, mine, group=domain.groups[0])
+        _check_replicas(records, dist.get_process_group_ranks(domain.groups[0]))
 
-    _check_replicas(records, dist.get_process_group_ranks(group))
     holders = Counter((name, key) for record in records for name, (key, _, _) in record.items())
-    plain = [{name for name, (_, is_plain, _) in record.items() if is_plain} for record in records]
+    everywhere = {name: entry for record in records for name, entry in record.items()}
+    replicas = [
+        name for name, (key, is_plain, _) in everywhere.items() if is_plain and not key and holders[name, key] > 1
+    ]
+    labels = {name: group_name(name, norm_groups) for name in everywhere}
+    groups = tuple(dict.fromkeys(labels.values())) or (ALL,)
+    number_of = {label: number for number, label in enumerate(groups)}
+    number_of_replica = {name: number for number, name in enumerate(replicas)}
     return Plan(
         domain=domain,
-        num_holders=tuple(float(holders[name, mine[name][0]]) if name in mine else math.inf for name in parameters),
-        plain_everywhere=all(names == plain[0] for names in plain),
+        names=tuple(parameters),
+        weights=tuple(1.0 / holders[name, mine[name][0]] if name in mine else 0.0 for name in parameters),
+        replicas=tuple(number_of_replica.get(name) for name in parameters),
+        num_replicas=len(replicas),
+        groups=groups,
+        group_of=tuple(number_of[labels[name]] if name in labels else 0 for name in parameters),
+        group_of_replica=tuple(number_of[labels[name]] for name in replicas),
     )
 
 
@@ -216,5 +279,5 @@ def _check_replicas(records: Sequence[_Record], ranks: Sequence[int]) -> None:
                 raise ReplicaMismatchError(
                     f"parameter {name!r} should be the same on ranks {reference_rank} and {rank}, but its sum is "
                     f"{reference[1]:.6g} there and {checksum[1]:.6g} here; if each rank holds a part of its own "
-                    f"(experts, FSDP1), pass ownership={{{name!r}: 'sharded'}}, else broadcast it from one rank"
+                    f"(experts), pass ownership={{{name!r}: 'sharded'}}, else broadcast it from one rank"
                 )

@@ -1,12 +1,12 @@
-"""The gradients of this rank, and their global norm out of one packed reduction."""
+"""The gradients of this rank, and their global norms out of one packed reduction."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from hf_gradutils import upstream
 from hf_gradutils.norms import power_sums, root
@@ -24,26 +24,38 @@ class LocalGradients:
     device: torch.device
     shards: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
-    is_plain: list[bool] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
+    """Which of the plan's parameters each belongs to."""
+
+
+@dataclass(slots=True)
+class Norms:
+    """Global norms, and what this rank's parameters added to them."""
+
+    total: Tensor
+    """Shape (), float64."""
+    groups: Tensor
+    """Shape (groups of the plan,), float64; their p-norm is the total."""
+    powers: list[tuple[list[int], Tensor]]
+    """For each device: the plan's parameters, and Σ |x|^p of this rank's part of their gradients."""
 
 
 @torch.no_grad()
 def collect_gradients(parameters: Iterable[Tensor], plan: Plan) -> LocalGradients:
-    """Pair every gradient that is there with the weight that this rank counts it with.
+    """The gradients that are there, and which of the plan's parameters they belong to.
 
     Collectives: none, but one per gradient whose layout differs from its parameter's (Partial ones).
     """
     parameters = list(parameters)
-    device = upstream.local_tensor(parameters[0].detach()).device if parameters else torch.device("cpu")
+    assert len(parameters) == len(plan.weights)
+    device = upstream.local_tensor(parameters[0]).device if parameters else torch.device("cpu")
     gradients = LocalGradients(device=device)
-    for parameter, num_holders in zip(parameters, plan.num_holders, strict=True):
+    for index, parameter in enumerate(parameters):
         if parameter.grad is None:
             continue
         gradients.shards.append(upstream.local_tensor(parameter.grad))
         gradients.values.append(upstream.local_tensor(in_placements_of(parameter, parameter.grad)))
-        gradients.weights.append(1.0 / num_holders)
-        gradients.is_plain.append(not isinstance(parameter.grad, DTensor))
+        gradients.indices.append(index)
     return gradients
 
 
@@ -55,8 +67,8 @@ def reduce_with_norm(
     sums: Tensor | None = None,
     *,
     foreach: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """The global p-norm of the gradients, and any further sums in the same collective.
+) -> tuple[Norms, Tensor]:
+    """The global p-norms of the gradients, and any further sums in the same collective.
 
     Args:
         plan: Who counts what; every rank of its domain must call, with or without gradients.
@@ -66,57 +78,99 @@ def reduce_with_norm(
         foreach: As in :func:`hf_gradutils.norms.power_sums`.
 
     Returns:
-        ``(norm, sums)``: shape () and (n,), float64, on ``gradients.device``. A rank none of whose plain
-        gradients exist leaves the norm to the replicas that have them.
+        ``(norms, sums)``, on ``gradients.device``. Of a plain replica that only some ranks have a gradient of, those
+        ranks count it whole.
 
     Collectives: one all-reduce per axis of the domain (one all-gather for p = inf). Host syncs: none.
     """
     device = gradients.device
     sums = torch.zeros(0, dtype=torch.float64, device=device) if sums is None else sums.to(device)
+    layout = _layout_of(plan, gradients)
+    powers = [(part, power_sums(part.pick(gradients.values), norm_type, foreach=foreach)) for part in layout.parts]
+    kept = [(part.parameters, values) for part, values in powers]
+    num_groups = len(plan.groups)
+
     if math.isinf(norm_type):
-        largest = [
-            power_sums(values, norm_type, foreach=foreach).amax().to(device) for values, _ in _by_device(gradients)
-        ]
-        maxima = torch.stack(largest).amax().view(1) if largest else torch.zeros(1, dtype=torch.float64, device=device)
+        maxima = torch.zeros(num_groups, dtype=torch.float64, device=device)
+        for part, values in powers:
+            maxima.scatter_reduce_(0, part.groups, values.to(device), "amax")
         sums, reduced_maxima = reduce_packed(plan.domain, sums, maxima)
         assert reduced_maxima is not None
-        return reduced_maxima[0], sums
+        return Norms(reduced_maxima.amax(), reduced_maxima, kept), sums
 
-    # Per rank: Σ w·|g|^p of DTensors, the same of plain tensors, and this rank's share of "has plain ones".
-    totals = torch.zeros(3, dtype=torch.float64, device=device)
-    for values, indices in _by_device(gradients):
-        powers = power_sums(values, norm_type, foreach=foreach)
-        weights = _weight_rows(tuple((gradients.weights[i], gradients.is_plain[i]) for i in indices), powers.device)
-        # Masked, not multiplied by zero: 0 · inf would turn an infinite norm into NaN.
-        totals[:2] += torch.where(weights > 0, weights * powers, 0.0).sum(1).to(device)
-    if any(gradients.is_plain) or not plan.plain_everywhere:
-        totals[2] = 1.0 / plan.domain.num_ranks
-    reduced, _ = reduce_packed(plan.domain, torch.cat((sums, totals)))
-    split, plain, coverage = reduced[-3:]
-    # Replicas share the weight of a plain element; those without it must not leave their share uncounted.
-    plain = torch.where(coverage > 0, plain / coverage, plain)
-    return root(split + plain, norm_type), reduced[:-3]
+    # [Σ w·|g|^p of each group, then of each replica, then the replicas' share of gradients that are there]
+    packed = layout.start.clone()
+    for part, values in powers:
+        packed.index_add_(0, part.places, (values * part.weights).to(device))
+    reduced, _ = reduce_packed(plan.domain, torch.cat((sums, packed)))
+    sizes = (sums.numel(), num_groups, plan.num_replicas, plan.num_replicas)
+    sums, by_group, of_replicas, share = reduced.split(sizes)  # type: ignore[no-untyped-call]
+    if plan.num_replicas:
+        # Replicas share the weight of an element; those without a gradient must not leave theirs uncounted.
+        whole = torch.where(share > 0, of_replicas / share, 0.0)
+        by_group = by_group.index_add(0, layout.group_of_replica, whole)
+    return Norms(root(by_group.sum(), norm_type), root(by_group, norm_type), kept), sums
 
 
-def _by_device(gradients: LocalGradients) -> list[tuple[list[Tensor], list[int]]]:
-    """Values and their indices, one entry per device."""
-    found: dict[torch.device, tuple[list[Tensor], list[int]]] = {}
-    for index, value in enumerate(gradients.values):
-        values, indices = found.setdefault(value.device, ([], []))
-        values.append(value)
-        indices.append(index)
-    return list(found.values())
+@dataclass(slots=True)
+class _Part:
+    """The gradients on one device."""
+
+    positions: list[int]
+    """In the lists of ``LocalGradients``."""
+    parameters: list[int]
+    """In the plan."""
+    weights: Tensor
+    groups: Tensor
+    places: Tensor
+    """In the packed vector."""
+    is_all: bool
+
+    def pick(self, values: list[Tensor]) -> list[Tensor]:
+        return values if self.is_all else [values[position] for position in self.positions]
 
 
-_weight_cache: dict[tuple[tuple[tuple[float, bool], ...], torch.device], Tensor] = {}
+@dataclass(slots=True)
+class _Layout:
+    """Where the numbers of one set of gradients go. Kept, on the device: making it anew would be a host sync."""
+
+    key: tuple[object, ...]
+    parts: list[_Part]
+    start: Tensor
+    group_of_replica: Tensor
 
 
-def _weight_rows(weights: tuple[tuple[float, bool], ...], device: torch.device) -> Tensor:
-    """Shape (2, n): the weights of DTensors, those of plain tensors. Kept on the device: a copy would be a sync."""
-    key = (weights, device)
-    if key not in _weight_cache:
-        if len(_weight_cache) >= 64:
-            _weight_cache.clear()
-        rows = [[0.0 if plain else w for w, plain in weights], [w if plain else 0.0 for w, plain in weights]]
-        _weight_cache[key] = torch.tensor(rows, dtype=torch.float64, device=device)
-    return _weight_cache[key]
+_layouts: WeakKeyDictionary[Plan, _Layout] = WeakKeyDictionary()
+
+
+def _layout_of(plan: Plan, gradients: LocalGradients) -> _Layout:
+    devices = [value.device for value in gradients.values]
+    key = (gradients.device, *gradients.indices, *devices)
+    known = _layouts.get(plan)
+    if known is not None and known.key == key:
+        return known
+    device, num_groups = gradients.device, len(plan.groups)
+
+    def place_of(parameter: int) -> int:
+        replica = plan.replicas[parameter]
+        return plan.group_of[parameter] if replica is None else num_groups + replica
+
+    parts = []
+    for part_device in dict.fromkeys(devices):
+        positions = [i for i, value_device in enumerate(devices) if value_device == part_device]
+        parameters = [gradients.indices[i] for i in positions]
+        weights = torch.tensor([plan.weights[i] for i in parameters], dtype=torch.float64, device=part_device)
+        groups = torch.tensor([plan.group_of[i] for i in parameters], device=device)
+        places = torch.tensor([place_of(i) for i in parameters], device=device)
+        parts.append(_Part(positions, parameters, weights, groups, places, is_all=len(positions) == len(devices)))
+
+    start = torch.zeros(num_groups + 2 * plan.num_replicas, dtype=torch.float64)
+    for index in gradients.indices:
+        replica = plan.replicas[index]
+        if replica is not None:
+            start[num_groups + plan.num_replicas + replica] = plan.weights[index]
+    layout = _Layout(
+        key, parts, start.to(device), torch.tensor(plan.group_of_replica, dtype=torch.int64, device=device)
+    )
+    _layouts[plan] = layout
+    return layout

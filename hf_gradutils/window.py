@@ -103,7 +103,7 @@ class AccumulationWindow:
         parameters = trainable_parameters(model)
         plan = plan_for_model(model, parameters, ownership=ownership)
         gradients = collect_gradients(parameters.values(), plan)
-        norm, (count, weighted_loss, num_ranks_with_data) = reduce_with_norm(plan, gradients, norm_type, self._sums)
+        norms, (count, weighted_loss, num_ranks_with_data) = reduce_with_norm(plan, gradients, norm_type, self._sums)
         self.discard()
 
         # A window without targets has gradients of zero; any finite divisor leaves them so.
@@ -111,7 +111,7 @@ class AccumulationWindow:
         if self._is_sum:
             divisor = torch.full_like(count, self._num_replicas)
         multiplier = self._loss_scale * plan.domain.num_ranks / divisor
-        grad_norm = norm * multiplier
+        grad_norm = norms.total * multiplier
         scale_(gradients.shards, multiplier * clip_coefficient(grad_norm, max_norm))
         return WindowReport(
             loss=weighted_loss / divisor,

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from layouts import make_mesh, make_net, parallelize
 from ranks import ranks, run_ranks
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from hf_gradutils import clip_gradients, get_grad_norm
 from hf_gradutils.errors import InvalidArgumentError, ReplicaMismatchError
@@ -34,6 +34,57 @@ def test_declared_shards_are_summed():
     want = (3 * (1 + 4) + 3 * 25) ** 0.5
     norm = clip_gradients(model, 1.0, ownership={"expert.*": "sharded"})
     assert norm.item() == pytest.approx(want, rel=1e-12)
+
+
+@ranks(2)
+def test_the_mark_of_megatron_and_deepspeed_on_experts_is_believed():
+    model = nn.ModuleDict({"expert": nn.Linear(3, 1, bias=False), "dense": nn.Linear(3, 1, bias=False)})
+    with torch.no_grad():
+        model.expert.weight.fill_(dist.get_rank())
+        model.dense.weight.fill_(1)
+    model.expert.weight.allreduce = False
+    model.expert.weight.grad = torch.full((1, 3), 1.0 + dist.get_rank())
+    model.dense.weight.grad = torch.full((1, 3), 5.0)
+    assert clip_gradients(model, 1e9).item() == pytest.approx((3 * (1 + 4) + 3 * 25) ** 0.5, rel=1e-12)
+
+
+@ranks(4, dp=2, ep=2)
+def test_parts_that_other_groups_hold_copies_of_are_counted_once(mesh):
+    part = mesh.get_local_rank("ep")
+    model = nn.ModuleDict({"expert": nn.Linear(3, 1, bias=False)})
+    with torch.no_grad():
+        model.expert.weight.fill_(part)
+    model.expert.weight.grad = torch.full((1, 3), 1.0 + part)
+    ownership = {"expert.*": mesh["ep"].get_group()}
+    assert clip_gradients(model, 1e9, ownership=ownership).item() == pytest.approx((3 * (1 + 4)) ** 0.5, rel=1e-12)
+    model.expert.weight.data += dist.get_rank() // 2  # the copies drift apart
+    model.another = nn.Linear(1, 1)  # a plan anew
+    with pytest.raises(ReplicaMismatchError, match=r"'expert.weight' should be the same on ranks 0 and 2"):
+        clip_gradients(model, 1e9, ownership=ownership)
+
+
+@ranks(2)
+def test_the_flat_parameters_of_fsdp1_are_parts():
+    model = make_net()
+    want = make_net()
+    sharded = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    x = torch.randn(4, 5, dtype=torch.float64)
+    (sharded(x).square().sum()).backward()
+    want(x).square().sum().backward()
+    norm = torch.cat([p.grad.flatten() for p in want.parameters()]).norm()
+    assert clip_gradients(sharded, 1e9).item() == pytest.approx(norm.item(), rel=1e-12)
+
+
+@ranks(2)
+def test_a_replica_that_only_one_rank_has_a_gradient_of_is_counted_whole():
+    model = make_net()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    num_elements = sum(p.numel() for p in model.parameters())
+    if dist.get_rank() == 1:
+        model.up.weight.grad = None
+        model.out.bias.grad = None
+    assert clip_gradients(model, 1e9).item() == pytest.approx(num_elements**0.5, rel=1e-12)
 
 
 @ranks(4)

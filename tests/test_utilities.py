@@ -328,7 +328,10 @@ def test_zero_tokens_do_not_divide_by_zero():
         (lambda m: clip_gradients(m, -1.0), "max_norm must be > 0, got -1.0"),
         (lambda m: clip_gradients(m, math.nan), "max_norm must be > 0, got nan"),
         (lambda m: clip_gradients(m, 1.0, norm_type=0), "norm_type must be > 0"),
-        (lambda m: clip_gradients(m, 1.0, ownership={"*": "split"}), "must be 'sharded' or 'replicated', got 'split'"),
+        (
+            lambda m: clip_gradients(m, 1.0, ownership={"*": "split"}),
+            "must be 'sharded', 'replicated' or a process group, got 'split'",
+        ),
         (lambda m: clip_gradients(list(m.parameters()), 1.0), "model must be an nn.Module, got list"),
         (lambda m: clip_grad_by_total_norm_(list(m.parameters()), -2, 1.0), "max_norm must be > 0, got -2"),
         (lambda m: get_grad_norm(list(m.parameters()), None, None, norm_type=-1), "norm_type must be > 0"),
