@@ -1,8 +1,8 @@
 """Heads of transformers whose loss is no mean over what their labels suggest, by class name.
 
-Measured on the 799 heads of transformers 5.23 that could be built; the rule of ``auto`` and the question whether a
-head shifts settle the others. Names are looked up along the class hierarchy, so that subclasses, and the classes
-that ``fully_shard`` derives, are found too. ``tests/test_known_heads.py`` fails when a name moves.
+Measured on the heads of transformers 5.23 that could be built, see ``docs/heads.md``; the rule of ``auto`` and the
+question whether a head shifts settle the others. Names are looked up along the class hierarchy, so that subclasses,
+and the classes that ``fully_shard`` derives, are found too. ``tests/test_known_heads.py`` fails when a name moves.
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,12 @@ from hf_gradutils.targets import IGNORE_INDEX, LossUnit
 _CONTRASTIVE = "it contrasts every sample with the others of its micro-batch, so a smaller micro-batch is another task"
 _TWO_MEANS = "it adds two means over different numbers of targets"
 _RANDOM = "it draws random points or masks in every forward"
+_ROOTS = "it weighs two means by the square roots of their numbers of targets"
+_SHARED_DELAYS = "its autocorrelation picks the delays for all rows of a micro-batch together"
+_DENOISING = (
+    "it draws noisy copies of the boxes in every forward, as many as the fullest image of a micro-batch needs; with "
+    "num_denoising=0 in the configuration it is a mean over boxes"
+)
 
 NO_UNIT = {
     **dict.fromkeys(
@@ -24,9 +30,16 @@ NO_UNIT = {
             "ChineseCLIPModel",
             "CLIPModel",
             "CLIPSegModel",
+            "GroupViTModel",
             "MetaClip2Model",
+            "Owlv2Model",
+            "OwlViTModel",
+            "Siglip2Model",
             "SiglipModel",
             "Tipsv2Model",
+            "VideoPrismClipModel",
+            "VisionTextDualEncoderModel",
+            "XCLIPModel",
         ],
         _CONTRASTIVE,
     ),
@@ -37,9 +50,12 @@ NO_UNIT = {
             "BigBirdForPreTraining",
             "ErnieForPreTraining",
             "FNetForPreTraining",
+            "LxmertForPreTraining",
             "MegatronBertForPreTraining",
             "MobileBertForPreTraining",
+            "Deimv2ForObjectDetection",
             "DetrForObjectDetection",
+            "MaskFormerForInstanceSegmentation",
             "TableTransformerForObjectDetection",
             "YolosForObjectDetection",
         ],
@@ -49,11 +65,15 @@ NO_UNIT = {
         [
             "EomtDinov3ForUniversalSegmentation",
             "EomtForUniversalSegmentation",
+            "Mask2FormerForUniversalSegmentation",
+            "OneFormerForUniversalSegmentation",
             "RfDetrForInstanceSegmentation",
             "ViTMAEForPreTraining",
         ],
         _RANDOM,
     ),
+    "AutoformerForPrediction": _SHARED_DELAYS,
+    "DFineForObjectDetection": _ROOTS,
     "GLPNForDepthEstimation": "it is the square root of a difference of means",
 }
 """Class name → why its loss is no mean over anything that could be counted."""
@@ -66,9 +86,15 @@ UNITS: dict[str, LossUnit] = {
             "DabDetrForObjectDetection",
             "DeformableDetrForObjectDetection",
             "RfDetrForObjectDetection",
+            "RTDetrForObjectDetection",
+            "RTDetrV2ForObjectDetection",
         ],
         "boxes",
     ),
+    # Tokens as for others, but their decoder cannot start without any label, as the question about the shift has it.
+    **dict.fromkeys(["MBartForConditionalGeneration", "PLBartForConditionalGeneration"], "tokens"),
+    # Labels of tokens, but a mean over questions.
+    "TapasForQuestionAnswering": "rows",
     **dict.fromkeys(
         [
             "DeiTForMaskedImageModeling",
@@ -103,6 +129,8 @@ def known_head(model: nn.Module) -> KnownHead | None:
     for name in (base.__name__ for base in type(model).__mro__):
         if name in NO_UNIT:
             return KnownHead(None, reason=f"{name}: {NO_UNIT[name]}")
+        if UNITS.get(name) == "boxes" and getattr(config, "num_denoising", 0):
+            return KnownHead(None, reason=f"{name}: {_DENOISING}")
         if name in UNITS:
             return KnownHead(UNITS[name])
         if name.endswith("ForCTC") and hasattr(config, "ctc_loss_reduction"):
