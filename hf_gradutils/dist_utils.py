@@ -83,7 +83,7 @@ def get_sync_ctx(model: nn.Module, is_optim_step: bool) -> contextlib.AbstractCo
 
     Collectives: none of its own.
     """
-    return SyncContext(model, communicate=is_optim_step)
+    return SyncContext(model, is_last=is_optim_step)
 
 
 @torch.no_grad()

@@ -1,44 +1,81 @@
-"""When gradients are communicated while a window of micro-batches accumulates."""
+"""When gradients are communicated while a window of micro-batches accumulates.
+
+    policy           before the last micro-batch   on the last     kept meanwhile
+    defer            nothing                       everything      whole gradients
+    every            everything                    everything      each rank its shards
+    reduce_scatter   shards                        everything      each rank its shards
+
+Gradients are summed over micro-batches and averaged over ranks, and these two change places freely: every policy
+gives the same gradient. ``auto`` is one of these, chosen by :mod:`hf_gradutils.sync_auto`.
+"""
 
 import contextlib
 from types import TracebackType
+from typing import Literal, NamedTuple, TypeAlias
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_gradutils import upstream
+from hf_gradutils.errors import InvalidArgumentError
+
+SyncPolicy: TypeAlias = Literal["defer", "every", "reduce_scatter"]
+
+
+class Communicates(NamedTuple):
+    """What one backward does with gradients."""
+
+    shards: bool
+    """Average them between the ranks that hold different shards, each keeping its own (reduce-scatter)."""
+    replicas: bool
+    """Average them between the ranks that hold copies (all-reduce)."""
+
+
+def communicates(policy: SyncPolicy, *, is_last: bool) -> Communicates:
+    """What the backward of a micro-batch communicates; ``is_last``: the optimizer steps after it.
+
+    A wrapper takes from it what it has: DDP has replicas only, FSDP1 couples both to its shards, and FSDP2 has
+    either or both (HSDP).
+    """
+    return Communicates(
+        shards=is_last or policy != "defer",
+        replicas=is_last or policy == "every",
+    )
 
 
 class SyncContext:
-    """Forward and backward of one micro-batch, with or without gradient communication.
+    """Forward and backward of one micro-batch, with the communication that the policy asks for.
 
     State changes on enter and goes back to what it was on exit, also after an exception. Every wrapper in
     the module tree is found, whatever stands around it: ``torch.compile``, PEFT and accelerate keep the
     wrapped module in the tree.
+
+    Raises:
+        InvalidArgumentError: on exit, where HSDP before torch 2.15 would have lost gradients under ``reduce_scatter``.
     """
 
-    def __init__(self, model: nn.Module, *, communicate: bool):
+    def __init__(self, model: nn.Module, policy: SyncPolicy = "defer", *, is_last: bool):
         self._model = model
-        self._communicate = communicate
+        self._communicates = communicates(policy, is_last=is_last)
         self._undo: contextlib.ExitStack | None = None
 
     def __enter__(self) -> None:
         if self._undo is not None:
             raise RuntimeError("expected one entry at a time, got a second; call get_sync_ctx once per micro-batch")
+        shards, replicas = self._communicates
         with contextlib.ExitStack() as undo:
-            inside_fsdp1: set[nn.Module] = set()
             for module in self._model.modules():
                 if isinstance(module, DistributedDataParallel):
                     undo.callback(setattr, module, "require_backward_grad_sync", module.require_backward_grad_sync)
-                    module.require_backward_grad_sync = self._communicate
+                    module.require_backward_grad_sync = replicas
                 elif isinstance(module, FSDPModule):
                     undo.callback(upstream.restore_fsdp2_sync_flags, upstream.fsdp2_sync_flags(module))
-                    module.set_requires_gradient_sync(self._communicate, recurse=False)
-                elif isinstance(module, FullyShardedDataParallel) and module not in inside_fsdp1:
-                    inside_fsdp1.update(module.modules())
-                    if not self._communicate:
-                        undo.enter_context(module.no_sync())
+                    module.set_requires_gradient_sync(shards, recurse=False)
+                    module.set_requires_all_reduce(replicas, recurse=False)
+                elif isinstance(module, FullyShardedDataParallel):
+                    undo.callback(upstream.set_fsdp1_sync_flag, module, upstream.fsdp1_sync_flag(module))
+                    upstream.set_fsdp1_sync_flag(module, shards)
             self._undo = undo.pop_all()
 
     def __exit__(
@@ -47,3 +84,31 @@ class SyncContext:
         undo, self._undo = self._undo, None
         assert undo is not None
         undo.close()
+        if exc_type is None and self._communicates.shards:
+            self._check_nothing_is_lost()
+
+    def _check_nothing_is_lost(self) -> None:
+        """HSDP adds up reduced shards by their position, which moves if a parameter takes part only sometimes."""
+        for name, module in self._model.named_modules():
+            if isinstance(module, FSDPModule) and upstream.fsdp2_loses_gradients(
+                module, is_last=self._communicates.replicas
+            ):
+                raise InvalidArgumentError(
+                    "expected every trainable parameter of an FSDP2 group to take part in every micro-batch, which "
+                    "sync='reduce_scatter' needs under HSDP before torch 2.15, got one in "
+                    f"{name or 'the model itself'} that did not; use sync='defer', or sync='every' for less memory"
+                )
+
+
+def discard_deferred(model: nn.Module) -> None:
+    """Drop all gradients of a window that was given up, also those that ``zero_grad`` does not reach.
+
+    FSDP2 keeps gradients that are not communicated yet beside ``.grad``: whole ones under ``defer``, and under
+    ``reduce_scatter`` with HSDP shards that lack the other replicas'. Left alone, they go into the next window.
+
+    Collectives: none.
+    """
+    model.zero_grad(set_to_none=True)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            upstream.discard_fsdp2_gradients(module)

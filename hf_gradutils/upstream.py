@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import Store
 from torch.distributed import ProcessGroup, distributed_c10d
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 TRAINER_METHODS = {
@@ -70,21 +70,85 @@ def foreach_mul_in_fp32_(tensors: Sequence[Tensor], factor: Tensor) -> None:
     torch._amp_foreach_non_finite_check_and_unscale_(list(tensors), found_nonfinite, factor)
 
 
+def _fsdp2_groups(module: FSDPModule) -> list[Any]:
+    """The parameter groups of one FSDP2 module: one or none in torch 2.11, a list from 2.13 on."""
+    state = module._get_fsdp_state()
+    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    return [group for group in groups if group is not None]
+
+
 def fsdp2_sync_flags(module: FSDPModule) -> list[tuple[Any, bool, bool]]:
     """``(parameter group, reduce_grads, all_reduce_grads)`` of one FSDP2 module, not of its children.
 
     FSDP2 has public setters for these flags and no getters; restoring the prior state needs to read it.
-    A module has one group in torch 2.11, or none, and a list of them from 2.13 on.
     """
-    state = module._get_fsdp_state()
-    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
-    return [(g, g.reduce_grads, g.all_reduce_grads) for g in groups if g is not None]
+    return [(group, group.reduce_grads, group.all_reduce_grads) for group in _fsdp2_groups(module)]
 
 
 def restore_fsdp2_sync_flags(flags: Sequence[tuple[Any, bool, bool]]) -> None:
     """Write back what :func:`fsdp2_sync_flags` read."""
     for group, reduce_grads, all_reduce_grads in flags:
         group.reduce_grads, group.all_reduce_grads = reduce_grads, all_reduce_grads
+
+
+def fsdp1_sync_flag(module: FullyShardedDataParallel) -> bool:
+    """Whether the backward of one FSDP1 module reduces gradients. Its ``no_sync`` can only switch this off."""
+    return bool(module._sync_gradients)
+
+
+def set_fsdp1_sync_flag(module: FullyShardedDataParallel, value: bool) -> None:
+    """Set what :func:`fsdp1_sync_flag` reads."""
+    module._sync_gradients = value
+
+
+def fsdp2_loses_gradients(module: FSDPModule, *, is_last: bool) -> bool:
+    """Whether what HSDP has reduce-scattered and not yet all-reduced lacks a parameter, or was left behind.
+
+    Until torch 2.13 it is one flat buffer of the parameters that had a gradient, to which the next micro-batch adds
+    those of its own, and a group without gradients in the last micro-batch does not all-reduce it. torch 2.15 knows
+    who is where in the buffer.
+    """
+    for group in _fsdp2_groups(module):
+        if group._partial_reduce_output is not None and not hasattr(group, "_partial_reduce_output_layout"):
+            trained = [p for p in group.fsdp_params if p.sharded_param.requires_grad]
+            if is_last or group._partial_reduce_output.numel() < sum(
+                p.padded_sharded_param_size.numel() for p in trained
+            ):
+                return True
+    return False
+
+
+def fsdp2_deferred_bytes(module: FSDPModule) -> int:
+    """Bytes that whole gradients of one FSDP2 module, not of its children, take beyond their shards."""
+    num_bytes = 0
+    for group in _fsdp2_groups(module):
+        policy = group.mp_policy
+        for parameter in group.fsdp_params:
+            shard = parameter.sharded_param
+            if not shard.requires_grad:
+                continue
+            # torch 2.15 accumulates in the parameter's own dtype where nothing else is said, before in that of backward.
+            own = shard.dtype if hasattr(type(parameter), "unsharded_grad_dtype") else policy.param_dtype or shard.dtype
+            whole = parameter._orig_size.numel() * (policy.reduce_dtype or own).itemsize
+            is_offloaded = shard.device.type != group.device.type
+            num_bytes += whole - (0 if is_offloaded else shard.to_local().numel() * shard.dtype.itemsize)
+    return num_bytes
+
+
+def discard_fsdp2_gradients(module: FSDPModule) -> None:
+    """Drop every gradient of one FSDP2 module, deferred or not, and what an exception left of the iteration."""
+    state = module._get_fsdp_state()
+    if state._is_root and hasattr(module, "reset_iter_state"):  # from torch 2.13 on
+        module.reset_iter_state()
+    for group in _fsdp2_groups(module):
+        for parameter in group.fsdp_params:
+            parameter.sharded_param.grad = None
+            if hasattr(parameter, "_unsharded_param"):
+                parameter._unsharded_param.grad = None
+            if "unsharded_accumulated_grad" in vars(parameter):  # until torch 2.13; then a property of the above
+                parameter.unsharded_accumulated_grad = None
+        group._partial_reduce_output = None
+        getattr(group, "_partial_reduce_output_layout", {}).clear()
 
 
 @torch.no_grad()
