@@ -122,7 +122,7 @@ def report(results: list[Measured], seed: int, command: str) -> str:
 
 def _except_in_float32(built: list[Measured]) -> str:
     names = [f"`{measured.head}`" for measured in built if measured.precision != "float64"]
-    return f" ({len(names)} heads that only run in float32: there)" if names else ""
+    return f" (in float32 for those that only run there: {', '.join(names)})" if names else ""
 
 
 def _totals(built: list[Measured]) -> str:

@@ -28,12 +28,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import torch
+import transformers
 from heads_report import Measured, Outcome, broken_promises, report
 from tiny_batches import MakeRow, NoBatchError, NoLossError, collate, find_rows
 from tiny_models import NUM_CLASSES, TooLargeError, build, head_classes, tiny_config
 from torch import Tensor, nn
 from trainer_cases import GradientTap, relative_error, reset_accelerate
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_gradutils import GradUtilsTrainer
 from hf_gradutils.errors import LossUnitError, TargetCountError
@@ -51,10 +52,9 @@ _REASONS = {NoLossError: "no loss", MemoryError: "memory"}
 # ---- One head ----
 
 
-def measure(head: str, seed: int) -> Measured:
+def measure(head_class: type[PreTrainedModel], seed: int) -> Measured:
     """Build a head, make data for it, and train it with each Trainer."""
-    head_class = head_classes()[head]
-    measured = Measured(head)
+    measured = Measured(head_class.__name__)
     stage = "config"
     try:
         config = _config_of(head_class)
@@ -193,15 +193,17 @@ def train(trainer_class: type[Trainer], model: nn.Module, rows: list[Any], want:
 # ---- All heads ----
 
 
-def sweep(heads: list[str], seed: int, num_processes: int) -> list[Measured]:
+def sweep(heads: dict[str, type[PreTrainedModel]], seed: int, num_processes: int) -> list[Measured]:
     """Every head in a process of its own, that many at a time."""
     context = multiprocessing.get_context("fork")
+    with contextlib.redirect_stdout(io.StringIO()):
+        measure(transformers.BertForMaskedLM, seed)  # what a first training imports is there in every fork
     waiting, running, done = list(reversed(heads)), {}, []
     while waiting or running:
         while waiting and len(running) < num_processes:
             head = waiting.pop()
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_measure_apart, args=(head, seed, sender))
+            process = context.Process(target=_measure_apart, args=(heads[head], seed, sender))
             process.start()
             sender.close()
             running[head] = (process, receiver, time.monotonic())
@@ -224,7 +226,7 @@ def sweep(heads: list[str], seed: int, num_processes: int) -> list[Measured]:
     return sorted(done, key=lambda measured: measured.head)
 
 
-def _measure_apart(head: str, seed: int, sender: Any) -> None:
+def _measure_apart(head: type[PreTrainedModel], seed: int, sender: Any) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         measured = measure(head, seed)
@@ -254,7 +256,8 @@ def main() -> int:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     seed = random.SystemRandom().randrange(2**31) if options.seed is None else options.seed
-    heads = [h for h in head_classes() if not options.heads or any(part in h for part in options.heads.split(","))]
+    parts = options.heads.split(",") if options.heads else [""]
+    heads = {name: head for name, head in head_classes().items() if any(part in name for part in parts)}
     print(f"seed {seed}: {len(heads)} heads", flush=True)
 
     started = time.monotonic()

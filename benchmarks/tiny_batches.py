@@ -272,10 +272,27 @@ def _patch_mask(generator: Generator, config: PretrainedConfig) -> Tensor:
 
 # Not every head over sound takes a mask for it, but these fail without.
 _NEEDS_MASK = re.compile(r"^(Parakeet|Lasr|Nemotron)")
-_ALWAYS = {"bool_masked_pos", "visual_embeds", "visual_feats", "visual_pos", "past_observed_mask", "past_time_features"}
+_ALWAYS = {
+    "visual_attention_mask",
+    "mask_time_indices",
+    "sampled_negative_indices",
+    "speaker_embeddings",
+    "bool_masked_pos",
+    "visual_embeds",
+    "visual_feats",
+    "visual_pos",
+    "past_observed_mask",
+    "past_time_features",
+}
 _EXTRAS: dict[str, Callable[[Generator, PretrainedConfig], Any]] = {
     "bool_masked_pos": _patch_mask,
     "visual_embeds": lambda g, c: _noise(g, 4, setting(c, "visual_embedding_dim", default=32)),
+    "visual_attention_mask": lambda g, c: torch.ones(4, dtype=torch.int64),
+    "task_inputs": lambda g, c: _words(g, setting(c, "task_seq_len", default=77)),
+    "qformer_input_ids": lambda g, c: _words(g, LENGTH),
+    "speaker_embeddings": lambda g, c: _noise(g, setting(c, "speaker_embedding_dim", default=512)),
+    "mask_time_indices": lambda g, c: _keep_some(g, torch.ones(20, dtype=torch.bool), rest=False),
+    "sampled_negative_indices": lambda g, c: _classes(g, 20, 20, setting(c, "num_negatives", default=100)),
     "visual_feats": lambda g, c: _noise(g, 4, setting(c, "visual_feat_dim", default=32)),
     "past_time_features": lambda g, c: _noise(g, 14, 1),
     "past_observed_mask": lambda g, c: torch.ones(14) if setting(c, "lags_sequence") else None,
@@ -324,6 +341,18 @@ def _two_tasks(generator: Generator, config: PretrainedConfig, num_classes: int)
     return _word_labels(generator, config, num_classes) | sentence
 
 
+def _two_visual_tasks(generator: Generator, config: PretrainedConfig, num_classes: int) -> Row:
+    labels = _keep_some(generator, _words(generator, LENGTH + 4))
+    return {"labels": labels, "sentence_image_labels": _classes(generator, 2)}
+
+
+def _spectrogram(generator: Generator, config: PretrainedConfig, num_classes: int) -> Row:
+    """Whole frames end early, not single numbers."""
+    labels = _noise(generator, 16, setting(config, "num_mel_bins", default=80))
+    labels[4 + int(_classes(generator, 12)) :] = -100.0
+    return {"labels": labels}
+
+
 def _token_classes(generator: Generator, config: PretrainedConfig, num_classes: int) -> Row:
     return {"labels": _keep_some(generator, _classes(generator, num_classes, LENGTH))}
 
@@ -359,8 +388,11 @@ def _few_words(generator: Generator, config: PretrainedConfig, num_classes: int)
     return {"labels": _keep_some(generator, _words(generator, 6))}
 
 
-def _few_low_words(generator: Generator, config: PretrainedConfig, num_classes: int) -> Row:
-    return {"labels": _keep_some(generator, 1 + _classes(generator, 20, 4))}
+def _transduced(generator: Generator, config: PretrainedConfig, num_classes: int) -> Row:
+    """The decoder of a transducer reads the labels behind a blank, which is what ends them too."""
+    blank, end = (setting(config, name, default=0) for name in ("blank_token_id", "pad_token_id"))
+    labels = _keep_some(generator, _words(generator, 6), rest=end if setting(config, "durations") else blank)
+    return {"labels": labels, "decoder_input_ids": torch.cat([torch.tensor([blank]), labels])}
 
 
 def _pixels(generator: Generator, config: PretrainedConfig, num_classes: int) -> Row:
@@ -424,10 +456,12 @@ _LABELS: dict[str, list[Callable[[Generator, PretrainedConfig, int], Row]]] = {
     ],
     r"ForMultipleChoice$": [_choice],
     r"ForNextSentencePrediction$|Retrieval$": [_one_of_two],
-    r"ForVisualQuestionAnswering$|^ViltForQuestionAnswering$": [_numbers],
+    r"ForTextToSpeech$|ForSpeechToSpeech$": [_spectrogram],
+    r"^VisualBertForPreTraining$": [_two_visual_tasks],
+    r"ForVisualQuestionAnswering$|^VisualBertForQuestionAnswering$|^ViltForQuestionAnswering$": [_numbers],
     r"^ViltForImagesAndText": [_row_class],
     r"ForCTC$": [_few_words],
-    r"ForRNNT$|ForTDT$": [_few_words, _few_low_words],
+    r"ForRNNT$|ForTDT$": [_transduced],
     r"ForSemanticSegmentation$": [_pixels],
     r"ForDepthEstimation$": [_depths],
     r"ForObjectDetection$": [_boxes, _boxes_with_masks],

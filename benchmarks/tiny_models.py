@@ -126,6 +126,12 @@ _RT_DETR = {
     "encoder_hidden_dim": 32,
     "num_denoising": 0,
 }
+_PP_LAYOUT = {
+    "x4_feat_dim": 16,
+    "encoder_in_channels": [32, 32, 32],
+    "decoder_in_channels": [32, 32, 32],
+    "num_denoising": 0,
+}
 _MASKED_IMAGE = {"encoder_stride": 8}
 _DETR = {"backbone_config": _RESNET}
 _SERIES = {"prediction_length": 4, "context_length": 12, "lags_sequence": [1, 2], "num_time_features": 1}
@@ -142,7 +148,7 @@ _EFFICIENT_NET = {
     "expand_ratios": [1, 2],
     "num_block_repeats": [1, 1],
     "depthwise_padding": [],
-    "hidden_dim": 16,
+    "hidden_dim": 1280,
 }
 _EXPLICIT_HEAD_DIM = {"head_dim": 8}
 _MROPE = {
@@ -200,6 +206,17 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "DPTConfig": _DPT,
     "Tipsv2DptConfig": _DPT,
     "ChameleonConfig": {"vocabulary_map": {"<image>": 3} | {f"IMGIMG{letter}Z": 4 for letter in "AB"}},
+    "BltConfig": {"encoder_hash_byte_group_vocab": 64},
+    "CohereCompassTextConfig": {"rope_parameters": None},
+    "Ernie4_5_VLMoeTextConfig": {"moe_intermediate_size": [16, 16]},
+    "Glm5NextTextConfig": {"num_key_value_heads": 4},
+    "HieraConfig": {"decoder_hidden_size": 16, "decoder_depth": 1, "decoder_num_heads": 2},
+    "HunYuanVLTextConfig": _EXPLICIT_HEAD_DIM,
+    "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},
+    "PPDocLayoutV2Config": _PP_LAYOUT,
+    "PPDocLayoutV3Config": _PP_LAYOUT,
+    "TvpConfig": {"visual_prompt_size": 8, "max_img_size": 32},
+    "ViltConfig": {"num_images": 2, "modality_type_vocab_size": 3},
     "Emu3Config": {"vocabulary_map": {"<image>": 3, "<|extra_200|>": 4}},
     "LiltConfig": {"hidden_size": 48},
     "EfficientNetConfig": _EFFICIENT_NET,
@@ -296,6 +313,8 @@ def _shrink(default: PretrainedConfig, fixed: dict[str, Any]) -> PretrainedConfi
             stages = [f"stage{i + 1}" for i in range(len(stages))]
             options["num_hidden_layers"] = len(stages)
         options["out_features"] = stages
+    if re.search("expert", " ".join(options)):
+        options["experts_implementation"] = "eager"  # the default one has no float64 kernel
     if "kv_lora_rank" in options and "num_key_value_heads" in options:
         options["num_key_value_heads"] = options["num_attention_heads"]  # one latent for all
     config = config_class(**options | fixed)

@@ -53,6 +53,7 @@ NO_UNIT = {
             "LxmertForPreTraining",
             "MegatronBertForPreTraining",
             "MobileBertForPreTraining",
+            "VisualBertForPreTraining",
             "Deimv2ForObjectDetection",
             "DetrForObjectDetection",
             "MaskFormerForInstanceSegmentation",
@@ -93,8 +94,8 @@ UNITS: dict[str, LossUnit] = {
     ),
     # Tokens as for others, but their decoder cannot start without any label, as the question about the shift has it.
     **dict.fromkeys(["MBartForConditionalGeneration", "PLBartForConditionalGeneration"], "tokens"),
-    # Labels of tokens, but a mean over questions.
-    "TapasForQuestionAnswering": "rows",
+    # Labels of tokens, but a mean over questions; and labels that -100 must not be among.
+    **dict.fromkeys(["ParakeetForTDT", "TapasForQuestionAnswering"], "rows"),
     **dict.fromkeys(
         [
             "DeiTForMaskedImageModeling",
@@ -129,12 +130,14 @@ def known_head(model: nn.Module) -> KnownHead | None:
     for name in (base.__name__ for base in type(model).__mro__):
         if name in NO_UNIT:
             return KnownHead(None, reason=f"{name}: {NO_UNIT[name]}")
-        if UNITS.get(name) == "boxes" and getattr(config, "num_denoising", 0):
+        if UNITS.get(name) == "boxes" and getattr(config, "num_denoising", None):
             return KnownHead(None, reason=f"{name}: {_DENOISING}")
         if name in UNITS:
             return KnownHead(UNITS[name])
         if name.endswith("ForCTC") and hasattr(config, "ctc_loss_reduction"):
             return KnownHead("sum" if config.ctc_loss_reduction == "sum" else "rows")
+        if name.endswith("ForRNNT") and hasattr(config, "blank_token_id"):
+            return KnownHead("tokens", ignore_index=config.blank_token_id)
         if name.endswith("ForSemanticSegmentation"):
             for attribute in ("semantic_loss_ignore_index", "loss_ignore_index"):
                 if hasattr(config, attribute):
