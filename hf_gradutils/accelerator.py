@@ -11,8 +11,9 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 
-from hf_gradutils.dist_utils import get_sync_ctx
-from hf_gradutils.errors import TargetCountError
+from hf_gradutils.errors import InvalidArgumentError, TargetCountError
+from hf_gradutils.sync import SyncContext
+from hf_gradutils.sync_auto import SYNCS, PolicyChoice, Sync
 from hf_gradutils.targets import CountTargets, LossUnit, TargetCounter
 from hf_gradutils.window import AccumulationWindow, WindowReport
 
@@ -27,9 +28,15 @@ class GradUtilsPlugin(GradientAccumulationPlugin):  # type: ignore[misc]
     """Batch → number of targets, a 0-d tensor; overrides ``loss_unit``."""
     check_loss_unit: bool = True
     """Verify on the first batch, with three forwards, that the loss is a mean over what is counted."""
+    sync: Sync = "defer"
+    """When gradients are communicated: ``defer`` to the last micro-batch, ``every`` one, ``reduce_scatter`` shards in
+    every one and replicas in the last, or ``auto``, by what memory allows. See ``docs/sync.md``."""
 
     def __post_init__(self) -> None:
         self.counter()
+        if self.sync not in SYNCS:
+            raise InvalidArgumentError(f"sync must be one of {', '.join(SYNCS)}, got {self.sync!r}")
+        _sync_of(self.sync, each_batch=self.sync_each_batch)
 
     def counter(self) -> TargetCounter:
         """Counts a batch's targets as these settings say. InvalidArgumentError where they say nothing sensible."""
@@ -49,13 +56,16 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
 
     window: AccumulationWindow
     _counted: "_Counted | None"
+    _policy_choice: PolicyChoice
 
     @classmethod
-    def adopt(cls, accelerator: Accelerator) -> "GradUtilsAccelerator":
+    def adopt(cls, accelerator: Accelerator, sync: Sync = "defer") -> "GradUtilsAccelerator":
         """Turn an Accelerator, as the Trainer builds it by name, into one of ours, in place."""
         accelerator.__class__ = cls
         accelerator.window = AccumulationWindow(accelerator.device)
         accelerator._counted = None
+        each_batch = accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+        accelerator._policy_choice = PolicyChoice(_sync_of(sync, each_batch=each_batch), accelerator.device)
         return accelerator
 
     @contextlib.contextmanager
@@ -85,9 +95,22 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
         super().backward(self.window.weigh(loss, *counted), **kwargs)
 
     @contextlib.contextmanager
+    def accumulate(self, *models: nn.Module) -> Iterator[None]:
+        """As in accelerate, with the communication that ``sync`` asks for."""
+        with super().accumulate(*models), contextlib.ExitStack() as contexts:
+            for model in models:
+                contexts.enter_context(self.sync_context(model))
+            yield
+
+    def sync_context(self, model: nn.Module) -> SyncContext:
+        """The forward and backward of one micro-batch; it ends its window if ``sync_gradients`` says so."""
+        is_last = self.sync_gradients
+        return SyncContext(model, self._policy_choice.policy(model, is_last=is_last), is_last=is_last)
+
+    @contextlib.contextmanager
     def no_sync(self, model: nn.Module) -> Iterator[None]:
-        """No gradient communication inside, whatever wraps the model."""
-        with get_sync_ctx(model, is_optim_step=False):
+        """A micro-batch that does not end its window, whatever wraps the model; ``sync`` says what it communicates."""
+        with SyncContext(model, self._policy_choice.policy(model, is_last=False), is_last=False):
             yield
 
     def close_window(self, model: nn.Module, max_norm: float = math.inf) -> WindowReport:
@@ -95,6 +118,7 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
 
         Collectives: one all-reduce over all ranks.
         """
+        self._policy_choice.window_closed()
         self.unscale_gradients()
         return self.window.close(model, max_norm)
 
@@ -102,6 +126,16 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
 class _Counted(NamedTuple):
     num_targets: Tensor
     weight: Tensor
+
+
+def _sync_of(sync: Sync, *, each_batch: bool) -> Sync:
+    """The policy, with accelerate's own option ``sync_each_batch`` taken for ``every``."""
+    if each_batch and sync not in ("defer", "every"):
+        raise InvalidArgumentError(
+            f"expected sync or accelerate's sync_each_batch, got sync={sync!r} and sync_each_batch=True; leave out "
+            "sync_each_batch, which means sync='every'"
+        )
+    return "every" if each_batch else sync
 
 
 def uses_exact_arithmetic(accelerator: Accelerator, model: nn.Module) -> bool:

@@ -23,6 +23,7 @@ from hf_gradutils.evaluation import EvaluationMixin
 from hf_gradutils.micro_batches import BatchStream, MicroBatches, Padding
 from hf_gradutils.partial_gradients import sum_increments
 from hf_gradutils.reduction import reduce_packed, world_domain
+from hf_gradutils.sync import discard_deferred
 from hf_gradutils.targets import check_count, with_one_target
 from hf_gradutils.window import AccumulationWindow, WindowReport, loss_scale_for
 
@@ -81,13 +82,14 @@ class GradUtilsTrainerMixin(EvaluationMixin):
     def create_accelerator_and_postprocess(self) -> None:
         """Build the Accelerator as Trainer does, and make it one that weighs."""
         super().create_accelerator_and_postprocess()
-        GradUtilsAccelerator.adopt(self.accelerator)
+        GradUtilsAccelerator.adopt(self.accelerator, self.grad_plugin.sync)
 
     # ---- Training: start and end ----
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer.train``; a non-finite loss is logged as it is, not replaced by an average of earlier ones."""
         self._expects_first_batch, self._logged = True, None
+        discard_deferred(self.model)
         sum_increments(self.model)
         # The filter costs two host syncs per micro-batch, and the loss it filters is not the one logged here.
         with self._nan_filter(False):
@@ -114,6 +116,7 @@ class GradUtilsTrainerMixin(EvaluationMixin):
     def _update_auto_batch_size(self, batch_size: int) -> None:
         """As in Trainer, which starts over: what was weighed so far is dropped with its gradients."""
         self._expects_first_batch, self._logged = True, None
+        discard_deferred(self.model)
         super()._update_auto_batch_size(batch_size)
 
     # ---- Training: the batches ----
@@ -183,7 +186,7 @@ class GradUtilsTrainerMixin(EvaluationMixin):
         self.current_gradient_accumulation_steps = 1
         self._micro_batch_count = torch.ones((), dtype=torch.float64, device=self.args.device)
         try:
-            with self.accelerator.one_micro_batch():
+            with self.accelerator.one_micro_batch(), self.accelerator.sync_context(model):
                 return super().training_step(model, inputs, num_items_in_batch=self._micro_batch_count)
         finally:
             self._micro_batch_count = None
@@ -228,10 +231,10 @@ class GradUtilsTrainerMixin(EvaluationMixin):
         return self._close_window(model, math.inf) if grad_norm is None else grad_norm
 
     def _close_window(self, model: nn.Module, max_norm: float) -> Tensor:
-        if self._stream is not None:
-            self.accelerator.window.note_data_left(self._stream.has_more())
-        report = self.accelerator.close_window(model, max_norm)
-        self._others_have_data = report.num_ranks_with_data
+        has_data_left = self._stream.has_more() if self._pads and self._stream is not None else None
+        report = self.accelerator.close_window(model, max_norm, has_data_left=has_data_left)
+        if has_data_left is not None:
+            self._others_have_data = report.num_ranks_with_data
         if self._logged is None:
             self._logged = _RunningLog(report)
         else:

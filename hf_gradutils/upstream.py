@@ -98,7 +98,7 @@ def fsdp1_sync_flag(module: FullyShardedDataParallel) -> bool:
 
 def set_fsdp1_sync_flag(module: FullyShardedDataParallel, value: bool) -> None:
     """Set what :func:`fsdp1_sync_flag` reads."""
-    module._sync_gradients = value
+    vars(module)["_sync_gradients"] = value  # a plain attribute, which nn.Module's type does not know
 
 
 def fsdp2_loses_gradients(module: FSDPModule, *, is_last: bool) -> bool:
@@ -127,7 +127,7 @@ def fsdp2_deferred_bytes(module: FSDPModule) -> int:
             shard = parameter.sharded_param
             if not shard.requires_grad:
                 continue
-            # torch 2.15 accumulates in the parameter's own dtype where nothing else is said, before in that of backward.
+            # Where nothing else is said, torch 2.15 accumulates in the parameter's own dtype, 2.13 in that of backward.
             own = shard.dtype if hasattr(type(parameter), "unsharded_grad_dtype") else policy.param_dtype or shard.dtype
             whole = parameter._orig_size.numel() * (policy.reduce_dtype or own).itemsize
             is_offloaded = shard.device.type != group.device.type
