@@ -113,14 +113,16 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
         with SyncContext(model, self._policy_choice.policy(model, is_last=False), is_last=False):
             yield
 
-    def close_window(self, model: nn.Module, max_norm: float = math.inf) -> WindowReport:
+    def close_window(
+        self, model: nn.Module, max_norm: float = math.inf, *, has_data_left: bool | None = None
+    ) -> WindowReport:
         """Unscale (fp16), then make ``.grad`` the exact mean gradient and clip it; once per optimizer step.
 
         Collectives: one all-reduce over all ranks.
         """
         self._policy_choice.window_closed()
         self.unscale_gradients()
-        return self.window.close(model, max_norm)
+        return self.window.close(model, max_norm, has_data_left=has_data_left)
 
 
 class _Counted(NamedTuple):

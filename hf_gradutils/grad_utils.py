@@ -100,7 +100,7 @@ def get_grad_norm(
 
     # Replicas that disagree show in the spread of their own sums: [ranks that have some, Σ s, Σ s²].
     spread = torch.zeros(3, dtype=torch.float64, device=gradients.device)
-    replicas = [v for v, i in zip(gradients.values, gradients.indices, strict=True) if plan.replicas[i] is not None]
+    replicas = [v for v, i in zip(gradients.values, gradients.indices, strict=True) if plan.is_replica(i)]
     if replicas:
         own = power_sums(replicas, 2.0).sum().sqrt()
         spread = torch.stack((torch.ones_like(own), own, own.square()))

@@ -43,20 +43,28 @@ _REPLICA_TOLERANCE = 1e-4
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """How this rank counts each of its parameters, in their order; built once, so by identity."""
+    """Where each parameter of this rank is counted; built once, so compared by identity.
+
+    A *place* sums up gradients that are counted equally often and reported together. Ranks add Σ |g|^p to it, and
+    apart from that how often it is counted; the ratio counts every element once. There is one place for all shards
+    of a group that equally many ranks hold, and one for each plain parameter with copies on other ranks: how many
+    of them have a gradient is known at each step only.
+    """
 
     domain: Domain
     names: tuple[str, ...]
     """Empty where parameters have none."""
-    weights: tuple[float, ...]
-    """1 / ranks of the domain that hold what this rank holds of a parameter; 0 if this rank holds nothing."""
-    replicas: tuple[int | None, ...]
-    """For plain parameters with copies on other ranks: their number among those of all ranks. None for others."""
-    num_replicas: int
+    places: tuple[int, ...]
+    """Of each parameter, in their order."""
+    shares: tuple[float, ...]
+    """Of each place: the part of "how often" that this rank adds whether or not it has gradients; 0 for replicas."""
     groups: tuple[str, ...]
     """Norm groups, the same on all ranks."""
-    group_of: tuple[int, ...]
-    group_of_replica: tuple[int, ...]
+    group_of_place: tuple[int, ...]
+
+    def is_replica(self, parameter: int) -> bool:
+        """Whether the parameter is a plain one that other ranks hold copies of."""
+        return not self.shares[self.places[parameter]]
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -95,7 +103,7 @@ def plan_for_model(
     domain = world_domain(group)
     identities = tuple((id(p), *_placements(p)) for p in parameters.values())
     grouping = norm_groups if norm_groups is None or isinstance(norm_groups, str) else tuple(norm_groups.items())
-    signature = (identities, domain.ranks, tuple(ownership.items()), grouping)
+    signature = (identities, domain.groups, tuple(ownership.items()), grouping)
     known = _plans.get(model)
     if known is not None and known[0] == signature:
         return known[1]
@@ -116,25 +124,13 @@ def plan_for_grid(parameters: Sequence[Tensor], domain: Domain, num_plain_shards
 
     Collectives: none.
     """
-    weights: list[float] = []
-    replicas: list[int | None] = []
-    for parameter in parameters:
+    keys: list[_PlaceKey] = []
+    for index, parameter in enumerate(parameters):
         is_plain = not isinstance(parameter, DTensor)
         parts = num_plain_shards if is_plain else math.prod(size for _, size, _ in _shard_key(parameter) or ())
-        weights.append(parts / domain.num_ranks)
-        is_replica = is_plain and num_plain_shards == 1 and domain.num_ranks > 1
-        replicas.append(sum(r is not None for r in replicas) if is_replica else None)
-    num_replicas = sum(r is not None for r in replicas)
-    return Plan(
-        domain=domain,
-        names=(),
-        weights=tuple(weights),
-        replicas=tuple(replicas),
-        num_replicas=num_replicas,
-        groups=(ALL,),
-        group_of=(0,) * len(parameters),
-        group_of_replica=(0,) * num_replicas,
-    )
+        is_replica = is_plain and parts == 1 and domain.num_ranks > 1
+        keys.append((ALL, f"number {index}") if is_replica else (ALL, domain.num_ranks / parts))
+    return _plan(domain, (), keys, keys)
 
 
 @torch.no_grad()
@@ -224,23 +220,32 @@ def _build_plan(
         _check_replicas(records, dist.get_process_group_ranks(domain.groups[0]))
 
     holders = Counter((name, key) for record in records for name, (key, _, _) in record.items())
-    everywhere = {name: entry for record in records for name, entry in record.items()}
-    replicas = [
-        name for name, (key, is_plain, _) in everywhere.items() if is_plain and not key and holders[name, key] > 1
-    ]
-    labels = {name: group_name(name, norm_groups) for name in everywhere}
-    groups = tuple(dict.fromkeys(labels.values())) or (ALL,)
-    number_of = {label: number for number, label in enumerate(groups)}
-    number_of_replica = {name: number for number, name in enumerate(replicas)}
+
+    def place_key(name: str, key: ShardKey, is_plain: bool) -> _PlaceKey:
+        num_holders = holders[name, key]
+        is_replica = is_plain and not key and num_holders > 1
+        return group_name(name, norm_groups), name if is_replica else float(num_holders)
+
+    everywhere = [place_key(name, key, plain) for record in records for name, (key, plain, _) in record.items()]
+    nothing = (ALL, 1.0)  # of a parameter on a mesh without this rank; its local part is empty
+    own = [place_key(name, *mine[name][:2]) if name in mine else nothing for name in parameters]
+    return _plan(domain, tuple(parameters), own, everywhere if len(mine) == len(own) else [*everywhere, nothing])
+
+
+_PlaceKey: TypeAlias = tuple[str, float | str]
+"""Norm group, and how many ranks count the place, or the name of the replica it is for."""
+
+
+def _plan(domain: Domain, names: tuple[str, ...], own: Sequence[_PlaceKey], everywhere: Sequence[_PlaceKey]) -> Plan:
+    places = {key: place for place, key in enumerate(dict.fromkeys(everywhere) or [(ALL, 1.0)])}
+    groups = {label: number for number, label in enumerate(dict.fromkeys(label for label, _ in places))}
     return Plan(
         domain=domain,
-        names=tuple(parameters),
-        weights=tuple(1.0 / holders[name, mine[name][0]] if name in mine else 0.0 for name in parameters),
-        replicas=tuple(number_of_replica.get(name) for name in parameters),
-        num_replicas=len(replicas),
-        groups=groups,
-        group_of=tuple(number_of[labels[name]] if name in labels else 0 for name in parameters),
-        group_of_replica=tuple(number_of[labels[name]] for name in replicas),
+        names=names,
+        places=tuple(places[key] for key in own),
+        shares=tuple(count / domain.num_ranks if isinstance(count, float) else 0.0 for _, count in places),
+        groups=tuple(groups),
+        group_of_place=tuple(groups[label] for label, _ in places),
     )
 
 

@@ -88,20 +88,41 @@ def reduce_packed(domain: Domain, sums: Tensor, maxima: Tensor | None = None) ->
     """
     if not domain.groups:
         return sums.clone(), None if maxima is None else maxima.clone()
+    if maxima is None:
+        return all_reduce_(domain, sums.clone()), None
     device = sums.device
     num_sums = sums.numel()
-    packed = (sums if maxima is None else torch.cat((sums, maxima))).to(
-        _device_for(domain.groups[0], device), copy=True
-    )
+    packed = on_device(torch.cat((sums, maxima)), _device_for(domain.groups[0], device))
     for group in domain.groups:
-        if maxima is None:
-            dist.all_reduce(packed, group=group)
-        else:
-            rows = packed.new_empty(dist.get_world_size(group), packed.numel())
-            dist.all_gather(list(rows.unbind(0)), packed, group=group)
-            packed = torch.cat((rows[:, :num_sums].sum(0), rows[:, num_sums:].amax(0)))
-    packed = packed.to(device)
-    return packed[:num_sums], None if maxima is None else packed[num_sums:]
+        rows = packed.new_empty(dist.get_world_size(group), packed.numel())
+        dist.all_gather(list(rows.unbind(0)), packed, group=group)
+        packed = torch.cat((rows[:, :num_sums].sum(0), rows[:, num_sums:].amax(0)))
+    packed = on_device(packed, device)
+    return packed[:num_sums], packed[num_sums:]
+
+
+@torch.no_grad()
+def all_reduce_(domain: Domain, sums: Tensor) -> Tensor:
+    """Add ``sums`` over the domain, in place; returns it.
+
+    Args:
+        domain: Who takes part; every rank of it must call, with vectors of the same length.
+        sums: Shape (n,), float64.
+
+    Collectives: one all-reduce per axis of the domain. Host syncs: none.
+    """
+    if domain.groups:
+        carried = on_device(sums, _device_for(domain.groups[0], sums.device))
+        for group in domain.groups:
+            dist.all_reduce(carried, group=group)
+        if carried is not sums:
+            sums.copy_(carried, non_blocking=True)
+    return sums
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on ``device``; itself, without a call, where it is there already."""
+    return tensor if tensor.device == device else tensor.to(device, non_blocking=True)
 
 
 def _device_for(group: ProcessGroup, device: torch.device) -> torch.device:

@@ -27,8 +27,8 @@ def check_max_norm(max_norm: float) -> float:
     return value
 
 
-def clip_coefficient(total_norm: Tensor, max_norm: float) -> Tensor:
-    """``min(1, max_norm / (total_norm + 1e-6))``, and 1 where the norm is not finite.
+def clip_divisor(total_norm: Tensor, max_norm: float) -> Tensor:
+    """``max(1, (total_norm + 1e-6) / max_norm)``, and 1 where the norm is not finite: what clipping divides by.
 
     A non-finite norm must not become a factor: it would turn the finite gradients into zeros or NaN and hide
     which ones were bad.
@@ -43,8 +43,13 @@ def clip_coefficient(total_norm: Tensor, max_norm: float) -> Tensor:
     """
     if math.isinf(max_norm):
         return torch.ones_like(total_norm)
-    coefficient = (max_norm / (total_norm + _EPS)).clamp(max=1.0)
-    return torch.where(torch.isfinite(total_norm), coefficient, 1.0)
+    ratio = torch.rsub(total_norm, _EPS / max_norm, alpha=-1 / max_norm)  # a sum and a division in one call
+    return ratio.clamp(min=1.0).nan_to_num(nan=1.0, posinf=1.0)
+
+
+def clip_coefficient(total_norm: Tensor, max_norm: float) -> Tensor:
+    """What clipping multiplies by: 1 / :func:`clip_divisor`."""
+    return clip_divisor(total_norm, max_norm).reciprocal()
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_gradutils import upstream
 from hf_gradutils.norms import power_sums, root
 from hf_gradutils.ownership import Plan, in_placements_of
-from hf_gradutils.reduction import reduce_packed
+from hf_gradutils.reduction import all_reduce_, on_device, reduce_packed
 
 
 @dataclass(slots=True)
@@ -34,10 +34,19 @@ class Norms:
 
     total: Tensor
     """Shape (), float64."""
-    groups: Tensor
-    """Shape (groups of the plan,), float64; their p-norm is the total."""
     powers: list[tuple[list[int], Tensor]]
     """For each device: the plan's parameters, and Σ |x|^p of this rank's part of their gradients."""
+    _by_place: Tensor
+    _group_of_place: Tensor
+    _num_groups: int
+    _norm_type: float
+
+    def of_groups(self) -> Tensor:
+        """Shape (groups of the plan,), float64; their p-norm is the total."""
+        groups = torch.zeros(self._num_groups, dtype=torch.float64, device=self.total.device)
+        if math.isinf(self._norm_type):
+            return groups.scatter_reduce_(0, self._group_of_place, self._by_place, "amax")
+        return root(groups.index_add_(0, self._group_of_place, self._by_place), self._norm_type)
 
 
 @torch.no_grad()
@@ -47,15 +56,16 @@ def collect_gradients(parameters: Iterable[Tensor], plan: Plan) -> LocalGradient
     Collectives: none, but one per gradient whose layout differs from its parameter's (Partial ones).
     """
     parameters = list(parameters)
-    assert len(parameters) == len(plan.weights)
-    device = upstream.local_tensor(parameters[0]).device if parameters else torch.device("cpu")
-    gradients = LocalGradients(device=device)
+    assert len(parameters) == len(plan.places)
+    gradients = LocalGradients(device=parameters[0].device if parameters else torch.device("cpu"))
     for index, parameter in enumerate(parameters):
         if parameter.grad is None:
             continue
-        gradients.shards.append(upstream.local_tensor(parameter.grad))
-        gradients.values.append(upstream.local_tensor(in_placements_of(parameter, parameter.grad)))
-        gradients.indices.append(index)
+        value = upstream.local_tensor(in_placements_of(parameter, parameter.grad))
+        if value.numel():  # a shard may be empty
+            gradients.shards.append(upstream.local_tensor(parameter.grad))
+            gradients.values.append(value)
+            gradients.indices.append(index)
     return gradients
 
 
@@ -83,33 +93,42 @@ def reduce_with_norm(
 
     Collectives: one all-reduce per axis of the domain (one all-gather for p = inf). Host syncs: none.
     """
-    device = gradients.device
-    sums = torch.zeros(0, dtype=torch.float64, device=device) if sums is None else sums.to(device)
     layout = _layout_of(plan, gradients)
+    device, num_places = gradients.device, len(plan.shares)
+    if sums is None:
+        sums = torch.zeros(0, dtype=torch.float64, device=device)
     powers = [(part, power_sums(part.pick(gradients.values), norm_type, foreach=foreach)) for part in layout.parts]
     kept = [(part.parameters, values) for part, values in powers]
-    num_groups = len(plan.groups)
+    rest = (kept, layout.group_of_place, len(plan.groups), norm_type)
 
     if math.isinf(norm_type):
-        maxima = torch.zeros(num_groups, dtype=torch.float64, device=device)
+        maxima = torch.zeros(num_places, dtype=torch.float64, device=device)
         for part, values in powers:
-            maxima.scatter_reduce_(0, part.groups, values.to(device), "amax")
+            maxima.scatter_reduce_(0, part.places, on_device(values, device), "amax")
         sums, reduced_maxima = reduce_packed(plan.domain, sums, maxima)
         assert reduced_maxima is not None
-        return Norms(reduced_maxima.amax(), reduced_maxima, kept), sums
+        return _norms(reduced_maxima.amax(), reduced_maxima, *rest), sums
 
-    # [Σ w·|g|^p of each group, then of each replica, then the replicas' share of gradients that are there]
-    packed = layout.start.clone()
+    # [the sums | Σ |g|^p of each place | how often each place is counted]
+    added = layout.zeros
     for part, values in powers:
-        packed.index_add_(0, part.places, (values * part.weights).to(device))
-    reduced, _ = reduce_packed(plan.domain, torch.cat((sums, packed)))
-    sizes = (sums.numel(), num_groups, plan.num_replicas, plan.num_replicas)
-    sums, by_group, of_replicas, share = reduced.split(sizes)  # type: ignore[no-untyped-call]
-    if plan.num_replicas:
-        # Replicas share the weight of an element; those without a gradient must not leave theirs uncounted.
-        whole = torch.where(share > 0, of_replicas / share, 0.0)
-        by_group = by_group.index_add(0, layout.group_of_replica, whole)
-    return Norms(root(by_group.sum(), norm_type), root(by_group, norm_type), kept), sums
+        added = added.index_add(0, part.places, on_device(values, device))
+    packed = torch.cat((on_device(sums, device), added, layout.counted))
+    all_reduce_(plan.domain, packed)
+    sums, added, counted = packed.split((sums.numel(), num_places, num_places))  # type: ignore[no-untyped-call]
+    by_place = added / counted
+    return _norms(root(by_place.sum(), norm_type), by_place, *rest), sums
+
+
+def _norms(
+    total: Tensor,
+    by_place: Tensor,
+    powers: list[tuple[list[int], Tensor]],
+    group_of_place: Tensor,
+    num_groups: int,
+    norm_type: float,
+) -> Norms:
+    return Norms(total, powers, by_place, group_of_place, num_groups, norm_type)
 
 
 @dataclass(slots=True)
@@ -120,10 +139,8 @@ class _Part:
     """In the lists of ``LocalGradients``."""
     parameters: list[int]
     """In the plan."""
-    weights: Tensor
-    groups: Tensor
     places: Tensor
-    """In the packed vector."""
+    """In the plan."""
     is_all: bool
 
     def pick(self, values: list[Tensor]) -> list[Tensor]:
@@ -136,41 +153,41 @@ class _Layout:
 
     key: tuple[object, ...]
     parts: list[_Part]
-    start: Tensor
-    group_of_replica: Tensor
+    zeros: Tensor
+    counted: Tensor
+    """How often this rank counts each place."""
+    group_of_place: Tensor
 
+
+_UNCOUNTED = 1e-100
+"""In place of 0 for a replica without a gradient: 0/0 where no rank has one would be NaN."""
 
 _layouts: WeakKeyDictionary[Plan, _Layout] = WeakKeyDictionary()
 
 
 def _layout_of(plan: Plan, gradients: LocalGradients) -> _Layout:
+    device = gradients.device
     devices = [value.device for value in gradients.values]
-    key = (gradients.device, *gradients.indices, *devices)
+    key = (device, *gradients.indices, *devices)
     known = _layouts.get(plan)
     if known is not None and known.key == key:
         return known
-    device, num_groups = gradients.device, len(plan.groups)
-
-    def place_of(parameter: int) -> int:
-        replica = plan.replicas[parameter]
-        return plan.group_of[parameter] if replica is None else num_groups + replica
 
     parts = []
     for part_device in dict.fromkeys(devices):
         positions = [i for i, value_device in enumerate(devices) if value_device == part_device]
         parameters = [gradients.indices[i] for i in positions]
-        weights = torch.tensor([plan.weights[i] for i in parameters], dtype=torch.float64, device=part_device)
-        groups = torch.tensor([plan.group_of[i] for i in parameters], device=device)
-        places = torch.tensor([place_of(i) for i in parameters], device=device)
-        parts.append(_Part(positions, parameters, weights, groups, places, is_all=len(positions) == len(devices)))
-
-    start = torch.zeros(num_groups + 2 * plan.num_replicas, dtype=torch.float64)
+        places = torch.tensor([plan.places[i] for i in parameters], device=device)
+        parts.append(_Part(positions, parameters, places, is_all=len(positions) == len(devices)))
+    counted = torch.tensor([share or _UNCOUNTED for share in plan.shares], dtype=torch.float64)
     for index in gradients.indices:
-        replica = plan.replicas[index]
-        if replica is not None:
-            start[num_groups + plan.num_replicas + replica] = plan.weights[index]
-    layout = _Layout(
-        key, parts, start.to(device), torch.tensor(plan.group_of_replica, dtype=torch.int64, device=device)
+        if plan.is_replica(index):
+            counted[plan.places[index]] = 1.0
+    _layouts[plan] = layout = _Layout(
+        key=key,
+        parts=parts,
+        zeros=torch.zeros(len(plan.shares), dtype=torch.float64, device=device),
+        counted=counted.to(device),
+        group_of_place=torch.tensor(plan.group_of_place, device=device),
     )
-    _layouts[plan] = layout
     return layout

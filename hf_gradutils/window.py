@@ -15,23 +15,74 @@ import torch
 from torch import Tensor, nn
 
 from hf_gradutils.errors import InvalidArgumentError
-from hf_gradutils.ownership import Ownership, plan_for_model, trainable_parameters
-from hf_gradutils.scaling import clip_coefficient, scale_
-from hf_gradutils.total_norm import collect_gradients, reduce_with_norm
+from hf_gradutils.norm_groups import NormGroups
+from hf_gradutils.ownership import Ownership, Plan, plan_for_model, trainable_parameters
+from hf_gradutils.scaling import clip_divisor, scale_
+from hf_gradutils.total_norm import Norms, collect_gradients, reduce_with_norm
+
+_FEWEST = 1e-12
+"""A window without targets has gradients of zero; any finite divisor leaves them so."""
 
 
 @dataclass(frozen=True, slots=True)
 class WindowReport:
-    """What one optimizer step was made of; 0-d tensors on the device, read by whoever logs them."""
+    """What one optimizer step was made of.
 
-    loss: Tensor
-    """Σ n·L / Σ n over micro-batches and data ranks, float64; 0 for a window without targets."""
-    num_targets: Tensor
-    """Σ n over micro-batches and data ranks, float64; a tensor-parallel replica counts once."""
+    Tensors on the device, float64; each is worked out by a few operations when it is asked for, and waits for the
+    device only where somebody reads it.
+    """
+
     grad_norm: Tensor
-    """Norm of the exact mean gradient before clipping, float64."""
-    num_ranks_with_data: Tensor
-    """Ranks that said, with :meth:`AccumulationWindow.note_data_left`, that they have batches for another window."""
+    """Shape (): norm of the exact mean gradient before clipping."""
+    multiplier: Tensor
+    """Shape (): what the gradients were, or are still to be, multiplied by."""
+    micro_batch_losses: list[Tensor]
+    """This rank's own mean losses, as they came."""
+    plan: Plan
+    _norms: Norms
+    _sums: Tensor
+    """(Σ n/K, Σ n·L/K) over all ranks, and the ranks with data."""
+    _divisor: Tensor
+    """Σ n/K / R: what turns a norm of ``.grad`` into one of the mean gradient."""
+    _loss_scale: float
+    _num_replicas: int
+    _is_sum: bool
+
+    @property
+    def loss(self) -> Tensor:
+        """Σ n·L / Σ n over micro-batches and data ranks, shape (); 0 for a window without targets."""
+        count = torch.full_like(self._sums[0], self._num_replicas / self._loss_scale) if self._is_sum else self._sums[0]
+        return self._sums[1] / count.clamp(min=_FEWEST)
+
+    @property
+    def num_targets(self) -> Tensor:
+        """Σ n over micro-batches and data ranks, shape (); a tensor-parallel replica counts once."""
+        return self._sums[0] * (self._loss_scale / self._num_replicas)
+
+    @property
+    def num_ranks_with_data(self) -> Tensor:
+        """Ranks that have batches for another window, shape (); asked for with ``has_data_left``."""
+        return self._sums[2]
+
+    @property
+    def is_finite(self) -> Tensor:
+        """Whether every element of the gradient is, on every rank; shape (), bool, the same on all ranks."""
+        return self.grad_norm.isfinite()
+
+    @property
+    def group_norms(self) -> dict[str, Tensor]:
+        """Norm group → norm of its part of the exact mean gradient before clipping, shape ()."""
+        return dict(zip(self.plan.groups, (self._norms.of_groups() / self._divisor).unbind(), strict=True))
+
+    def nonfinite_parameters(self) -> list[str]:
+        """Names of the parameters whose gradients are not finite on this rank. A host sync."""
+        names = self.plan.names
+        return [
+            names[parameter]
+            for parameters, powers in self._norms.powers
+            for parameter, power in zip(parameters, powers.tolist(), strict=True)
+            if not math.isfinite(power)
+        ]
 
 
 class AccumulationWindow:
@@ -52,7 +103,9 @@ class AccumulationWindow:
         self._loss_scale = loss_scale
         self._num_replicas = num_replicas
         self._is_sum = is_sum
-        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self._device = device
+        self._sums: Tensor | None = None
+        self._losses: list[Tensor] = []
 
     def weigh(self, loss: Tensor, num_targets: Tensor, weight: Tensor | None = None) -> Tensor:
         """The loss to call ``backward`` on, in at least float32 (bf16 would round n / K to 8 bits).
@@ -64,21 +117,21 @@ class AccumulationWindow:
 
         Collectives: none. Host syncs: none.
         """
-        device = self._sums.device
-        count = num_targets.detach().to(device=device, dtype=torch.float64, non_blocking=True)
-        factor = count if weight is None else weight.detach().to(device=device, dtype=torch.float64, non_blocking=True)
-        own_mean = loss.detach().to(device=device, dtype=torch.float64)
-        self._sums[:2] += torch.stack((count, torch.where(factor == 0, 0.0, own_mean * factor)))
+        scaled = num_targets.detach().to(self._device, torch.float64, non_blocking=True) / self._loss_scale
+        factor = scaled
+        if weight is not None:
+            factor = weight.detach().to(self._device, torch.float64, non_blocking=True) / self._loss_scale
+        own_mean = loss.detach().to(device=self._device, dtype=torch.float64)
+        added = torch.stack((scaled, torch.where(factor == 0, 0.0, own_mean * factor)))
+        self._sums = added if self._sums is None else self._sums + added
+        self._losses.append(own_mean)
         wide = loss.to(torch.promote_types(loss.dtype, torch.float32))
-        return wide * (factor / self._loss_scale).to(device=wide.device, dtype=wide.dtype)
-
-    def note_data_left(self, has_data: bool) -> None:
-        """Say whether this rank has batches for another window; ``close`` tells everybody how many ranks do."""
-        self._sums[2].fill_(has_data)
+        return wide * factor.to(device=wide.device, dtype=wide.dtype)
 
     def discard(self) -> None:
         """Forget the micro-batches so far, together with the gradients that the caller drops."""
-        self._sums.zero_()
+        self._sums = None
+        self._losses = []
 
     @torch.no_grad()
     def close(
@@ -88,6 +141,9 @@ class AccumulationWindow:
         *,
         norm_type: float = 2.0,
         ownership: Ownership | None = None,
+        norm_groups: NormGroups = None,
+        scales: bool = True,
+        has_data_left: bool | None = None,
     ) -> WindowReport:
         """Make ``.grad`` the exact mean gradient of the window, clipped to ``max_norm``, and start afresh.
 
@@ -96,28 +152,44 @@ class AccumulationWindow:
             max_norm: Greater than 0; inf does not clip.
             norm_type: p of the norm; inf is the largest element.
             ownership: As in :func:`hf_gradutils.dist_utils.clip_gradients`.
+            norm_groups: Groups whose norms the report has, beside the total.
+            scales: False leaves ``.grad`` as it is: somebody else multiplies it by the report's ``multiplier``.
+            has_data_left: Whether this rank has batches for another window, where ranks want to know of each other;
+                given on all ranks or on none.
 
         Collectives: one all-reduce over all ranks (an all-gather for p = inf); every rank must call. The
             first call for a model also builds its plan. Host syncs: none.
         """
         parameters = trainable_parameters(model)
-        plan = plan_for_model(model, parameters, ownership=ownership)
+        plan = plan_for_model(model, parameters, ownership=ownership, norm_groups=norm_groups)
         gradients = collect_gradients(parameters.values(), plan)
-        norms, (count, weighted_loss, num_ranks_with_data) = reduce_with_norm(plan, gradients, norm_type, self._sums)
+        sums = torch.zeros(2, dtype=torch.float64, device=self._device) if self._sums is None else self._sums
+        if has_data_left is not None:
+            sums = torch.cat((sums, torch.full_like(sums[:1], float(has_data_left))))
+        norms, sums = reduce_with_norm(plan, gradients, norm_type, sums)
+        losses = self._losses
         self.discard()
 
-        # A window without targets has gradients of zero; any finite divisor leaves them so.
-        divisor = torch.where(count == 0, float(self._num_replicas), count)
+        num_ranks = plan.domain.num_ranks
         if self._is_sum:
-            divisor = torch.full_like(count, self._num_replicas)
-        multiplier = self._loss_scale * plan.domain.num_ranks / divisor
-        grad_norm = norms.total * multiplier
-        scale_(gradients.shards, multiplier * clip_coefficient(grad_norm, max_norm))
+            divisor = torch.full_like(norms.total, self._num_replicas / (self._loss_scale * num_ranks))
+        else:
+            divisor = (sums[0] / num_ranks).clamp(min=_FEWEST)
+        grad_norm = norms.total / divisor
+        multiplier = (divisor * clip_divisor(grad_norm, max_norm)).reciprocal()
+        if scales:
+            scale_(gradients.shards, multiplier)
         return WindowReport(
-            loss=weighted_loss / divisor,
-            num_targets=count / self._num_replicas,
             grad_norm=grad_norm,
-            num_ranks_with_data=num_ranks_with_data,
+            multiplier=multiplier,
+            micro_batch_losses=losses,
+            plan=plan,
+            _norms=norms,
+            _sums=sums,
+            _divisor=divisor,
+            _loss_scale=self._loss_scale,
+            _num_replicas=self._num_replicas,
+            _is_sum=self._is_sum,
         )
 
 

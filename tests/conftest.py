@@ -56,7 +56,8 @@ def pytest_sessionfinish() -> None:
 
 
 def _environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    # The second is torch's own, set when something first needs its compiler.
+    return {k: v for k, v in os.environ.items() if k not in ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")}
 
 
 def _restore(env: dict[str, str]) -> None:
