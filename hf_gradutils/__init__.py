@@ -18,7 +18,7 @@ from hf_gradutils.dist_utils import (
 from hf_gradutils.grad_utils import clip_grad_by_total_norm_, get_grad_norm
 
 if TYPE_CHECKING:
-    from hf_gradutils.accelerator import GradUtilsPlugin
+    from hf_gradutils.plugin import GradUtilsPlugin
     from hf_gradutils.trainer import GradUtilsSeq2SeqTrainer, GradUtilsTrainer, GradUtilsTrainerMixin
 
 __all__ = [
@@ -39,7 +39,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _LAZY = {
-    "GradUtilsPlugin": "hf_gradutils.accelerator",
+    "GradUtilsPlugin": "hf_gradutils.plugin",
     "GradUtilsSeq2SeqTrainer": "hf_gradutils.trainer",
     "GradUtilsTrainer": "hf_gradutils.trainer",
     "GradUtilsTrainerMixin": "hf_gradutils.trainer",

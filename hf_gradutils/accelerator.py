@@ -1,51 +1,24 @@
-"""accelerate's Accelerator on top of the accumulation window, and the plugin that configures it."""
+"""accelerate's Accelerator on top of the accumulation window."""
 
 import contextlib
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from hf_gradutils import upstream
 from hf_gradutils.errors import InvalidArgumentError, TargetCountError
+from hf_gradutils.nonfinite import StepGuard
+from hf_gradutils.optimizer import GradUtilsOptimizer, StepOrder, as_flag, why_not_on_device
+from hf_gradutils.plugin import GradUtilsPlugin
 from hf_gradutils.sync import SyncContext
-from hf_gradutils.sync_auto import SYNCS, PolicyChoice, Sync
-from hf_gradutils.targets import CountTargets, LossUnit, TargetCounter
+from hf_gradutils.sync_auto import PolicyChoice
 from hf_gradutils.window import AccumulationWindow, WindowReport
-
-
-@dataclass
-class GradUtilsPlugin(GradientAccumulationPlugin):  # type: ignore[misc]
-    """How gradients are accumulated, for ``GradUtilsTrainer(grad_plugin=…)``."""
-
-    loss_unit: LossUnit = "auto"
-    """What the loss is a mean over; ``auto`` asks the labels and the loss itself."""
-    count_targets: CountTargets | None = None
-    """Batch → number of targets, a 0-d tensor; overrides ``loss_unit``."""
-    check_loss_unit: bool = True
-    """Verify on the first batch, with three forwards, that the loss is a mean over what is counted."""
-    sync: Sync = "defer"
-    """When gradients are communicated: ``defer`` to the last micro-batch, ``every`` one, ``reduce_scatter`` shards in
-    every one and replicas in the last, or ``auto``, by what memory allows. See ``docs/sync.md``."""
-
-    def __post_init__(self) -> None:
-        self.counter()
-        if self.sync not in SYNCS:
-            raise InvalidArgumentError(f"sync must be one of {', '.join(SYNCS)}, got {self.sync!r}")
-        _sync_of(self.sync, each_batch=self.sync_each_batch)
-
-    def counter(self) -> TargetCounter:
-        """Counts a batch's targets as these settings say. InvalidArgumentError where they say nothing sensible."""
-        return TargetCounter(self.loss_unit, self.count_targets)
-
-    def accumulation_settings(self) -> list[str]:
-        """``name=value`` of everything set that accelerate's own plugin has, which a Trainer takes elsewhere."""
-        own = {field.name: field.default for field in fields(GradientAccumulationPlugin)}
-        return [f"{name}={getattr(self, name)!r}" for name, default in own.items() if getattr(self, name) != default]
 
 
 class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
@@ -55,18 +28,38 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
     """
 
     window: AccumulationWindow
+    guard: StepGuard
+    _plugin: GradUtilsPlugin
     _counted: "_Counted | None"
     _policy_choice: PolicyChoice
 
     @classmethod
-    def adopt(cls, accelerator: Accelerator, sync: Sync = "defer") -> "GradUtilsAccelerator":
+    def adopt(cls, accelerator: Accelerator, plugin: GradUtilsPlugin) -> "GradUtilsAccelerator":
         """Turn an Accelerator, as the Trainer builds it by name, into one of ours, in place."""
         accelerator.__class__ = cls
         accelerator.window = AccumulationWindow(accelerator.device)
+        accelerator.guard = plugin.guard()
+        accelerator._plugin = plugin
         accelerator._counted = None
         each_batch = accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
-        accelerator._policy_choice = PolicyChoice(_sync_of(sync, each_batch=each_batch), accelerator.device)
+        accelerator._policy_choice = PolicyChoice(plugin.effective_sync(each_batch=each_batch), accelerator.device)
         return accelerator
+
+    def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> GradUtilsOptimizer:
+        """As in accelerate; the optimizer takes its steps the way the windows were closed.
+
+        Raises:
+            InvalidArgumentError: the scaling is to be folded into an optimizer that cannot do it.
+        """
+        reason = why_not_on_device(optimizer)
+        if self.scaler is not None:
+            reason = "fp16's GradScaler uses the same place for its own scale"
+        if self._plugin.fold_into_optimizer and reason is not None:
+            raise InvalidArgumentError(
+                f"expected an optimizer that scales gradients itself for fold_into_optimizer=True, but {reason}; leave "
+                "out fold_into_optimizer, or use optim='adamw_torch_fused'"
+            )
+        return GradUtilsOptimizer.adopt(super().prepare_optimizer(optimizer, device_placement))
 
     @contextlib.contextmanager
     def one_micro_batch(self) -> Iterator[None]:
@@ -114,30 +107,58 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
             yield
 
     def close_window(
-        self, model: nn.Module, max_norm: float = math.inf, *, has_data_left: bool | None = None
-    ) -> WindowReport:
-        """Unscale (fp16), then make ``.grad`` the exact mean gradient and clip it; once per optimizer step.
+        self, model: nn.Module, max_norm: float = math.inf, *, step: int, has_data_left: bool | None = None
+    ) -> tuple[WindowReport, bool]:
+        """Unscale (fp16), make ``.grad`` the exact mean gradient, clip it, and decide whether the step is taken.
 
-        Collectives: one all-reduce over all ranks.
+        Args:
+            model: All of the model that is trained.
+            max_norm: Greater than 0; inf does not clip.
+            step: The optimizer step that follows, counted from 1; for messages.
+            has_data_left: As in :meth:`AccumulationWindow.close`.
+
+        Returns:
+            The report, and whether the step is taken as far as the host knows.
+
+        Collectives: one all-reduce over all ranks. Host syncs: none where the optimizer skips on the device or
+            ``on_nonfinite="ignore"``, else one.
+
+        Raises:
+            NonfiniteGradientError: the gradient of this step is not finite, or that of the step before was not.
         """
         self._policy_choice.window_closed()
         self.unscale_gradients()
-        return self.window.close(model, max_norm, has_data_left=has_data_left)
+        plugin = self._plugin
+        report = self.window.close(
+            model,
+            max_norm,
+            norm_type=plugin.norm_type,
+            ownership=plugin.ownership,
+            norm_groups=plugin.grad_norm_groups,
+            scales=not plugin.fold_into_optimizer,
+            has_data_left=has_data_left,
+        )
+        optimizers = [o for o in upstream.optimizers_of(self) if isinstance(o, GradUtilsOptimizer)]
+        order = self._judge(report, optimizers, step)
+        if plugin.fold_into_optimizer:
+            order = replace(order, divisor=report.multiplier.reciprocal().to(torch.float32))
+        for optimizer in optimizers:
+            optimizer.order = order
+        return report, not order.skip
+
+    def _judge(self, report: WindowReport, optimizers: Sequence[GradUtilsOptimizer], step: int) -> StepOrder:
+        if self.scaler is not None:
+            return StepOrder()  # it skips by itself, and lowers its scale
+        on_device = bool(optimizers) and all(why_not_on_device(optimizer) is None for optimizer in optimizers)
+        if self.guard.on_nonfinite == "raise" and on_device:
+            self.guard.judge_later(report, step)
+            return StepOrder(skip_flag=as_flag(report.is_finite))
+        return StepOrder(skip=not self.guard.judge(report, step))
 
 
 class _Counted(NamedTuple):
     num_targets: Tensor
     weight: Tensor
-
-
-def _sync_of(sync: Sync, *, each_batch: bool) -> Sync:
-    """The policy, with accelerate's own option ``sync_each_batch`` taken for ``every``."""
-    if each_batch and sync not in ("defer", "every"):
-        raise InvalidArgumentError(
-            f"expected sync or accelerate's sync_each_batch, got sync={sync!r} and sync_each_batch=True; leave out "
-            "sync_each_batch, which means sync='every'"
-        )
-    return "every" if each_batch else sync
 
 
 def uses_exact_arithmetic(accelerator: Accelerator, model: nn.Module) -> bool:

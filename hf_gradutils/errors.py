@@ -4,6 +4,7 @@
     ├── InvalidArgumentError (also ValueError)   an argument, a configuration or a variable is wrong
     ├── TargetCountError     (also ValueError)   nobody can say how many targets a batch has
     ├── LossUnitError                            the loss is not a mean over what was counted
+    ├── NonfiniteGradientError                   the gradient of a step is inf or NaN somewhere
     ├── ReplicaMismatchError                     tensors that should be copies differ between ranks
     ├── LauncherError                            the launcher's variables do not describe the ranks
     └── FirstRankError                           a node's first rank did not finish its block
@@ -26,6 +27,30 @@ class TargetCountError(GradUtilsError, ValueError):
 
 class LossUnitError(GradUtilsError):
     """The loss does not behave like a mean over the targets that were counted."""
+
+
+class NonfiniteGradientError(GradUtilsError):
+    """The gradient of an optimizer step is not finite on some rank. Raised on every rank.
+
+    Args:
+        message: What happened, where and what to do.
+        step: The optimizer step, counted from 1.
+        parameters: Rank → names of its parameters whose gradients are not finite.
+        losses: Rank → its micro-batches' own mean losses.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        step: int | None = None,
+        parameters: dict[int, list[str]] | None = None,
+        losses: dict[int, list[float]] | None = None,
+    ):
+        super().__init__(message)
+        self.step = step
+        self.parameters = parameters or {}
+        self.losses = losses or {}
 
 
 class ReplicaMismatchError(GradUtilsError):

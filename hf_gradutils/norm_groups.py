@@ -34,6 +34,15 @@ def check_norm_groups(groups: Any) -> NormGroups:
     return groups  # type: ignore[no-any-return]
 
 
+def unwrapped_name(parameter: str) -> str:
+    """A parameter's name in the model itself.
+
+    >>> unwrapped_name("module._orig_mod.model.norm.weight")
+    'model.norm.weight'
+    """
+    return _WRAPPERS.sub("", parameter).removeprefix(".")
+
+
 def group_name(parameter: str, groups: NormGroups) -> str:
     """The group of a parameter, by its name without what wraps the model.
 
@@ -46,7 +55,7 @@ def group_name(parameter: str, groups: NormGroups) -> str:
     """
     if groups is None:
         return ALL
-    name = _WRAPPERS.sub("", parameter).removeprefix(".")
+    name = unwrapped_name(parameter)
     if groups == "layer":
         numbered = _LAYER.match(name)
         return numbered[1] if numbered else name.rpartition(".")[0] or name

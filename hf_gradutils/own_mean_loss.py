@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_gradutils import trl_trainers, upstream
-from hf_gradutils.accelerator import GradUtilsAccelerator, GradUtilsPlugin, uses_exact_arithmetic
+from hf_gradutils.accelerator import GradUtilsAccelerator, uses_exact_arithmetic
 from hf_gradutils.errors import LossUnitError, TargetCountError
 from hf_gradutils.known_heads import known_head
 from hf_gradutils.loss_probe import HOW_TO_FIX, settle_unit, undisturbed
+from hf_gradutils.plugin import GradUtilsPlugin
 from hf_gradutils.targets import TargetCounter
 
 if TYPE_CHECKING:

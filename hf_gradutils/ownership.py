@@ -24,7 +24,7 @@ from hf_gradutils import upstream
 from hf_gradutils.errors import InvalidArgumentError, ReplicaMismatchError
 from hf_gradutils.norm_groups import ALL, NormGroups, group_name
 from hf_gradutils.norms import power_sums
-from hf_gradutils.reduction import Domain, world_domain
+from hf_gradutils.reduction import Domain, gather_objects, world_domain
 
 Ownership: TypeAlias = Mapping[str, Literal["sharded", "replicated"] | ProcessGroup]
 """Name patterns (:mod:`fnmatch`) of plain parameters, and whether ranks hold different parts of them or copies.
@@ -99,7 +99,7 @@ def plan_for_model(
         ReplicaMismatchError: alleged replicas hold different values, or a parameter is a DTensor on some
             ranks and a plain tensor on others.
     """
-    ownership = _checked(ownership or {})
+    ownership = check_ownership(ownership or {})
     domain = world_domain(group)
     identities = tuple((id(p), *_placements(p)) for p in parameters.values())
     grouping = norm_groups if norm_groups is None or isinstance(norm_groups, str) else tuple(norm_groups.items())
@@ -166,7 +166,8 @@ def _shard_key(parameter: Tensor) -> ShardKey | None:
     )
 
 
-def _checked(ownership: Ownership) -> Ownership:
+def check_ownership(ownership: Ownership) -> Ownership:
+    """Return ``ownership``. InvalidArgumentError if it holds something else than it may."""
     for pattern, kind in ownership.items():
         if not (isinstance(kind, ProcessGroup) or kind in ("sharded", "replicated")):
             raise InvalidArgumentError(
@@ -213,10 +214,8 @@ def _build_plan(
         key = declared.get(name, _shard_key(parameter))
         if key is not None:
             mine[name] = (key, not isinstance(parameter, DTensor), checksums.get(name, (0.0, 0.0)))
-    records: list[_Record] = [mine]
+    records = gather_objects(domain, mine)
     if domain.groups:
-        records = [{} for _ in range(domain.num_ranks)]
-        dist.all_gather_object(records, mine, group=domain.groups[0])
         _check_replicas(records, dist.get_process_group_ranks(domain.groups[0]))
 
     holders = Counter((name, key) for record in records for name, (key, _, _) in record.items())

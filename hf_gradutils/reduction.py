@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from hf_gradutils.errors import InvalidArgumentError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,15 @@ def all_reduce_(domain: Domain, sums: Tensor) -> Tensor:
         if carried is not sums:
             sums.copy_(carried, non_blocking=True)
     return sums
+
+
+def gather_objects(domain: Domain, mine: T) -> list[T]:
+    """What every rank of the domain's first axis passes, in their order. One object gather; every rank must call."""
+    if not domain.groups:
+        return [mine]
+    records: list[Any] = [None] * dist.get_world_size(domain.groups[0])
+    dist.all_gather_object(records, mine, group=domain.groups[0])
+    return records
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
 from hf_gradutils import upstream
 from hf_gradutils.reduction import reduce_packed, world_domain
@@ -87,14 +87,10 @@ def deferred_bytes(model: nn.Module) -> int:
 
     Σ over what FSDP shards and trains of (whole gradient - this rank's shard); replicated gradients are whole anyway.
     """
-    num_bytes = 0
+    num_bytes = upstream.fsdp2_deferred_bytes(model)
     inside_fsdp1: set[nn.Parameter] = set()
     for module in model.modules():
-        if isinstance(module, FSDPModule):
-            num_bytes += upstream.fsdp2_deferred_bytes(module)
-        elif isinstance(module, FullyShardedDataParallel):
-            if module.sharding_strategy is ShardingStrategy.NO_SHARD:
-                continue
+        if isinstance(module, FullyShardedDataParallel) and module.sharding_strategy is not ShardingStrategy.NO_SHARD:
             num_other_shards = dist.get_world_size(module.process_group) - 1
             shards = [p for p in module.parameters() if p.requires_grad and p not in inside_fsdp1]
             inside_fsdp1.update(shards)

@@ -13,19 +13,21 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, Trainer
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 from transformers.trainer_utils import has_length
 
 from hf_gradutils import trl_trainers
-from hf_gradutils.accelerator import GradUtilsAccelerator, GradUtilsPlugin
-from hf_gradutils.errors import InvalidArgumentError, TargetCountError
+from hf_gradutils.accelerator import GradUtilsAccelerator
+from hf_gradutils.errors import InvalidArgumentError, NonfiniteGradientError, TargetCountError
 from hf_gradutils.evaluation import EvaluationMixin
 from hf_gradutils.micro_batches import BatchStream, MicroBatches, Padding
 from hf_gradutils.partial_gradients import sum_increments
+from hf_gradutils.plugin import GradUtilsPlugin
 from hf_gradutils.reduction import reduce_packed, world_domain
+from hf_gradutils.steps import Counters, RunningLog
 from hf_gradutils.sync import discard_deferred
 from hf_gradutils.targets import check_count, with_one_target
-from hf_gradutils.window import AccumulationWindow, WindowReport, loss_scale_for
+from hf_gradutils.window import AccumulationWindow, loss_scale_for
 
 
 class GradUtilsTrainerMixin(EvaluationMixin):
@@ -44,7 +46,8 @@ class GradUtilsTrainerMixin(EvaluationMixin):
     def __init__(self, *args: Any, grad_plugin: GradUtilsPlugin | None = None, **kwargs: Any):
         self.grad_plugin = grad_plugin or GradUtilsPlugin()
         self._expects_first_batch = True
-        self._logged: _RunningLog | None = None
+        self._logged: RunningLog | None = None
+        self._counters: Counters | None = None
         self._micro_batch_count: Tensor | None = None
         self._stream: BatchStream | None = None
         self._epoch_iterator: Iterator[Any] | None = None
@@ -82,21 +85,32 @@ class GradUtilsTrainerMixin(EvaluationMixin):
     def create_accelerator_and_postprocess(self) -> None:
         """Build the Accelerator as Trainer does, and make it one that weighs."""
         super().create_accelerator_and_postprocess()
-        GradUtilsAccelerator.adopt(self.accelerator, self.grad_plugin.sync)
+        GradUtilsAccelerator.adopt(self.accelerator, self.grad_plugin)
 
     # ---- Training: start and end ----
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer.train``; a non-finite loss is logged as it is, not replaced by an average of earlier ones."""
         self._expects_first_batch, self._logged = True, None
+        if self.grad_plugin.fold_into_optimizer:
+            self._check_nobody_reads_gradients()
         discard_deferred(self.model)
         sum_increments(self.model)
         # The filter costs two host syncs per micro-batch, and the loss it filters is not the one logged here.
         with self._nan_filter(False):
             return super().train(*args, **kwargs)
 
+    def _check_nobody_reads_gradients(self) -> None:
+        for callback in self.callback_handler.callbacks:
+            if type(callback).on_pre_optimizer_step is not TrainerCallback.on_pre_optimizer_step:
+                raise InvalidArgumentError(
+                    "expected no callback before the optimizer step with fold_into_optimizer=True, because gradients "
+                    f"are not scaled yet then, got {type(callback).__name__}.on_pre_optimizer_step; leave out one"
+                )
+
     def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """As ``Trainer.save_model``."""
+        """As ``Trainer.save_model``, once it is sure that the last step was a good one."""
+        self._settle_step()
         with self._nan_filter(self._users_nan_filter):
             super().save_model(*args, **kwargs)
 
@@ -232,17 +246,30 @@ class GradUtilsTrainerMixin(EvaluationMixin):
 
     def _close_window(self, model: nn.Module, max_norm: float) -> Tensor:
         has_data_left = self._stream.has_more() if self._pads and self._stream is not None else None
-        report = self.accelerator.close_window(model, max_norm, has_data_left=has_data_left)
+        self._settle_step()
+        report, is_taken = self.accelerator.close_window(
+            model, max_norm, step=self.state.global_step + 1, has_data_left=has_data_left
+        )
+        if self.accelerator.guard.is_pending:
+            self._counters = Counters(self.state.global_step, self.lr_scheduler, self.optimizer)
         if has_data_left is not None:
             self._others_have_data = report.num_ranks_with_data
         if self._logged is None:
-            self._logged = _RunningLog(report)
-        else:
-            was_logged = self._globalstep_last_logged == self.state.global_step
-            self._logged.add(report, starts_anew=was_logged)
+            self._logged = RunningLog(self.args.device)
+        was_logged = self._globalstep_last_logged == self.state.global_step
+        self._logged.add(report, is_taken=is_taken, starts_anew=was_logged)
         # Trainer added each micro-batch's own mean to this; the step's loss takes the place of that sum.
         self._tr_loss.copy_(self._logged.loss)
         return report.grad_norm
+
+    def _settle_step(self) -> None:
+        """Raise if the step before was left out on the device, with the counters as they were before it."""
+        try:
+            self.accelerator.guard.settle()
+        except NonfiniteGradientError:
+            if self._counters is not None:
+                self.state.global_step = self._counters.restore(self.lr_scheduler, self.optimizer)
+            raise
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As ``Trainer.log``, with the number of targets that the logged loss is a mean over.
@@ -250,7 +277,9 @@ class GradUtilsTrainerMixin(EvaluationMixin):
         Raises:
             TargetCountError: no micro-batch so far had a target on any rank, so nothing was learnt; or some had
                 targets that cannot be counted.
+            NonfiniteGradientError: the gradient of the last step was not finite.
         """
+        self._settle_step()
         if self._logged is not None and ("loss" in logs or "train_loss" in logs):
             total = self._logged.total_targets.item()
             check_count(total)
@@ -260,7 +289,9 @@ class GradUtilsTrainerMixin(EvaluationMixin):
                     "any rank: every label is -100; look at how the labels are masked and truncated"
                 )
             if "loss" in logs:
-                logs["num_targets"] = round(self._logged.num_targets.item())
+                logs |= self._logged.entries(self.grad_plugin.grad_norm_groups is not None)
+                if self.grad_plugin.on_nonfinite == "skip":
+                    logs["skipped_steps"] = self.accelerator.guard.num_skipped
         super().log(logs, *args, **kwargs)
 
 
@@ -276,20 +307,6 @@ class _OfLength:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._dataloader, name)
-
-
-class _RunningLog:
-    """Sums over the optimizer steps since the last log, on the device."""
-
-    def __init__(self, report: WindowReport):
-        self.loss = report.loss.clone()
-        self.num_targets = report.num_targets.clone()
-        self.total_targets = report.num_targets.clone()
-
-    def add(self, report: WindowReport, *, starts_anew: bool) -> None:
-        self.loss = report.loss.clone() if starts_anew else self.loss + report.loss
-        self.num_targets = report.num_targets.clone() if starts_anew else self.num_targets + report.num_targets
-        self.total_targets = self.total_targets + report.num_targets
 
 
 class GradUtilsTrainer(GradUtilsTrainerMixin, Trainer):  # type: ignore[misc]

@@ -118,10 +118,12 @@ def fsdp2_loses_gradients(module: FSDPModule, *, is_last: bool) -> bool:
     return False
 
 
-def fsdp2_deferred_bytes(module: FSDPModule) -> int:
-    """Bytes that whole gradients of one FSDP2 module, not of its children, take beyond their shards."""
+def fsdp2_deferred_bytes(model: nn.Module) -> int:
+    """Bytes that the whole gradients of all that FSDP2 shards in ``model`` take beyond their shards."""
+    # By identity: a group of several modules (the last norm and the head) is found at each of them.
+    groups = {id(g): g for module in model.modules() if isinstance(module, FSDPModule) for g in _fsdp2_groups(module)}
     num_bytes = 0
-    for group in _fsdp2_groups(module):
+    for group in groups.values():
         policy = group.mp_policy
         for parameter in group.fsdp_params:
             shard = parameter.sharded_param
@@ -207,3 +209,13 @@ def without_accelerate_state() -> Iterator[None]:
         yield
     finally:
         PartialState._shared_state = state
+
+
+def optimizers_of(accelerator: Any) -> list[Any]:
+    """What accelerate's Accelerator has prepared as optimizers (accelerate 1.15)."""
+    return list(accelerator._optimizers)
+
+
+def takes_a_scale(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer of torch reads ``grad_scale`` and ``found_inf`` on the device: the mark of fused ones."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_gradutils.errors import InvalidArgumentError
-from hf_gradutils.norm_groups import NormGroups
+from hf_gradutils.norm_groups import NormGroups, unwrapped_name
 from hf_gradutils.ownership import Ownership, Plan, plan_for_model, trainable_parameters
 from hf_gradutils.scaling import clip_divisor, scale_
 from hf_gradutils.total_norm import Norms, collect_gradients, reduce_with_norm
@@ -78,7 +78,7 @@ class WindowReport:
         """Names of the parameters whose gradients are not finite on this rank. A host sync."""
         names = self.plan.names
         return [
-            names[parameter]
+            unwrapped_name(names[parameter])
             for parameters, powers in self._norms.powers
             for parameter, power in zip(parameters, powers.tolist(), strict=True)
             if not math.isfinite(power)

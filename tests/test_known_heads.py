@@ -12,9 +12,9 @@ from trainer_cases import make_data, make_model, relative_error, train
 from transformers.loss.loss_for_object_detection import ImageLoss
 
 from hf_gradutils import upstream
-from hf_gradutils.accelerator import GradUtilsPlugin
 from hf_gradutils.errors import LossUnitError, TargetCountError
 from hf_gradutils.known_heads import NO_UNIT, UNITS, known_head
+from hf_gradutils.plugin import GradUtilsPlugin
 from hf_gradutils.targets import TargetCounter
 
 TOLERANCE = 1e-5

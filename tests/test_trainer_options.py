@@ -14,8 +14,8 @@ from trainer_cases import LAYOUTS, load, make_data, make_model, norm, relative_e
 from transformers import Trainer, TrainingArguments
 
 from hf_gradutils import GradUtilsTrainer
-from hf_gradutils.accelerator import GradUtilsPlugin
 from hf_gradutils.errors import InvalidArgumentError
+from hf_gradutils.plugin import GradUtilsPlugin
 
 TOLERANCE = 1e-5
 COMMON = ["1 rank", "ddp2", "fsdp2x2"]

@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from hf_gradutils import trl_trainers, upstream
-from hf_gradutils.accelerator import GradUtilsPlugin
 from hf_gradutils.errors import InvalidArgumentError, LossUnitError
+from hf_gradutils.plugin import GradUtilsPlugin
 from hf_gradutils.trainer import GradUtilsTrainerMixin
 
 trl = pytest.importorskip("trl")

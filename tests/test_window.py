@@ -26,7 +26,7 @@ from torch.profiler import profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_gradutils import clip_gradients, ownership
+from hf_gradutils import clip_gradients
 from hf_gradutils.window import AccumulationWindow
 
 NAMES = list(LAYOUTS)
@@ -195,7 +195,7 @@ def _python_calls(num_ranks, monkeypatch):
     def everybody_has_what_i_have(records, mine, group):
         records[:] = [mine] * num_ranks
 
-    monkeypatch.setattr(ownership.dist, "all_gather_object", everybody_has_what_i_have)
+    monkeypatch.setattr(dist, "all_gather_object", everybody_has_what_i_have)
     dist.init_process_group("fake", rank=0, world_size=num_ranks, store=FakeStore())
     try:
         model = parameters_of(30)

@@ -1,0 +1,95 @@
+"""An optimizer that takes a step the way its window was closed: skipped, or scaled on the way."""
+
+from dataclasses import dataclass
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
+
+from hf_gradutils import upstream
+
+
+@dataclass(frozen=True, slots=True)
+class StepOrder:
+    """How the optimizer is to take its next step."""
+
+    skip: bool = False
+    """Leave it out, as the host has decided."""
+    skip_flag: Tensor | None = None
+    """Leave it out if this is 1: shape (), float32; for a fused optimizer, which asks on the device."""
+    divisor: Tensor | None = None
+    """What gradients are divided by on the way: shape (), float32; for a fused optimizer."""
+
+
+class GradUtilsOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
+    """accelerate's optimizer, with a :class:`StepOrder` for each step. See :meth:`adopt`."""
+
+    order: StepOrder | None
+    """Of the next step; used up by it."""
+    _is_left_out: bool
+
+    @classmethod
+    def adopt(cls, optimizer: AcceleratedOptimizer) -> "GradUtilsOptimizer":
+        """Turn an optimizer, as accelerate builds it by name, into one of ours, in place."""
+        optimizer.__class__ = cls
+        optimizer.order = None
+        optimizer._is_left_out = False
+        return optimizer
+
+    def step(self, closure: object = None) -> None:
+        """As in accelerate, in the way that was ordered."""
+        if not self.gradient_state.sync_gradients:
+            super().step(closure)
+            return
+        order, self.order = self.order or StepOrder(), None
+        self._is_left_out = order.skip
+        if order.skip:
+            return
+        optimizer = innermost(self.optimizer)
+        given = {"found_inf": order.skip_flag, "grad_scale": order.divisor}
+        given = {name: value for name, value in given.items() if value is not None}
+        for name, value in given.items():
+            setattr(optimizer, name, value)
+        try:
+            super().step(closure)
+        finally:
+            for name in given:
+                delattr(optimizer, name)
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the last step was left out, by the scaler or by order of the host."""
+        return self._is_left_out or super().step_was_skipped
+
+
+def innermost(optimizer: Optimizer) -> Optimizer:
+    """The optimizer itself, without what is wrapped around it."""
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
+    return optimizer
+
+
+def why_not_on_device(optimizer: Optimizer) -> str | None:
+    """Why an optimizer cannot skip, or scale, on the device; None if it can.
+
+    Others ignore what they are told and step on raw sums (RMSprop, NAdam, Muon, …), or raise.
+
+    Source: torch 2.11 to 2.15, ``torch.optim``.
+    """
+    inner = innermost(optimizer)
+    kind = type(inner)
+    parameters = [p for group in inner.param_groups for p in group["params"]]
+    if kind not in (Adam, AdamW, SGD, Adagrad) or not upstream.takes_a_scale(inner):
+        return f"{kind.__name__} is not a fused Adam, AdamW, SGD or Adagrad of torch"
+    if not all(group.get("fused") for group in inner.param_groups):
+        return f"{kind.__name__} is not fused in every parameter group (fused=True)"
+    if kind in (SGD, Adagrad) and any(isinstance(p, DTensor) for p in parameters):
+        return f"fused {kind.__name__} has no kernel for DTensors"
+    return None
+
+
+def as_flag(is_finite: Tensor) -> Tensor:
+    """What a fused optimizer wants to be told of a non-finite gradient: 1.0, else 0.0; no other number skips."""
+    return is_finite.logical_not().to(torch.float32)

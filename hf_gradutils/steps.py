@@ -1,0 +1,64 @@
+"""What a Trainer keeps of its optimizer steps: sums for the log, and counters to put back."""
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_gradutils.window import WindowReport
+
+
+class RunningLog:
+    """Sums over the optimizer steps since the last log, on the device."""
+
+    def __init__(self, device: torch.device):
+        self.total_targets = torch.zeros((), dtype=torch.float64, device=device)
+        self._loss_of_taken = self._num_targets = torch.zeros_like(self.total_targets)
+        self._num_taken = self._num_steps = 0
+        self._last: WindowReport | None = None
+
+    def add(self, report: WindowReport, *, is_taken: bool, starts_anew: bool) -> None:
+        """Count one step; what has been logged is dropped first if it ``starts_anew``."""
+        if starts_anew:
+            self._loss_of_taken = self._num_targets = torch.zeros_like(self.total_targets)
+            self._num_taken = self._num_steps = 0
+        self._last = report
+        self._num_steps += 1
+        self.total_targets = self.total_targets + report.num_targets
+        if is_taken:
+            self._num_taken += 1
+            self._loss_of_taken = self._loss_of_taken + report.loss
+            self._num_targets = self._num_targets + report.num_targets
+
+    @property
+    def loss(self) -> Tensor:
+        """What Trainer divides by all steps to get the mean loss of those that were taken; NaN without any."""
+        return self._loss_of_taken * (self._num_steps / self._num_taken if self._num_taken else math.nan)
+
+    def entries(self, has_groups: bool) -> dict[str, float]:
+        """What a log entry has besides Trainer's own. Host syncs."""
+        assert self._last is not None
+        entries: dict[str, float] = {"num_targets": round(self._num_targets.item())}
+        if has_groups:
+            norms = self._last.group_norms
+            values = torch.stack(list(norms.values())).tolist()
+            entries |= {f"grad_norm/{group}": value for group, value in zip(norms, values, strict=True)}
+        return entries
+
+
+class Counters:
+    """What Trainer counts on after a step, whether or not the device has left that step out."""
+
+    def __init__(self, global_step: int, scheduler: Any, optimizer: Any):
+        self._global_step = global_step
+        self._scheduler = copy.deepcopy(scheduler.state_dict())
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+
+    def restore(self, scheduler: Any, optimizer: Any) -> int:
+        """Put the scheduler and its learning rates back; returns the number of steps taken."""
+        scheduler.load_state_dict(self._scheduler)
+        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate
+        return self._global_step
