@@ -51,15 +51,20 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
         Raises:
             InvalidArgumentError: the scaling is to be folded into an optimizer that cannot do it.
         """
-        reason = why_not_on_device(optimizer)
-        if self.scaler is not None:
-            reason = "fp16's GradScaler uses the same place for its own scale"
-        if self._plugin.fold_into_optimizer and reason is not None:
-            raise InvalidArgumentError(
-                f"expected an optimizer that scales gradients itself for fold_into_optimizer=True, but {reason}; leave "
-                "out fold_into_optimizer, or use optim='adamw_torch_fused'"
-            )
+        self._check_folding([optimizer])
         return GradUtilsOptimizer.adopt(super().prepare_optimizer(optimizer, device_placement))
+
+    def _check_folding(self, optimizers: Sequence[Optimizer]) -> None:
+        if not self._plugin.fold_into_optimizer:
+            return
+        reasons = [reason for optimizer in optimizers if (reason := why_not_on_device(optimizer)) is not None]
+        if self.scaler is not None:
+            reasons.append("fp16's GradScaler puts its own scale in the same place")
+        if reasons:
+            raise InvalidArgumentError(
+                f"expected an optimizer that scales gradients itself for fold_into_optimizer=True, but {reasons[0]}; "
+                "leave out fold_into_optimizer, or use optim='adamw_torch_fused'"
+            )
 
     @contextlib.contextmanager
     def one_micro_batch(self) -> Iterator[None]:
@@ -126,9 +131,11 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
         Raises:
             NonfiniteGradientError: the gradient of this step is not finite, or that of the step before was not.
         """
+        plugin = self._plugin
+        optimizers = [o for o in upstream.optimizers_of(self) if isinstance(o, GradUtilsOptimizer)]
+        self._check_folding(optimizers)  # again: loading a checkpoint may change what is fused
         self._policy_choice.window_closed()
         self.unscale_gradients()
-        plugin = self._plugin
         report = self.window.close(
             model,
             max_norm,
@@ -138,7 +145,6 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
             scales=not plugin.fold_into_optimizer,
             has_data_left=has_data_left,
         )
-        optimizers = [o for o in upstream.optimizers_of(self) if isinstance(o, GradUtilsOptimizer)]
         order = self._judge(report, optimizers, step)
         if plugin.fold_into_optimizer:
             order = replace(order, divisor=report.multiplier.reciprocal().to(torch.float32))

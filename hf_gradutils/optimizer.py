@@ -80,11 +80,11 @@ def why_not_on_device(optimizer: Optimizer) -> str | None:
     """
     inner = innermost(optimizer)
     kind = type(inner)
-    parameters = [p for group in inner.param_groups for p in group["params"]]
     if kind not in (Adam, AdamW, SGD, Adagrad) or not upstream.takes_a_scale(inner):
         return f"{kind.__name__} is not a fused Adam, AdamW, SGD or Adagrad of torch"
     if not all(group.get("fused") for group in inner.param_groups):
         return f"{kind.__name__} is not fused in every parameter group (fused=True)"
+    parameters = (p for group in inner.param_groups for p in group["params"])
     if kind in (SGD, Adagrad) and any(isinstance(p, DTensor) for p in parameters):
         return f"fused {kind.__name__} has no kernel for DTensors"
     return None

@@ -15,32 +15,46 @@ class RunningLog:
 
     def __init__(self, device: torch.device):
         self.total_targets = torch.zeros((), dtype=torch.float64, device=device)
-        self._loss_of_taken = self._num_targets = torch.zeros_like(self.total_targets)
-        self._num_taken = self._num_steps = 0
+        self._total_loss = torch.zeros_like(self.total_targets)
+        self._total_taken = 0
         self._last: WindowReport | None = None
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self._loss = self._num_targets = torch.zeros_like(self.total_targets)
+        self._num_taken = self._num_steps = 0
 
     def add(self, report: WindowReport, *, is_taken: bool, starts_anew: bool) -> None:
         """Count one step; what has been logged is dropped first if it ``starts_anew``."""
         if starts_anew:
-            self._loss_of_taken = self._num_targets = torch.zeros_like(self.total_targets)
-            self._num_taken = self._num_steps = 0
+            self._start_anew()
         self._last = report
         self._num_steps += 1
         self.total_targets = self.total_targets + report.num_targets
         if is_taken:
+            loss = report.loss
             self._num_taken += 1
-            self._loss_of_taken = self._loss_of_taken + report.loss
+            self._total_taken += 1
+            self._loss = self._loss + loss
+            self._total_loss = self._total_loss + loss
             self._num_targets = self._num_targets + report.num_targets
 
     @property
     def loss(self) -> Tensor:
-        """What Trainer divides by all steps to get the mean loss of those that were taken; NaN without any."""
-        return self._loss_of_taken * (self._num_steps / self._num_taken if self._num_taken else math.nan)
+        """What Trainer divides by all steps since the last log to get the mean loss of those that were taken.
+
+        Where none was, the mean of all before, so that one bad step does not turn the mean of the training into NaN.
+        """
+        if self._num_taken:
+            return self._loss * (self._num_steps / self._num_taken)
+        return self._total_loss * (self._num_steps / max(self._total_taken, 1))
 
     def entries(self, has_groups: bool) -> dict[str, float]:
-        """What a log entry has besides Trainer's own. Host syncs."""
+        """What a log entry has besides, or in place of, Trainer's own. Host syncs."""
         assert self._last is not None
         entries: dict[str, float] = {"num_targets": round(self._num_targets.item())}
+        if not self._num_taken:
+            entries["loss"] = math.nan
         if has_groups:
             norms = self._last.group_norms
             values = torch.stack(list(norms.values())).tolist()

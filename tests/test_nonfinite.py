@@ -156,6 +156,7 @@ def _skips(layout, arguments):
     assert [entry["skipped_steps"] for entry in entries] == [0, 1, 1, 1]
     assert [math.isfinite(entry["loss"]) for entry in entries] == [True, False, True, True]
     assert math.isnan(entries[1]["grad_norm"])
+    assert math.isfinite(trainer.state.log_history[-1]["train_loss"])
 
 
 def test_the_mean_loss_over_several_steps_is_that_of_the_steps_taken():
@@ -325,6 +326,24 @@ def test_a_bad_step_is_left_out_where_the_optimizer_scales_too():
 def test_folding_into_an_optimizer_that_cannot_is_refused_with_the_reason(optimizer):
     with pytest.raises(InvalidArgumentError, match=r"but .* is not .*fused.*; leave out fold_into_optimizer"):
         train_folded("1 rank", True, {"optim": optimizer})
+
+
+class LosesItsKernel(TrainerCallback):
+    """As loading a checkpoint of an optimizer that was not fused does."""
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        for group in optimizer.param_groups:
+            group["fused"] = False
+
+
+def test_an_optimizer_that_is_not_fused_any_more_is_refused():
+    class Losing(GradUtilsTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.add_callback(LosesItsKernel())
+
+    with pytest.raises(InvalidArgumentError, match="AdamW is not fused in every parameter group"):
+        train_folded("1 rank", True, {}, trainer_class=Losing)
 
 
 def test_folding_under_a_callback_that_looks_at_gradients_is_refused():

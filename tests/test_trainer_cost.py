@@ -1,13 +1,19 @@
 """What a step of the Trainer costs beyond the model: batches held, collectives, host syncs. Counted, not timed."""
 
+import sys
+from collections import Counter
+
 import pytest
+import torch.distributed as dist
 from heads import collate
 from ranks import run_ranks
+from torch.overrides import TorchFunctionMode
 from torch.profiler import profile
-from trainer_cases import LAYOUTS, train
+from trainer_cases import LAYOUTS, make_data, train
 from transformers import Trainer
 
 from hf_gradutils import GradUtilsTrainer
+from hf_gradutils.plugin import GradUtilsPlugin
 
 
 def run(function, layout, *args):
@@ -42,23 +48,83 @@ def _largest_look_ahead(layout, is_stock):
     return max(ahead)
 
 
-@pytest.mark.parametrize("accumulation", [1, 8])
-def test_a_step_costs_one_all_reduce_besides_the_models_own(accumulation):
-    counts = run_ranks(_all_reduces_per_step, 2, accumulation)
-    assert counts == [(2, 0)] * 2, "one bucket of DDP and ours; nothing else"
+SPREAD = ["ddp2", "fsdp2x2", "hsdp2x2", "native fsdp2x2", "tp2", "tp2 x fsdp2"]
 
 
-def _all_reduces_per_step(accumulation):
+@pytest.mark.parametrize("layout", SPREAD)
+def test_a_step_costs_one_all_reduce_of_ours(layout):
+    for counts in run(_collectives_of_ours_per_step, layout):
+        assert counts == {"all_reduce": 1.0}
+
+
+def _collectives_of_ours_per_step(layout):
+    """Accumulation 1 and 8 together: the number of micro-batches makes no difference."""
+    per_step = []
+    for accumulation in (1, 8):
+        short, long = (_collectives_of_ours(layout, accumulation, max_steps) for max_steps in (3, 5))
+        per_step.append({name: (long[name] - short[name]) / 2 for name in long if long[name] != short[name]})
+    assert per_step[0] == per_step[1]
+    return per_step[0]
+
+
+NAMES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast", "barrier", "reduce")
+
+
+def _collectives_of_ours(layout, accumulation, max_steps):
+    """Calls of torch.distributed from this package; the hooks of tensor parallelism are the model's own."""
+    counts = Counter()
+    originals = {name: getattr(dist, name) for name in NAMES}
+
+    def counting(name):
+        def call(*args, **kwargs):
+            caller = sys._getframe(1).f_globals["__name__"]
+            counts[name] += caller.startswith("hf_gradutils.") and caller != "hf_gradutils.partial_gradients"
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    for name in NAMES:
+        setattr(dist, name, counting(name))
+    try:
+        arguments = {"max_steps": max_steps, "logging_strategy": "no", "max_grad_norm": 1.0}
+        arguments |= {"optim": "adamw_torch_fused"}
+        plugin = GradUtilsPlugin(grad_norm_groups="layer")
+        train("qwen3 causal", accumulation, layout=layout, arguments=arguments, grad_plugin=plugin)
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+    return counts
+
+
+def test_ddp_communicates_once_a_window_besides():
+    assert run_ranks(_all_reduces_per_step, 2) == [(2, 0)] * 2, "one bucket of DDP and ours; nothing else"
+
+
+def _all_reduces_per_step():
     seen = []
     for max_steps in (3, 5):
         arguments = {"max_steps": max_steps, "logging_strategy": "no"}
         arguments |= {"ddp_find_unused_parameters": False, "max_grad_norm": 1.0}
         with profile() as profiler:
-            train("t5 seq2seq", accumulation, arguments=arguments)
+            train("plain module", 8, arguments=arguments)
         names = [event.name for event in profiler.events() if event.name.startswith("gloo:")]
         seen.append((names.count("gloo:all_reduce"), len(names) - names.count("gloo:all_reduce")))
     (fewer, fewer_others), (more, more_others) = seen
     return (more - fewer) / 2, (more_others - fewer_others) / 2
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "on_nonfinite", "want"),
+    [
+        ("adamw_torch_fused", "raise", 0),  # skips on the device; the flag is read a step later
+        ("adamw_torch_fused", "skip", 1),  # the scheduler has to know
+        ("sgd", "raise", 1),
+        ("sgd", "ignore", 0),
+    ],
+)
+def test_a_step_costs_at_most_the_one_flag_that_the_optimizer_cannot_read_itself(optimizer, on_nonfinite, want):
+    options = {"optimizer": optimizer, "grad_plugin": GradUtilsPlugin(on_nonfinite=on_nonfinite)}
+    assert (_syncs(GradUtilsTrainer, 1, 5, **options) - _syncs(GradUtilsTrainer, 1, 3, **options)) / 2 == want
 
 
 def test_micro_batches_cost_no_host_sync():
@@ -71,9 +137,25 @@ def _syncs_per_micro_batch(trainer_class):
     return (long - short) / (2 * 7)
 
 
-def _syncs(trainer_class, accumulation, max_steps):
-    """``item()``, ``bool()`` and their like; a plain module has none of its own."""
-    arguments = {"max_steps": max_steps, "logging_strategy": "no", "max_grad_norm": 1.0}
-    with profile() as profiler:
-        train("plain module", accumulation, trainer_class=trainer_class, arguments=arguments)
-    return sum(event.name == "aten::_local_scalar_dense" for event in profiler.events())
+class _Reads(TorchFunctionMode):
+    """Counts what makes the host wait for a tensor: ``item()``, ``bool()`` and their like."""
+
+    READING = ("item", "__bool__", "__float__", "__int__", "__index__", "tolist", "nonzero", "__contains__")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += getattr(func, "__name__", "") in self.READING
+        return func(*args, **(kwargs or {}))
+
+
+def _syncs(trainer_class, accumulation, max_steps, optimizer="sgd", **kwargs):
+    """Of so many steps within an epoch; a plain module has none of its own."""
+    data = make_data("plain module", 16 * 6)
+    arguments = {"max_steps": max_steps, "logging_strategy": "no", "max_grad_norm": 1.0, "optim": optimizer}
+    arguments |= {"per_device_train_batch_size": 16 // accumulation}
+    with _Reads() as reads:
+        train("plain module", accumulation, trainer_class=trainer_class, data=data, arguments=arguments, **kwargs)
+    return reads.count
