@@ -124,9 +124,8 @@ def fsdp2_deferred_bytes(model: nn.Module) -> int:
     groups = {id(g): g for module in model.modules() if isinstance(module, FSDPModule) for g in _fsdp2_groups(module)}
     num_bytes = 0
     for group in groups.values():
-        policy = group.mp_policy
         for parameter in group.fsdp_params:
-            shard = parameter.sharded_param
+            policy, shard = parameter.mp_policy, parameter.sharded_param
             if not shard.requires_grad:
                 continue
             # Where nothing else is said, torch 2.15 accumulates in the parameter's own dtype, 2.13 in that of backward.

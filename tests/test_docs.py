@@ -1,0 +1,42 @@
+"""The examples of the documentation run as they stand."""
+
+import os
+import re
+from pathlib import Path
+
+import accelerate  # noqa: F401
+import pytest
+import transformers.models.llama.modeling_llama
+import transformers.trainer  # noqa: F401
+from ranks import run_ranks
+
+import hf_gradutils.trainer  # noqa: F401 - what is imported here is loaded in the process that the examples start from
+
+DOCS = Path(__file__).parent.parent / "docs"
+BLOCK = re.compile(r"^(?P<not_run><!-- not run -->\s*)?^```python\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
+NO_LAUNCHER = dict.fromkeys(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
+def examples():
+    for page in sorted(DOCS.glob("*.md")):
+        text = page.read_text()
+        for block in BLOCK.finditer(text):
+            if not block["not_run"]:
+                yield pytest.param(block["code"], id=f"{page.name}:{text.count(chr(10), 0, block.start('code')) + 1}")
+
+
+@pytest.mark.parametrize("code", list(examples()))
+def test_the_example_runs(code, tmp_path):
+    run_ranks(_execute, 1, code, str(tmp_path), init=False, env=NO_LAUNCHER)
+
+
+def _execute(code, folder):
+    os.chdir(folder)
+    exec(compile(code, "the example", "exec"), {"__name__": "__main__"})
+
+
+def test_examples_are_found_and_those_marked_so_are_not_run():
+    text = "x\n```python\nrun()\n```\ny\n\n<!-- not run -->\n```python\nleft_out()\n```\n```bash\nls\n```\n"
+    found = {block["code"]: bool(block["not_run"]) for block in BLOCK.finditer(text)}
+    assert found == {"run()\n": False, "left_out()\n": True}
+    assert any("sync.md" in parameter.id for parameter in examples())
