@@ -75,8 +75,8 @@ def report(results: list[Measured], seed: int, command: str) -> str:
     sections = [
         "# Every head of transformers, ours beside the stock Trainer",
         f"Written by `{command}` on {datetime.date.today()}, with torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, accelerate {accelerate.__version__} and hf_gradutils {hf_gradutils.__version__}; "
-        f"the seed of the data was {seed}.",
+        f"{transformers.__version__}, accelerate {accelerate.__version__} and hf_gradutils {hf_gradutils.__version__}. "
+        f"The seed of the data, {seed}, is drawn afresh on every call without it.",
         "Each public head is built tiny and trained for one optimizer step on one process, in float32 on CPU: 4 "
         "micro-batches of 4 rows with ragged targets, and no setting by the user. The truth is the gradient of the "
         "head's own loss for all 16 rows at once, in float64"

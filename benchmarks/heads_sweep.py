@@ -265,7 +265,8 @@ def main() -> int:
     print(f"{time.monotonic() - started:.0f} s")
     if options.json:
         options.json.write_text(json.dumps([asdict(measured) for measured in results], indent=1))
-    text = report(results, seed, " ".join(["python", "benchmarks/heads_sweep.py", *sys.argv[1:]]))
+    selection = f" --heads {options.heads}" if options.heads else ""
+    text = report(results, seed, f"python benchmarks/heads_sweep.py --seed {seed}{selection}")
     if options.out:
         options.out.parent.mkdir(exist_ok=True)
         options.out.write_text(text)

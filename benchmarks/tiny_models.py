@@ -133,7 +133,7 @@ _PP_LAYOUT = {
     "num_denoising": 0,
 }
 _MASKED_IMAGE = {"encoder_stride": 8}
-_DETR = {"backbone_config": _RESNET}
+_DETR = {"backbone_config": _RESNET, "encoder_attention_heads": 8, "decoder_attention_heads": 8}
 _SERIES = {"prediction_length": 4, "context_length": 12, "lags_sequence": [1, 2], "num_time_features": 1}
 _SEGFORMER = {"hidden_sizes": [16, 32, 32, 32], "num_attention_heads": [1, 2, 2, 2], "decoder_hidden_size": 32}
 _GLPN = _SEGFORMER | {"decoder_hidden_size": 64}  # its head takes nothing else
@@ -229,7 +229,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "RTDetrConfig": _RT_DETR,
     "RTDetrV2Config": _RT_DETR,
     "RfDetrConfig": {"group_detr": 3},
-    "LwDetrConfig": {"group_detr": 3},
+    "LwDetrConfig": {"group_detr": 3, "projector_scale_factors": [1.0]},
+    "GroundingDinoConfig": _DETR,
+    "MMGroundingDinoConfig": _DETR,
     "ViTConfig": _MASKED_IMAGE,
     "BitConfig": {"num_groups": 4},
     "BridgeTowerVisionConfig": {"hidden_size": 64},  # one attention head for each 64

@@ -56,6 +56,7 @@ NO_UNIT = {
             "VisualBertForPreTraining",
             "Deimv2ForObjectDetection",
             "DetrForObjectDetection",
+            "DetrForSegmentation",
             "MaskFormerForInstanceSegmentation",
             "TableTransformerForObjectDetection",
             "YolosForObjectDetection",
@@ -84,8 +85,10 @@ UNITS: dict[str, LossUnit] = {
     **dict.fromkeys(
         [
             "ConditionalDetrForObjectDetection",
+            "ConditionalDetrForSegmentation",
             "DabDetrForObjectDetection",
             "DeformableDetrForObjectDetection",
+            "LwDetrForObjectDetection",
             "RfDetrForObjectDetection",
             "RTDetrForObjectDetection",
             "RTDetrV2ForObjectDetection",
