@@ -10,7 +10,7 @@ from accelerate.utils import AutocastKwargs
 from heads import HEADS
 from ranks import run_ranks
 from torch.distributed.tensor import DTensor, distribute_tensor
-from trainer_cases import LAYOUTS, load, make_data, make_model, norm, relative_error, train, truth
+from trainer_cases import IS_OLD, LAYOUTS, load, make_data, make_model, norm, relative_error, train, truth
 from transformers import Trainer, TrainingArguments
 
 from hf_gradutils import GradUtilsTrainer
@@ -54,6 +54,8 @@ def test_adapters_are_exact(layout):
 
 
 def _adapters(layout):
+    if IS_OLD and layout == "native fsdp2x2":
+        pytest.skip("transformers 5.17 wraps such a model in DDP, which refuses it")
     head = "llama causal"
     data = make_data(head)
     want = gradient_of(with_adapters(make_model(head)), head, data)
