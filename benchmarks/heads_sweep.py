@@ -68,6 +68,8 @@ def measure(head_class: type[PreTrainedModel], seed: int) -> Measured:
     except (MemoryError, NoBatchError) as error:
         measured.not_built = _REASONS.get(type(error), "inputs")
         measured.why = str(error)
+        if measured.why.startswith("ImportError"):
+            measured.not_built = "missing package"
         return measured
     except Exception as error:
         measured.not_built, measured.why = stage, f"{type(error).__name__}: {error}"

@@ -55,6 +55,9 @@ class NoLossError(NoBatchError):
     """The head runs, but returns none."""
 
 
+_SAYS_SO = re.compile(r"KeyError\('loss'\)|is not trainable|does not support training")
+
+
 def find_rows(model: nn.Module) -> tuple[MakeRow, str]:
     """What makes rows that the model returns a loss for, and the names of what is in them.
 
@@ -76,7 +79,7 @@ def find_rows(model: nn.Module) -> tuple[MakeRow, str]:
         except MemoryError:
             raise
         except Exception as error:
-            has_no_loss = isinstance(error, NoLossError | NotImplementedError) or repr(error) == "KeyError('loss')"
+            has_no_loss = isinstance(error, NoLossError | NotImplementedError) or _SAYS_SO.search(repr(error))
             failures.append((NoLossError if has_no_loss else NoBatchError)(f"{type(error).__name__}: {error}"))
             continue
         return make_row, ", ".join(batch)
@@ -198,8 +201,15 @@ def _image_makers(config: PretrainedConfig) -> list[Callable[[Generator], Tensor
     channels = setting(config, "num_channels", "in_channels", "in_chans", default=3)
     frames = setting(config, "num_frames", "frames_per_clip", default=4)
     shapes = [(channels, *_size(config)), (frames, channels, *_size(config))]
+    if _takes_patches(config):
+        shapes = [(16, channels * setting(config, "patch_size") ** 2)]
     shapes += [(channels, 2 * IMAGE_SIZE, 2 * IMAGE_SIZE), (1, channels, *_size(config)), (channels, 224, 224)]
     return [lambda g, shape=shape: (0.2 + 2 * torch.rand((), generator=g)) * _noise(g, *shape) for shape in shapes]
+
+
+def _takes_patches(config: PretrainedConfig) -> bool:
+    """A list of flat patches instead of an image."""
+    return config.model_type.startswith("siglip2")
 
 
 def _noise(generator: Generator, *shape: int) -> Tensor:
@@ -273,6 +283,8 @@ def _patch_mask(generator: Generator, config: PretrainedConfig) -> Tensor:
 # Not every head over sound takes a mask for it, but these fail without.
 _NEEDS_MASK = re.compile(r"^(Parakeet|Lasr|Nemotron)")
 _ALWAYS = {
+    "pixel_attention_mask",
+    "spatial_shapes",
     "visual_attention_mask",
     "mask_time_indices",
     "sampled_negative_indices",
@@ -287,6 +299,8 @@ _ALWAYS = {
 _EXTRAS: dict[str, Callable[[Generator, PretrainedConfig], Any]] = {
     "bool_masked_pos": _patch_mask,
     "visual_embeds": lambda g, c: _noise(g, 4, setting(c, "visual_embedding_dim", default=32)),
+    "pixel_attention_mask": lambda g, c: torch.ones(16, dtype=torch.int64) if _takes_patches(c) else None,
+    "spatial_shapes": lambda g, c: torch.tensor([4, 4]) if _takes_patches(c) else None,
     "visual_attention_mask": lambda g, c: torch.ones(4, dtype=torch.int64),
     "task_inputs": lambda g, c: _words(g, setting(c, "task_seq_len", default=77)),
     "qformer_input_ids": lambda g, c: _words(g, LENGTH),
