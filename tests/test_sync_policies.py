@@ -5,12 +5,14 @@ import logging
 import math
 import os
 
+import peft
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
+from heads import HEADS
 from layouts import (
     data_rank,
     full_gradients,
@@ -34,8 +36,9 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from trainer_cases import make_data, train, truth
+from trainer_cases import make_model as make_model_of
 from trainer_cases import relative_error as relative_error_of_sums
 
 from hf_gradutils import GradUtilsPlugin, GradUtilsTrainer, sync_auto, upstream
@@ -56,7 +59,7 @@ COUNTS = {
 }
 """(reduce-scatters, all-reduces) of a window of four micro-batches: per bucket of DDP, per group of FSDP."""
 
-WRAPPED = {"ddp2 in a module": "ddp2", "compiled ddp2": "ddp2", "compiled fsdp2": "fsdp2"}
+WRAPPED = {"ddp2 in a module": "ddp2", "compiled fsdp2": "fsdp2"}
 """Layout with something around it → the layout that it communicates like."""
 
 FORGETS = not hasattr(FSDPParamGroup, "_get_partial_reduce_grad")
@@ -97,8 +100,10 @@ def num_ranks_of(layout):
 
 
 def num_groups(model):
+    """Buckets or groups that have something to train; a group of several modules is one."""
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    return len({id(group) for module in modules for group, *_ in upstream.fsdp2_sync_flags(module)}) or 1
+    groups = {id(group): group for module in modules for group, *_ in upstream.fsdp2_sync_flags(module)}
+    return sum(any(p.sharded_param.requires_grad for p in group.fsdp_params) for group in groups.values()) or 1
 
 
 def micro_batches():
@@ -116,12 +121,24 @@ def run_window(model, policy, *, stop_before=ACCUMULATION):
             summed_loss(model, x, y, mask).backward()
 
 
+class Collectives(TorchDispatchMode):
+    """Names of the collectives that this thread asks for; far cheaper than the profiler."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
 def counted(function, *args, **kwargs):
-    """(reduce-scatters, all-reduces) that this thread asks for."""
-    with profile() as profiler:
+    """(reduce-scatters, all-reduces) of a call."""
+    with Collectives() as collectives:
         function(*args, **kwargs)
-    names = [event.name for event in profiler.events()]
-    return names.count("c10d::_reduce_scatter_base_"), names.count("c10d::allreduce_")
+    return collectives.names.count("_reduce_scatter_base_"), collectives.names.count("allreduce_")
 
 
 def times(pair, factor):
@@ -155,11 +172,11 @@ def _promises(layout):
         want = true_mean_gradient(dtype)
         for policy in POLICIES:
             model = make_model(layout, dtype)
-            run_window(model, policy)  # DDP arranges its buckets, FSDP sets itself up
-            for _ in range(2):  # the second window starts where the first one ended
+            for is_first in (True, False):  # DDP arranges its buckets and FSDP sets itself up in the first window
                 model.zero_grad()
                 promised = COUNTS[WRAPPED.get(layout, layout)][policy]
-                assert counted(run_window, model, policy) == times(promised, num_groups(model)), policy
+                count = counted(run_window, model, policy)
+                assert is_first or count == times(promised, num_groups(model)), policy
                 assert error_of(model, want) < tolerance, policy
 
 
@@ -302,7 +319,7 @@ def _fail_in(place, model):
 
 # ---- Memory ----
 
-SIZE, NUM_LAYERS = 320, 24
+SIZE, NUM_LAYERS = 384, 16
 MIB = 2**20
 
 
@@ -316,7 +333,9 @@ def test_the_estimate_of_deferred_memory_is_what_is_measured(layout):
         assert max(kept.values()) - min(kept.values()) < 0.2 * whole, "gradients of DDP are whole under any policy"
         return
     assert kept["defer"] - kept["every"] == pytest.approx(estimate, rel=0.2, abs=0.1 * whole if not estimate else 0)
-    assert kept["reduce_scatter"] == pytest.approx(whole / 2, rel=0.2), "each of two ranks its shards"
+    assert kept.get("reduce_scatter", kept["every"]) == pytest.approx(whole / 2, rel=0.2), (
+        "each of two ranks its shards"
+    )
 
 
 def _memory(layout):
@@ -328,7 +347,7 @@ def _memory(layout):
         "cpu", (2, 2) if "hsdp" in layout else (2,), mesh_dim_names=("rep", "dp")[-2 if "hsdp" in layout else -1 :]
     )
     x, kept = torch.randn(2, SIZE), {}
-    for sync in POLICIES:
+    for sync in POLICIES[:2] if " " in layout else POLICIES:
         net = nn.Sequential(*(nn.Linear(SIZE, SIZE) for _ in range(NUM_LAYERS)))
         if layout == "ddp2":
             model = DistributedDataParallel(net)
@@ -337,20 +356,24 @@ def _memory(layout):
             for part in (*layers, [norm, head]):  # accelerate and torchtitan put the last two into one group
                 fully_shard(part, mesh=mesh, mp_policy=policy)
             model = fully_shard(net, mesh=mesh, mp_policy=policy)
-        for _ in range(3):  # DDP moves its buckets in the second window
+        for _ in range(3 if layout == "ddp2" else 2):  # DDP moves its buckets in the second window
             start, during = _resident_mib(), []
             for i in range(ACCUMULATION):
                 with SyncContext(model, sync, is_last=i == ACCUMULATION - 1):
                     model(x).sum().backward()
-                dist.barrier()
                 during.append(_resident_mib() - start)
             model.zero_grad()
-        kept[sync] = min(during[:-1])  # gloo's threads may hold a buffer for a moment longer
+        kept[sync] = min(during[:-1])
     return kept, deferred_bytes(model) / MIB
 
 
 def _resident_mib():
-    return psutil.Process().memory_info().rss / MIB
+    """Once all ranks are here and gloo's threads have let go of their buffers."""
+    sizes = []
+    for _ in range(3):
+        dist.barrier()
+        sizes.append(psutil.Process().memory_info().rss / MIB)
+    return min(sizes)
 
 
 @pytest.mark.filterwarnings("ignore:FSDP1:FutureWarning", "ignore:.*FullyShardedDataParallel:FutureWarning")
@@ -405,11 +428,11 @@ def test_auto_is_careful_until_the_first_step_and_then_decides_once():
     assert {choice.policy(model, is_last=is_last) for is_last in (False, True)} == {"reduce_scatter"}
     choice.window_closed()
     assert choice.policy(model, is_last=True) == "reduce_scatter", "nothing is decided where nothing accumulates"
-    with profile() as profiler:
+    with Collectives() as collectives:
         assert [choice.policy(model, is_last=i == 3) for i in range(4)] == ["defer"] * 4
     choice.window_closed()
     assert choice.policy(model, is_last=False) == "defer"
-    assert sum(event.name.startswith("c10d::") for event in profiler.events()) == 1
+    assert collectives.names == ["allgather_"]
     assert len(lines) == (dist.get_rank() == 0)
 
 
@@ -447,15 +470,31 @@ def test_a_step_of_the_trainer_communicates_as_the_policy_says(layout):
     run_ranks(_trains, 4 if "hsdp" in layout else 2, layout)
 
 
-def _trains(layout):
+def test_so_it_does_with_adapters():
+    run_ranks(_trains, 2, "fsdp2x2", with_adapters=True)
+
+
+def make_adapted(head):
+    torch.manual_seed(4)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    return peft.get_peft_model(make_model_of(head), config)
+
+
+def _trains(layout, with_adapters=False):
     head = "llama causal"
-    want, _ = truth(head, make_data(head))
+    if with_adapters:
+        alone = make_adapted(head).double()
+        alone(**HEADS[head].collate(make_data(head)))["loss"].backward()
+        want = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
+    else:
+        want, _ = truth(head, make_data(head))
     like = {"fsdp2x2": "fsdp2", "native hsdp2x2": "hsdp2x2"}.get(layout, layout)
     for sync in POLICIES:
         trainer, tap = train(
             head,
             ACCUMULATION,
             layout=layout,
+            model=make_adapted(head) if with_adapters else None,
             trainer_class=Counting,
             grad_plugin=GradUtilsPlugin(sync=sync),
             arguments={"max_steps": 2, "ddp_find_unused_parameters": False},
