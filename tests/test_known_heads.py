@@ -8,7 +8,7 @@ import transformers
 from heads import HEADS
 from ranks import run_ranks
 from torch import nn
-from trainer_cases import make_data, make_model, relative_error, train
+from trainer_cases import IS_OLD, make_data, make_model, relative_error, train
 from transformers.loss.loss_for_object_detection import ImageLoss
 
 from hf_gradutils import upstream
@@ -22,6 +22,8 @@ TOLERANCE = 1e-5
 
 @pytest.mark.parametrize("name", [*NO_UNIT, *UNITS])
 def test_the_classes_in_the_table_are_still_there(name):
+    if IS_OLD and not hasattr(transformers, name):
+        pytest.skip("newer than this transformers")
     assert issubclass(getattr(transformers, name), transformers.PreTrainedModel)
 
 

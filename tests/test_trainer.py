@@ -244,6 +244,15 @@ def test_the_logged_loss_over_several_steps_is_the_mean_of_theirs():
     assert pairs[0]["num_targets"] == 2 * HEADS[head].targets(collate(make_data(head)))
 
 
+@pytest.mark.parametrize(("head", "num_questions"), [("bert classes", 3), ("llama causal", 5)])
+def test_the_check_costs_three_forwards_once_and_the_question_whether_the_head_shifts_two(head, num_questions):
+    model = make_model(head)
+    modes = []
+    model.register_forward_pre_hook(lambda *_: modes.append((model.training, torch.is_grad_enabled())))
+    train(head, 2, model=model, arguments={"max_steps": 3})
+    assert modes == [(False, False)] * num_questions + [(True, True)] * 6
+
+
 def test_dropout_and_random_states_are_not_disturbed_by_the_check():
     head = "bert masked"
     results = []

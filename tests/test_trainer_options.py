@@ -88,6 +88,33 @@ def _frozen(layout):
     assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(norm(want), rel=1e-5)
 
 
+class Unused(torch.nn.Module):
+    """A model with a part that no loss reaches."""
+
+    def __init__(self):
+        super().__init__()
+        self.used = make_model("plain module")
+        self.unused = torch.nn.Linear(4, 4)
+
+    def forward(self, input_ids, labels):
+        return self.used(input_ids, labels)
+
+
+@pytest.mark.parametrize("layout", COMMON)
+def test_parts_that_no_loss_reaches_have_no_gradient(layout):
+    run(_unused, layout)
+
+
+def _unused(layout):
+    head = "plain module"
+    want, _ = truth(head, make_data(head))
+    trainer, tap = train(head, 4, layout=layout, model=Unused())
+    got = {name.removeprefix("used."): gradient for name, gradient in tap.steps[0].items()}
+    got = {name: gradient for name, gradient in got.items() if not name.startswith("unused.") or gradient.any()}
+    assert relative_error(got, want) < TOLERANCE
+    assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(norm(want), rel=1e-5)
+
+
 @pytest.mark.parametrize("layout", COMMON)
 @pytest.mark.parametrize(
     "option",
