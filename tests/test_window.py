@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from counting import Traffic, top_level_calls
 from layouts import (
     LAYOUTS,
     data_rank,
@@ -24,7 +25,6 @@ from ranks import run_ranks
 from torch import nn
 from torch.profiler import profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_gradutils import clip_gradients
 from hf_gradutils.window import AccumulationWindow
@@ -116,13 +116,6 @@ def test_a_window_whose_gradients_somebody_else_scales_leaves_them_alone():
 # ---- What it costs ----
 
 
-def top_level_calls(function):
-    with profile() as profiler:
-        function()
-    events = [event for event in profiler.events() if event.name.startswith("aten::")]
-    return [e.name for e in events if e.cpu_parent is None or not e.cpu_parent.name.startswith("aten::")]
-
-
 def test_at_most_twenty_calls_however_many_parameters():
     counts = []
     for num_parameters in (30, 300, 3000):
@@ -150,26 +143,6 @@ def _calls(layout):
     return top_level_calls(lambda: window.close(model, 1.0))
 
 
-class _Traffic(TorchDispatchMode):
-    """Gradient bytes read and written by every operation, in multiples of the gradients' size."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.storages = {p.grad.untyped_storage().data_ptr() for p in model.parameters()}
-        self.size = sum(p.grad.numel() for p in model.parameters())
-        self.read = self.written = 0.0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for value, schema in zip(args, func._schema.arguments, strict=False):
-            for tensor in value if isinstance(value, list | tuple) else [value]:
-                if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() in self.storages:
-                    is_view = func.is_view
-                    self.read += 0 if is_view else tensor.numel() / self.size
-                    is_write = schema.alias_info is not None and schema.alias_info.is_write
-                    self.written += tensor.numel() / self.size if is_write else 0
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("num_elements", [10, 200_000])  # the larger are read in chunks
 @pytest.mark.parametrize(("scales", "want"), [(True, (2.0, 1.0)), (False, (1.0, 0.0))])
 def test_gradients_are_read_once_for_the_norm_and_read_and_written_once_to_scale(scales, want, num_elements):
@@ -179,7 +152,7 @@ def test_gradients_are_read_once_for_the_norm_and_read_and_written_once_to_scale
     window = AccumulationWindow(torch.device("cpu"))
     clip_gradients(model, math.inf)
     window.weigh(torch.ones(()), torch.tensor(4))
-    with _Traffic(model) as traffic:
+    with Traffic(model) as traffic:
         window.close(model, 1.0, scales=scales)
     assert (traffic.read, traffic.written) == pytest.approx(want)
 

@@ -1,0 +1,64 @@
+"""What a call costs, counted and not timed: operations, collectives, host syncs, gradient traffic."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_gradutils import upstream
+
+
+def events_of(function: Callable[[], Any]) -> list[Any]:
+    """What torch's profiler sees of a call."""
+    with profile() as profiler:
+        function()
+    return list(profiler.events())
+
+
+def top_level(events: list[Any]) -> list[str]:
+    """Operations that Python asked for, without those that they are made of."""
+    operations = [event for event in events if event.name.startswith("aten::")]
+    return [e.name for e in operations if e.cpu_parent is None or not e.cpu_parent.name.startswith("aten::")]
+
+
+def top_level_calls(function: Callable[[], Any]) -> list[str]:
+    return top_level(events_of(function))
+
+
+def collectives(events: list[Any]) -> Counter[str]:
+    """Name → how often it ran on gloo, whoever asked for it."""
+    return Counter(event.name.removeprefix("gloo:") for event in events if event.name.startswith("gloo:"))
+
+
+def num_host_syncs(events: list[Any]) -> int:
+    """``item()``, ``bool()`` and their like; the host would wait for a device there."""
+    return sum(event.name == "aten::_local_scalar_dense" for event in events)
+
+
+class Traffic(TorchDispatchMode):
+    """Gradient bytes that operations read and write, in multiples of the size of this rank's gradients.
+
+    Operations on a gradient itself, whole or in views: what a copy of it costs from then on is not seen.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        gradients = [upstream.local_tensor(p.grad) for p in model.parameters()]
+        self.storages = {gradient.untyped_storage().data_ptr() for gradient in gradients}
+        self.size = sum(gradient.numel() for gradient in gradients)
+        self.read = self.written = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value, schema in zip(args, func._schema.arguments, strict=False):
+            for item in value if isinstance(value, list | tuple) else [value]:
+                if not isinstance(item, Tensor) or func.is_view:
+                    continue
+                tensor = upstream.local_tensor(item)
+                if tensor.untyped_storage().data_ptr() in self.storages:
+                    is_write = schema.alias_info is not None and schema.alias_info.is_write
+                    self.read += tensor.numel() / self.size
+                    self.written += tensor.numel() / self.size if is_write else 0
+        return func(*args, **(kwargs or {}))
