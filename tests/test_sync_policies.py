@@ -37,7 +37,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
-from trainer_cases import make_data, train, truth
+from trainer_cases import IS_OLD, make_data, train, truth
 from trainer_cases import make_model as make_model_of
 from trainer_cases import relative_error as relative_error_of_sums
 
@@ -465,7 +465,7 @@ class Counting(GradUtilsTrainer):
         return [times(pair, 1 / num_groups(self.model_wrapped)) for pair in sums]
 
 
-@pytest.mark.parametrize("layout", ["ddp2", "fsdp2x2", "hsdp2x2", "native hsdp2x2"])
+@pytest.mark.parametrize("layout", ["ddp2", "fsdp2x2", "hsdp2x2", *([] if IS_OLD else ["native hsdp2x2"])])
 def test_a_step_of_the_trainer_communicates_as_the_policy_says(layout):
     run_ranks(_trains, 4 if "hsdp" in layout else 2, layout)
 
@@ -502,6 +502,35 @@ def _trains(layout, with_adapters=False):
         # The first step also looks at the model: buckets, copies, the unit of the loss.
         assert trainer.per_step()[1] == COUNTS[like][sync], sync
         assert relative_error_of_sums(tap.steps[0], want) < 1e-5, sync
+
+
+def test_a_training_that_was_interrupted_starts_afresh():
+    run_ranks(_interrupted, 2)
+
+
+class Interrupted(GradUtilsTrainer):
+    """Stops once, in the middle of its first window, and is started again."""
+
+    num_steps = 0
+
+    def training_step(self, *args, **kwargs):
+        self.num_steps += 1
+        loss = super().training_step(*args, **kwargs)
+        if self.num_steps == 2:
+            raise KeyboardInterrupt
+        return loss
+
+    def train(self, *args, **kwargs):
+        if not self.num_steps:
+            with pytest.raises(KeyboardInterrupt):
+                super().train(*args, **kwargs)
+        return super().train(*args, **kwargs)
+
+
+def _interrupted():
+    head = "llama causal"
+    _, tap = train(head, ACCUMULATION, layout="native fsdp2x2", trainer_class=Interrupted)
+    assert relative_error_of_sums(tap.steps[0], truth(head, make_data(head))[0]) < 1e-5
 
 
 def test_auto_settles_in_the_second_step_of_the_trainer():
