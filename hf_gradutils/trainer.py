@@ -92,6 +92,7 @@ class GradUtilsTrainerMixin(EvaluationMixin):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer.train``; a non-finite loss is logged as it is, not replaced by an average of earlier ones."""
         self._expects_first_batch, self._logged = True, None
+        self.accelerator.guard = self.grad_plugin.guard()
         if self.grad_plugin.fold_into_optimizer:
             self._check_nobody_reads_gradients()
         discard_deferred(self.model)

@@ -233,10 +233,9 @@ def test_after_a_bad_step_the_same_trainer_trains_on(layout):
 def _trains_on(layout):
     trainer, _, error = train_spoiled(layout, Spoiled, FUSED)
     assert error is not None
-    trainer.train()
-    fresh, _ = train(HEAD, 2, layout=layout, arguments=COMMON | FUSED | {"max_steps": 1})
-    trained, start = (dict(t.model.named_parameters()) for t in (trainer, fresh))
-    assert all(torch.isfinite(trained[name]).all() for name in start)
+    trainer.num_windows = 10  # no more bad ones
+    assert trainer.train().global_step == 4
+    assert all(_whole(p).isfinite().all() for p in trainer.model.parameters())
 
 
 @pytest.mark.parametrize(
