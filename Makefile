@@ -11,7 +11,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready-$(subst /,_,$(subst =,-,$(TORCH)))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test matrix check format build clean
+.PHONY: help install demo test matrix bench check format build clean
 
 help:  ## Show the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,6 +41,10 @@ test: $(STAMP)  ## Run the tests
 
 matrix: $(STAMP)  ## Measure every head in every layout beside the stock Trainer, write docs/exactness.md; about 25 minutes
 	@$(BIN)/python benchmarks/exactness.py --out docs/exactness.md
+
+# Counts decide whether it fails; times only inform. On a machine with a GPU add --cuda.
+bench: $(STAMP)  ## Measure what it costs beside torch, accelerate and the stock Trainer, write docs/performance.md; about 10 minutes
+	@$(BIN)/python benchmarks/performance.py --out docs/performance.md
 
 check: $(STAMP)  ## Lint, check the types and the architecture
 	@$(BIN)/ruff check .

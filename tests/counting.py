@@ -39,26 +39,39 @@ def num_host_syncs(events: list[Any]) -> int:
 
 
 class Traffic(TorchDispatchMode):
-    """Gradient bytes that operations read and write, in multiples of the size of this rank's gradients.
-
-    Operations on a gradient itself, whole or in views: what a copy of it costs from then on is not seen.
-    """
+    """Bytes of gradients, and of copies of them, that operations read and write, over the size of this rank's."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         gradients = [upstream.local_tensor(p.grad) for p in model.parameters()]
         self.storages = {gradient.untyped_storage().data_ptr() for gradient in gradients}
-        self.size = sum(gradient.numel() for gradient in gradients)
+        self.size = sum(gradient.nbytes for gradient in gradients)
         self.read = self.written = 0.0
+        self._copies: list[Tensor] = []  # kept, so that nothing else is given their memory
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.is_view:
+            return result
+        sizes = set()
         for value, schema in zip(args, func._schema.arguments, strict=False):
-            for item in value if isinstance(value, list | tuple) else [value]:
-                if not isinstance(item, Tensor) or func.is_view:
-                    continue
-                tensor = upstream.local_tensor(item)
+            for tensor in _local_tensors(value):
                 if tensor.untyped_storage().data_ptr() in self.storages:
+                    sizes.add(tensor.numel())
                     is_write = schema.alias_info is not None and schema.alias_info.is_write
-                    self.read += tensor.numel() / self.size
-                    self.written += tensor.numel() / self.size if is_write else 0
-        return func(*args, **(kwargs or {}))
+                    self.read += tensor.nbytes / self.size
+                    self.written += tensor.nbytes / self.size if is_write else 0
+        for tensor in _local_tensors(result):
+            if tensor.numel() > 1 and tensor.numel() in sizes and not self._is_known(tensor):
+                self.storages.add(tensor.untyped_storage().data_ptr())
+                self.written += tensor.nbytes / self.size
+                self._copies.append(tensor)
+        return result
+
+    def _is_known(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self.storages
+
+
+def _local_tensors(value: Any) -> list[Tensor]:
+    items = value if isinstance(value, list | tuple) else [value]
+    return [upstream.local_tensor(item) for item in items if isinstance(item, Tensor)]

@@ -1,0 +1,276 @@
+"""The end of a window, ours beside what others clip with, on the same gradients in the same processes.
+
+Each peer is called the way its own training loop calls it. Theirs is the norm and the clip; ours also carries the
+targets and the loss of the window, which they communicate elsewhere.
+"""
+
+import gc
+import importlib.util
+import logging
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from counting import Traffic, collectives, events_of, num_host_syncs, top_level
+from ranks import run_ranks
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer
+
+from hf_gradutils import upstream
+from hf_gradutils.window import AccumulationWindow
+
+LAYOUTS: dict[str, dict[str, int]] = {
+    "1 rank": {},
+    "DDP 2": {"dp": 2},
+    "FSDP2 2": {"dp": 2},
+    "HSDP 2x2": {"rep": 2, "dp": 2},
+    "FSDP2 x TP 2x2": {"dp": 2, "tp": 2},
+    "FSDP2 2, plain beside": {"dp": 2},
+    "two meshes 2x2": {"dp": 2, "tp": 2},
+}
+"""Name → mesh axes."""
+
+SIZES = (30, 300, 3000)
+"""Parameters of a model; each has 128 elements, so that calls are what costs."""
+
+MAX_NORM = 1.0
+"""Far below the norm of these gradients: everybody has to scale."""
+
+OURS, FOLDED = "ours", "ours, folded"
+TORCH, ACCELERATE, TRAINER, AUTOMODEL = "torch", "accelerate", "Trainer", "Automodel"
+
+HAS_AUTOMODEL = importlib.util.find_spec("nemo_automodel") is not None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One call on one rank; ``cpu_s`` and the largest of the counts over ranks once they are put together."""
+
+    calls: int
+    """Top-level aten operations."""
+    collectives: int
+    syncs: int
+    reads: float
+    """Bytes of the gradients read, in multiples of their size; ``writes`` likewise."""
+    writes: float
+    norm_error: float
+    """Of the norm before clipping, relative to float64."""
+    cpu_s: tuple[float, ...]
+    """Process CPU time of every repeat, added over the ranks; entry i of two methods belongs together."""
+
+
+Outcome = Cost | str
+"""Or what it raised."""
+
+Method = Callable[[nn.Module], Callable[[], Tensor]]
+"""Model → the call to measure, which returns the norm."""
+
+
+# ---- Who clips how ----
+
+
+def _ours(scales: bool) -> Method:
+    def prepare(model: nn.Module) -> Callable[[], Tensor]:
+        window = AccumulationWindow(torch.device("cpu"))
+        window.weigh(torch.ones(()), torch.tensor(1))
+        return lambda: window.close(model, MAX_NORM, scales=scales).grad_norm
+
+    return prepare
+
+
+def _torch(model: nn.Module) -> Callable[[], Tensor]:
+    return lambda: nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+
+
+def _accelerate(model: nn.Module) -> Callable[[], Tensor]:
+    accelerator = Accelerator(cpu=True)
+    return lambda: accelerator.clip_grad_norm_(model.parameters(), MAX_NORM)
+
+
+def _trainer(model: nn.Module) -> Callable[[], Tensor]:
+    trainer = object.__new__(Trainer)  # with what its clipping looks at, and no data, optimizer or output folder
+    trainer.args = SimpleNamespace(max_grad_norm=MAX_NORM, fp16=False)
+    trainer.accelerator = Accelerator(cpu=True)
+    trainer._mixed_mesh_grads = None
+    return lambda: trainer._clip_grad_norm(model)
+
+
+def _automodel(model: nn.Module) -> Callable[[], Tensor]:
+    with warnings.catch_warnings(action="ignore"):  # of torch's compiler, which its import loads
+        from nemo_automodel.components.training.utils import clip_grad_norm
+
+    return lambda: clip_grad_norm(MAX_NORM, [model])
+
+
+def methods(layout: str) -> dict[str, Method]:
+    """Name → method. accelerate is left out where it calls torch's function and does nothing else."""
+    chosen: dict[str, Method] = {OURS: _ours(True), FOLDED: _ours(False), TORCH: _torch}
+    if is_mixed(layout):
+        chosen[ACCELERATE] = _accelerate
+    chosen[TRAINER] = _trainer
+    if HAS_AUTOMODEL:
+        chosen[AUTOMODEL] = _automodel
+    return chosen
+
+
+def is_mixed(layout: str) -> bool:
+    """Whether gradients of one model are on different meshes, or on one and on none."""
+    return layout in ("FSDP2 2, plain beside", "two meshes 2x2")
+
+
+# ---- The model ----
+
+
+class _Parameters(nn.Module):
+    def __init__(self, num_parameters: int):
+        super().__init__()
+        self.items = nn.ParameterList(nn.Parameter(torch.randn(16, 8)) for _ in range(num_parameters))
+
+
+def _make_model(layout: str, num_parameters: int, mesh: DeviceMesh | None) -> tuple[nn.Module, float]:
+    """A model whose gradients equal its parameters, the same on all ranks, and their norm in float64."""
+    torch.manual_seed(11)
+    num_beside = {"FSDP2 2, plain beside": num_parameters // 10, "two meshes 2x2": num_parameters // 2}.get(layout, 0)
+    model = nn.Module()
+    model.main, model.beside = _Parameters(num_parameters - num_beside), _Parameters(num_beside)
+    norm = sum(p.detach().double().square().sum().item() for p in model.parameters()) ** 0.5
+    if mesh is not None and "tp" in mesh.mesh_dim_names:
+        items = model.beside.items if layout == "two meshes 2x2" else model.main.items
+        for index, parameter in enumerate(items):
+            items[index] = nn.Parameter(distribute_tensor(parameter.detach(), mesh["tp"], [Shard(0)]))
+    if layout == "DDP 2":
+        model = DistributedDataParallel(model)
+    elif mesh is not None:
+        fully_shard(model.main, mesh=mesh["dp"] if "tp" in mesh.mesh_dim_names else mesh)
+    for parameter in model.parameters():
+        parameter.grad = parameter.detach().clone()
+    _check(layout, model, num_parameters, num_beside)
+    return model, norm
+
+
+def _check(layout: str, model: nn.Module, num_parameters: int, num_beside: int) -> None:
+    meshes = [p.grad.device_mesh if isinstance(p.grad, DTensor) else None for p in model.parameters()]
+    assert len(meshes) == num_parameters
+    assert len(set(meshes)) == (2 if is_mixed(layout) else 1)
+    num_plain = {"1 rank": num_parameters, "DDP 2": num_parameters, "FSDP2 2, plain beside": num_beside}
+    assert meshes.count(None) == num_plain.get(layout, 0)
+
+
+# ---- Measuring ----
+
+
+def num_cpus() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def load() -> float:
+    """Processes that wanted a core, on average over the last minute."""
+    return os.getloadavg()[0]
+
+
+def measure(layout: str, num_parameters: int, num_repeats: int) -> dict[str, Outcome]:
+    """Method → cost. Rank by rank and repeat by repeat every method has its turn, so that load hits all of them."""
+    num_ranks = math.prod(LAYOUTS[layout].values())
+    env = dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE")) if num_ranks == 1 else {}  # as nobody has launched it
+    results = run_ranks(
+        _measure_on_rank,
+        num_ranks,
+        layout,
+        num_parameters,
+        num_repeats,
+        init=num_ranks > 1,
+        env=env,
+        deadline_s=400,
+    )
+    return {name: _over_ranks([result[name] for result in results]) for name in results[0]}
+
+
+def _over_ranks(outcomes: list[Outcome]) -> Outcome:
+    costs = [outcome for outcome in outcomes if isinstance(outcome, Cost)]
+    if len(costs) < len(outcomes):
+        return next(outcome for outcome in outcomes if isinstance(outcome, str))
+    counted = ("calls", "collectives", "syncs", "reads", "writes", "norm_error")
+    most = {name: max(getattr(cost, name) for cost in costs) for name in counted}
+    return Cost(**most, cpu_s=tuple(sum(times) for times in zip(*(cost.cpu_s for cost in costs), strict=True)))
+
+
+def _measure_on_rank(layout: str, num_parameters: int, num_repeats: int) -> dict[str, Outcome]:
+    logging.disable(logging.WARNING)
+    axes = LAYOUTS[layout]
+    mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes)) if axes else None
+    model, norm = _make_model(layout, num_parameters, mesh)
+    gradients = [upstream.local_tensor(p.grad) for p in model.parameters()]
+    saved = [gradient.clone() for gradient in gradients]
+
+    def ready(method: Method) -> Callable[[], Tensor]:
+        for gradient, value in zip(gradients, saved, strict=True):
+            gradient.copy_(value)
+        call = method(model)
+        if mesh is not None:
+            dist.barrier()
+        return call
+
+    outcomes: dict[str, Any] = {}
+    running: dict[str, Method] = {}
+    for name, method in methods(layout).items():
+        try:
+            found = ready(method)()  # whatever is made once is made here
+        except RuntimeError as error:
+            outcomes[name] = f"raises {type(error).__name__}: {str(error).splitlines()[0]}"
+        else:
+            running[name] = method
+            outcomes[name] = _counted(method, ready, model) | {"norm_error": abs(float(_whole(found)) / norm - 1)}
+    times: dict[str, list[float]] = {name: [] for name in running}
+    order = list(running)
+    gc.collect()
+    gc.freeze()
+    for repeat in range(num_repeats):
+        for name in order[repeat % len(order) :] + order[: repeat % len(order)]:
+            times[name].append(_cpu_time(ready(running[name])))
+    return outcomes | {name: Cost(**outcomes[name], cpu_s=tuple(times[name])) for name in running}
+
+
+def _counted(method: Method, ready: Callable[[Method], Callable[[], Tensor]], model: nn.Module) -> dict[str, Any]:
+    events = events_of(ready(method))
+    call = ready(method)
+    with Traffic(model) as traffic:
+        call()
+    return {
+        "calls": len(top_level(events)),
+        "collectives": collectives(events).total(),
+        "syncs": num_host_syncs(events),
+        "reads": round(traffic.read, 6),
+        "writes": round(traffic.written, 6),
+    }
+
+
+def _cpu_time(call: Callable[[], Any]) -> float:
+    gc.disable()
+    try:
+        start = time.process_time()
+        call()
+        return time.process_time() - start
+    finally:
+        gc.enable()
+
+
+def _whole(norm: Tensor) -> Tensor:
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def ratios(peer: Cost, ours: Cost) -> list[float]:
+    """How many times our CPU time the peer takes, repeat by repeat, sorted."""
+    return sorted(theirs / own for theirs, own in zip(peer.cpu_s, ours.cpu_s, strict=True))
