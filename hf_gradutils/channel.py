@@ -38,7 +38,7 @@ class Channel:
 
         self._counts: Counter[str] = Counter()
         self._counts_lock = threading.Lock()
-        self._processes: dict[int, ProcessIdentity] = {}
+        self._processes = {ranks.global_rank: self.process}
 
     def read(self, key: str) -> str | None:
         """The value, None if nobody wrote the key yet."""
@@ -56,6 +56,10 @@ class Channel:
         """Add to a counter that starts at 0; the new value."""
         return self._store.add(key, amount)
 
+    def count(self, key: str) -> int:
+        """What was added to a counter so far."""
+        return int(self.read(key) or 0)
+
     def next_count(self, name: str) -> int:
         """0, 1, 2, …: how often this process has asked for this name. No communication."""
         with self._counts_lock:
@@ -70,6 +74,10 @@ class Channel:
                 return None
             self._processes[global_rank] = ProcessIdentity(**json.loads(record))
         return self._processes[global_rank]
+
+    def process_if_known(self, global_rank: int) -> ProcessIdentity | None:
+        """As :meth:`process_of`, from memory: works when the store is lost."""
+        return self._processes.get(global_rank)
 
     def has_left(self, global_rank: int) -> bool:
         """Whether that rank is known to have ended, by its farewell or by the death of its process."""
@@ -91,6 +99,10 @@ class Channel:
                 "process that inherited a rank's variables must not take part; start it without RANK and "
                 "WORLD_SIZE, or call this in the rank's own process"
             )
+        # Counted in this order: once all ranks are, all nodes are.
+        if self.claim(f"node/{self.ranks.node}/named_by", str(rank)) == str(rank):
+            self.add("num_nodes_named", 1)
+        self.add("num_ranks_introduced", 1)
 
 
 def poll(

@@ -5,7 +5,9 @@ accelerate set variables after import.
 """
 
 import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from hf_gradutils.errors import LauncherError
 
@@ -21,6 +23,9 @@ class Launcher:
     node_rank: str | None
     """Number of the node; None where the launcher has none (OMPI_COMM_WORLD_NODE_RANK is a local rank)."""
 
+    local_size: str
+    """How many ranks the node has."""
+
 
 LAUNCHERS = (
     Launcher(
@@ -29,6 +34,7 @@ LAUNCHERS = (
         world_size="WORLD_SIZE",
         local_rank="LOCAL_RANK",
         node_rank="GROUP_RANK",
+        local_size="LOCAL_WORLD_SIZE",
     ),
     Launcher(
         title="SLURM",
@@ -37,6 +43,7 @@ LAUNCHERS = (
         world_size="SLURM_STEP_NUM_TASKS",
         local_rank="SLURM_LOCALID",
         node_rank="SLURM_NODEID",
+        local_size="SLURM_STEP_TASKS_PER_NODE",
     ),
     Launcher(
         title="Open MPI",
@@ -44,6 +51,7 @@ LAUNCHERS = (
         world_size="OMPI_COMM_WORLD_SIZE",
         local_rank="OMPI_COMM_WORLD_LOCAL_RANK",
         node_rank=None,
+        local_size="OMPI_COMM_WORLD_LOCAL_SIZE",
     ),
     Launcher(
         title="Intel MPI or MPICH",
@@ -51,6 +59,7 @@ LAUNCHERS = (
         world_size="PMI_SIZE",
         local_rank="MPI_LOCALRANKID",
         node_rank=None,
+        local_size="MPI_LOCALNRANKS",
     ),
 )
 """The launchers that are understood; the first one whose rank and world size are both set is believed."""
@@ -65,6 +74,7 @@ class LaunchedRank:
     world_size: int
     local_rank: int | None
     node_rank: int | None
+    local_size: int | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,12 +106,14 @@ def read_launched_rank() -> LaunchedRank | None:
                 f"{launcher.global_rank} must be at least 0 and below {launcher.world_size}, "
                 f"got {launcher.global_rank}={global_rank} and {launcher.world_size}={world_size}"
             )
+        node_rank = None if launcher.node_rank is None else _integer(launcher.node_rank)
         return LaunchedRank(
             launcher=launcher.title,
             global_rank=global_rank,
             world_size=world_size,
             local_rank=_integer(launcher.local_rank),
-            node_rank=None if launcher.node_rank is None else _integer(launcher.node_rank),
+            node_rank=node_rank,
+            local_size=_local_size(launcher.local_size, node_rank),
         )
     rank, world = _integer("RANK"), _integer("WORLD_SIZE")
     if rank is not None or (world is not None and world > 1):
@@ -126,6 +138,24 @@ def read_rendezvous() -> Rendezvous | None:
 def read_run_attempt() -> str:
     """Run id and restart count of torchrun, for prefixes: its agent store outlives a restart of the ranks."""
     return f"{_text('TORCHELASTIC_RUN_ID') or 'none'}/{_text('TORCHELASTIC_RESTART_COUNT') or '0'}"
+
+
+def read_cache_directory() -> Path:
+    """Where datasets keeps what it prepares, as it finds the place itself: by three variables, else in the home."""
+    if datasets_cache := _text("HF_DATASETS_CACHE"):
+        return Path(datasets_cache).expanduser()
+    cache = Path(_text("XDG_CACHE_HOME") or "~/.cache")
+    return Path(_text("HF_HOME") or cache / "huggingface").expanduser() / "datasets"
+
+
+def _local_size(name: str, node_rank: int | None) -> int | None:
+    """Ranks of this node: a number, or SLURM's list over the nodes of a step, where ``4(x2),3`` is 4, 4, 3."""
+    text = _text(name)
+    if text is None or node_rank is None or ("(" not in text and "," not in text):
+        return _integer(name)
+    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    sizes = [int(size) for size, times in parts for _ in range(int(times or 1))]
+    return sizes[node_rank] if node_rank < len(sizes) else None
 
 
 def _text(name: str) -> str | None:

@@ -1,57 +1,59 @@
 """The first rank of each node runs a block before the node's other ranks.
 
-The first rank publishes how its block ended on the store channel and never waits. The others poll for that
-from Python, and watch the first rank's process meanwhile, so they learn of a failure or a death at once and
-of a slow success whenever it comes: no process group, hence no process group timeout, takes part.
+Who waits for whom is decided here. How a rank waits for another's turn is in :mod:`hf_gradutils.turns`: on
+the store channel and by watching processes; no process group, hence no process group timeout, takes part.
 """
 
 import contextlib
 import inspect
-import logging
 import os
 import sys
 import threading
-import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import torch.distributed as dist
 
-from hf_gradutils.channel import Channel, poll
+from hf_gradutils import environment
 from hf_gradutils.errors import FirstRankError, InvalidArgumentError
+from hf_gradutils.node_meeting import NodeTurn, wait_for_nodes
+from hf_gradutils.nodes import elect_first, is_known_first
+from hf_gradutils.shared_directory import is_shared
 from hf_gradutils.store import current_channel, open_channel
-from hf_gradutils.topology import ProcessIdentity, has_ended
-
-logger = logging.getLogger(__name__)
+from hf_gradutils.turns import Block, Patience, Turn, describe_loss
 
 F = TypeVar("F", bound=Callable[..., Any])
-T = TypeVar("T")
 
-MAX_REPORT_CHARS = 20_000
-"""Longest message and traceback that are published; a longer message loses its end, a traceback its start."""
+Scope = Literal["node", "world", "auto"]
 
-DEATH_GRACE_S = 1.0
-"""A dying process closes its connections a moment before it counts as ended."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Block:
-    """One passage of this node's ranks through a block."""
-
-    channel: Channel
-    name: str
-    key: str
+POLL_S = 0.25
+"""Longest pause between two looks of a waiting rank."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Entry:
-    """What ``__enter__`` leaves for ``__exit__``: the block to report on, None on ranks that do not report."""
+    """What ``__enter__`` leaves for ``__exit__``."""
 
-    block: _Block | None
+    block: Block | None
+    """None in a world of one."""
+
+    turns: tuple[Turn, ...]
+    """The turns to report on; none on ranks that only wait."""
+
+    is_outermost: bool
     pid: int
+
+
+class _Depth(threading.local):
+    """How many blocks this thread is in."""
+
+    value = 0
+
+
+_depth = _Depth()
 
 
 class FirstRankPerNode(contextlib.ContextDecorator):
@@ -67,17 +69,28 @@ class FirstRankPerNode(contextlib.ContextDecorator):
     nested. Whatever ends the first rank's block other than success, its own death included, is raised on
     the waiting ranks; they never enter. Time does not matter: the block may take hours.
 
+    Nodes run the block independently of each other. Behind the outermost block they wait for each other, since
+    a rank that went on would meet the process group's timeout in its next collective; what failed on one
+    node is raised there on all.
+
     Blocks pair up by name and by how often each rank has entered that name, so a rank that skips one block
     does not shift the others. Nothing inside may need the other ranks (no collectives).
 
     Args:
         name: The same on all ranks. Default: where the block is (module, function and line of the ``with``,
             or the name of the decorated function).
+        scope: ``"node"``: every node prepares for itself. ``"world"``: for a cache that the nodes share; global
+            rank 0 is the only first, then come the first ranks of the nodes, then the rest, so that a cache that
+            is not shared after all is prepared once per node and by nobody at the same time. ``"auto"``: one of
+            these, after a look whether the nodes share ``cache_dir``.
+        cache_dir: What ``"auto"`` looks at. Default: the cache directory of datasets.
+        waits_for_nodes: Whether nodes wait for each other behind the block. False where only some nodes come.
         poll_s: Longest pause between two looks of a waiting rank.
         log_every_s: A waiting rank logs what it waits for this often, as a warning.
         timeout_s: Waiting ranks give up after that; None never.
 
-    Collectives: none. The ranks of one node enter, each once; other nodes are not waited for.
+    Collectives: none. The ranks of a node enter, each once; with ``waits_for_nodes``, ``"world"`` or ``"auto"``
+    at least the first rank of every node does.
 
     Raises:
         FirstRankError: on waiting ranks, when the first rank failed, ended, or ``timeout_s`` passed.
@@ -89,17 +102,23 @@ class FirstRankPerNode(contextlib.ContextDecorator):
         self,
         *,
         name: str | None = None,
-        poll_s: float = 0.25,
+        scope: Scope = "node",
+        cache_dir: str | os.PathLike[str] | None = None,
+        waits_for_nodes: bool = True,
+        poll_s: float = POLL_S,
         log_every_s: float = 60.0,
         timeout_s: float | None = None,
     ) -> None:
         for option, value in (("poll_s", poll_s), ("log_every_s", log_every_s), ("timeout_s", timeout_s)):
             if value is not None and not value > 0:
                 raise InvalidArgumentError(f"{option} must be > 0, got {value}")
+        if scope not in get_args(Scope):
+            raise InvalidArgumentError(f"scope must be 'node', 'world' or 'auto', got {scope!r}")
         self._name = name
-        self._poll_s = poll_s
-        self._log_every_s = log_every_s
-        self._timeout_s = timeout_s
+        self._scope: Scope = scope
+        self._cache_dir = cache_dir
+        self._waits_for_nodes = waits_for_nodes
+        self._patience = Patience(poll_s=poll_s, log_every_s=log_every_s, timeout_s=timeout_s)
         # By thread, because one object may be entered in several, and nested in each.
         self._entries: dict[int, list[_Entry]] = {}
 
@@ -118,12 +137,9 @@ class FirstRankPerNode(contextlib.ContextDecorator):
         return super(FirstRankPerNode, named).__call__(func)
 
     def _recreate_cm(self) -> Self:
-        return type(self)(
-            name=self._name,
-            poll_s=self._poll_s,
-            log_every_s=self._log_every_s,
-            timeout_s=self._timeout_s,
-        )
+        copy = type(self).__new__(type(self))
+        copy.__dict__.update(self.__dict__, _entries={})
+        return copy
 
     def _try_bootstrap_pg(self) -> bool:
         """Open the channel that the ranks talk through when no process group exists yet.
@@ -136,20 +152,21 @@ class FirstRankPerNode(contextlib.ContextDecorator):
         """
         if dist.is_initialized() or current_channel() is not None:
             return False
-        return open_channel(log_every_s=self._log_every_s) is not None
+        return open_channel(log_every_s=self._patience.log_every_s) is not None
 
     def __enter__(self) -> bool:
         """Enter; True on the first rank at once, False on the others after it has finished."""
-        block = None
+        block: Block | None = None
+        turns: list[Turn] = []
         is_first = True
-        channel = open_channel(log_every_s=self._log_every_s)
+        channel = open_channel(log_every_s=self._patience.log_every_s)
         if channel is not None:
             name = self._name or _call_site(sys._getframe(1))
-            key = f"node/{channel.ranks.node}/{name}/{channel.next_count(name)}"
-            block = _Block(channel=channel, name=name, key=key)
-            is_first = self._enter_block(block)
-        entry = _Entry(block=block if is_first else None, pid=os.getpid())
+            block = Block(channel=channel, name=name, count=channel.next_count(name))
+            turns, is_first = self._wait_for_turn(block)
+        entry = _Entry(block=block, turns=tuple(turns), is_outermost=_depth.value == 0, pid=os.getpid())
         self._entries.setdefault(threading.get_ident(), []).append(entry)
+        _depth.value += 1
         return is_first
 
     def __exit__(
@@ -158,131 +175,59 @@ class FirstRankPerNode(contextlib.ContextDecorator):
         exc_val: BaseException | None,
         exc_tb: TracebackType | None,
     ) -> None:
-        """Publish how the first rank's block ended; nothing on the others. Exceptions keep going."""
+        """Publish how this rank's turn ended, if it had one, and wait for the other nodes. Exceptions keep going."""
         thread = threading.get_ident()
         entry = self._entries[thread].pop()
         if not self._entries[thread]:
             del self._entries[thread]
+        _depth.value -= 1
         # A child that was forked inside the block leaves it too, and must not speak for its parent.
-        if entry.block is not None and entry.pid == os.getpid():
-            _publish(entry.block, exc_val)
+        if entry.block is None or entry.pid != os.getpid():
+            return
+        for turn in entry.turns:
+            turn.end(exc_val)
+        # A rank that runs an inner block first may have others waiting for it in an outer one: it must not wait.
+        if exc_val is None and entry.is_outermost and self._waits_for_nodes:
+            wait_for_nodes(entry.block, self._patience)
 
-    def _enter_block(self, block: _Block) -> bool:
-        """Find out who is first; as the first return True, else wait and return False."""
-        channel = block.channel
-        me = channel.ranks.global_rank
+    def _wait_for_turn(self, block: Block) -> tuple[list[Turn], bool]:
+        """Return when this rank may enter, with the turns it has, begun, and whether it is first of all."""
+        mine: list[Turn] = []
         try:
-            first = self._wait(lambda: _first_rank(channel), lambda: _describe_election(block))
-            if first == me:
-                channel.write(f"{block.key}/run", repr(time.time()))
-                return True
-            process = channel.process_of(first)
+            turns = self._order(block)
+            mine = [turn for turn in turns if turn.is_mine]
+            for turn in turns:
+                if turn.is_mine:
+                    break
+                turn.wait(self._patience)
+            for turn in mine:
+                turn.begin()
         except RuntimeError as lost:
-            raise FirstRankError(_describe_loss(block)) from lost
+            raise FirstRankError(describe_loss(block)) from lost
         except BaseException as error:
-            # The others would wait for a block that this rank is not going to run.
-            if _is_first_known_to_be(channel, me):
-                _publish(block, error)
+            # The others would wait for a part that this rank is not going to run.
+            if not mine and is_known_first(block.channel):
+                mine = [NodeTurn(block, block.channel.ranks.node, block.channel.ranks.global_rank)]
+            for turn in mine:
+                turn.end(error)
             raise
-        assert process is not None  # written before the claim to be first
-        try:
-            report = self._wait(lambda: _look(block, first, process), lambda: _describe_wait(block, first, process))
-        except RuntimeError as lost:
-            # The first rank may host the store: then its death is what ended both.
-            died = has_ended(process, grace_s=DEATH_GRACE_S)
-            raise FirstRankError(_describe_death(block, first, process) if died else _describe_loss(block)) from lost
-        if report != "ok":
-            raise FirstRankError(report)
-        return False
+        return mine, turns[0].is_mine
 
-    def _wait(self, attempt: Callable[[], T | None], describe: Callable[[], str]) -> T:
-        try:
-            return poll(
-                attempt, describe, poll_s=self._poll_s, log_every_s=self._log_every_s, timeout_s=self._timeout_s
-            )
-        except TimeoutError as error:
-            raise FirstRankError(str(error)) from None
+    def _order(self, block: Block) -> list[Turn]:
+        """The turns, one after the other, that the ranks of this node wait for."""
+        channel = block.channel
+        first = self._patience.wait(lambda: elect_first(channel), lambda: _describe_election(block))
+        here = NodeTurn(block, channel.ranks.node, first)
+        scope = self._scope
+        if scope == "auto":
+            directory = Path(self._cache_dir) if self._cache_dir else environment.read_cache_directory()
+            scope = "world" if is_shared(block, directory, self._patience) else "node"
+        return [Turn(block, "world", 0), here] if scope == "world" else [here]
 
 
-def _first_key(channel: Channel) -> str:
-    return f"first_of/{channel.ranks.node}"
-
-
-def _first_rank(channel: Channel) -> int | None:
-    """The first rank of this node: the one of local rank 0, or whoever comes first where several say so.
-
-    None while no candidate has come.
-    """
-    key, ranks = _first_key(channel), channel.ranks
-    is_candidate = not ranks.local_rank  # 0, or unknown
-    first = channel.claim(key, str(ranks.global_rank)) if is_candidate else channel.read(key)
-    return None if first is None else int(first)
-
-
-def _is_first_known_to_be(channel: Channel, global_rank: int) -> bool:
-    try:
-        return channel.read(_first_key(channel)) == str(global_rank)
-    except RuntimeError:  # the store is gone, and with it everybody to tell
-        return False
-
-
-def _publish(block: _Block, error: BaseException | None) -> None:
-    """Tell the others how the block ended; a store that is lost must not hide the block's own exception."""
-    channel = block.channel
-    report = "ok"
-    if error is not None:
-        what = "".join(traceback.format_exception_only(error)).strip()
-        trace = "".join(traceback.format_exception(error))
-        who = _describe_rank(block, channel.ranks.global_rank, channel.process)
-        report = (
-            f"{who} failed in {block.name}: {what[:MAX_REPORT_CHARS]}\n\nIts traceback:\n{trace[-MAX_REPORT_CHARS:]}"
-        )
-        # What a file name brought into a message may not be encodable.
-        report = report.encode(errors="backslashreplace").decode()
-    try:
-        channel.claim(f"{block.key}/done", report)
-    except RuntimeError as lost:  # the others notice that this rank has ended
-        logger.error("rank %d cannot tell how %s ended: %s", channel.ranks.global_rank, block.name, lost)
-
-
-def _look(block: _Block, first: int, process: ProcessIdentity) -> str | None:
-    """How the block ended, None while it has not."""
-    channel = block.channel
-    report = channel.read(f"{block.key}/done")
-    if report is None and channel.has_left(first):
-        # It may have finished between the two looks: what it published last counts.
-        death = _describe_death(block, first, process)
-        report = channel.read(f"{block.key}/done") or channel.claim(f"{block.key}/done", death)
-    return report
-
-
-def _describe_rank(block: _Block, rank: int, process: ProcessIdentity) -> str:
-    return f"rank {rank} of {block.channel.ranks.world_size} on {process}"
-
-
-def _describe_death(block: _Block, rank: int, process: ProcessIdentity) -> str:
-    who = _describe_rank(block, rank, process)
-    return f"{who} has ended (killed, or left early) before it was done with {block.name}"
-
-
-def _describe_loss(block: _Block) -> str:
-    channel = block.channel
-    return (
-        f"rank {channel.ranks.global_rank} at {block.name} lost {channel.origin}: its host has ended, so nobody "
-        "can tell any more whether the first rank succeeds"
-    )
-
-
-def _describe_election(block: _Block) -> str:
+def _describe_election(block: Block) -> str:
     rank = block.channel.ranks.global_rank
-    return f"rank {rank} waits at {block.name} for the first rank of its node, which has not reached any block"
-
-
-def _describe_wait(block: _Block, first: int, process: ProcessIdentity) -> str:
-    since = block.channel.read(f"{block.key}/run")
-    state = "which has not reached it" if since is None else f"running for {time.time() - float(since):.0f} s"
-    rank = block.channel.ranks.global_rank
-    return f"rank {rank} waits at {block.name} for {_describe_rank(block, first, process)}, {state}"
+    return f"rank {rank} waits for the first rank of its node, which has not reached any block ({block.name})"
 
 
 def _call_site(frame: FrameType | None) -> str:

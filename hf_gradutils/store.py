@@ -15,6 +15,7 @@ ranks that choose before and after ``init_process_group`` see the same keys.
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -37,6 +38,9 @@ LEAVE_GRACE_S = 10.0
 """How long rank 0 stays at its end for ranks that have not read everything yet."""
 
 
+_served_port: int | None = None
+"""Where the store listens that this process hosts."""
+
 _channel: Channel | None = None
 _num_channels = 0
 _opening = threading.Lock()
@@ -52,7 +56,7 @@ def open_channel(*, log_every_s: float = 60.0) -> Channel | None:
     Raises:
         LauncherError: several ranks and no place to meet; or this process was forked from a rank.
     """
-    global _channel, _num_channels
+    global _channel, _num_channels, _served_port
     channel = _channel
     if channel is None:
         with _opening:
@@ -60,6 +64,7 @@ def open_channel(*, log_every_s: float = 60.0) -> Channel | None:
                 channel = _choose(ranks, log_every_s)
                 channel.introduce()
                 _channel, _num_channels = channel, _num_channels + 1
+                _served_port = _port_of(channel.server)
                 # Not atexit: children that multiprocessing forked (notebook_launcher) end without it.
                 Finalize(None, leave, exitpriority=0)
             channel = _channel
@@ -98,6 +103,29 @@ def leave(*, grace_s: float = LEAVE_GRACE_S) -> None:
             time.sleep(0.02)
     except RuntimeError as error:
         logger.debug("rank %d could not take leave: %s", ranks.global_rank, error)
+
+
+def _close_inherited_sockets() -> None:
+    """Close, in a child that was just forked, what it inherited of the store that its parent hosts.
+
+    Workers of ``datasets.map(num_proc=…)`` may outlive a parent that was killed. While they hold its sockets, nobody's
+    connection to the store is reset, and a call to it never returns (torch 2.13).
+    """
+    if _served_port is None:
+        return
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            inherited = socket.socket(fileno=int(name))
+        except OSError:  # not a socket, or the descriptor that listed the folder
+            continue
+        if inherited.family in (socket.AF_INET, socket.AF_INET6) and inherited.getsockname()[1] == _served_port:
+            inherited.close()
+        else:
+            inherited.detach()
+
+
+if sys.platform == "linux":
+    os.register_at_fork(after_in_child=_close_inherited_sockets)
 
 
 def _choose(ranks: Ranks, log_every_s: float) -> Channel:
@@ -172,11 +200,21 @@ def _tcp_store(rendezvous: environment.Rendezvous, origin: str, *, hosts: bool) 
         ) from error
 
 
+def _beneath_prefixes(store: Store) -> Store:
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    return store
+
+
+def _port_of(server: Store | None) -> int | None:
+    """The port of the store that this process hosts; None if it hosts none."""
+    inner = None if server is None else _beneath_prefixes(server)
+    return inner.port if isinstance(inner, TCPStore) and current_ranks().global_rank == 0 else None
+
+
 def _strip_prefixes(store: Store, rendezvous: environment.Rendezvous | None) -> Store:
     """The TCPStore beneath, if it is the one at MASTER_ADDR:MASTER_PORT; else the store as it is."""
-    inner = store
-    while isinstance(inner, PrefixStore):
-        inner = inner.underlying_store
+    inner = _beneath_prefixes(store)
     is_rendezvous = (
         rendezvous is not None
         and isinstance(inner, TCPStore)

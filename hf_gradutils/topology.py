@@ -29,6 +29,9 @@ class Ranks:
     node: str
     """Equal on the processes of one node, different between nodes. Two torchrun agents are two nodes."""
 
+    local_size: int | None
+    """How many ranks the node has; None when nothing says."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProcessIdentity:
@@ -58,11 +61,11 @@ def current_ranks() -> Ranks:
     if not dist.is_initialized():
         launched = environment.read_launched_rank()
         if launched is None:
-            return Ranks(global_rank=0, world_size=1, local_rank=0, node=_host_node())
+            return Ranks(global_rank=0, world_size=1, local_rank=0, node=_host_node(), local_size=1)
         global_rank, world_size = launched.global_rank, launched.world_size
     elif dist.get_backend() == "fake":
         # Its world exists in the imagination of one process.
-        return Ranks(global_rank=0, world_size=1, local_rank=0, node=_host_node())
+        return Ranks(global_rank=0, world_size=1, local_rank=0, node=_host_node(), local_size=1)
     else:
         global_rank, world_size = dist.get_rank(), dist.get_world_size()
         launched = _launched_as(global_rank, world_size)
@@ -72,6 +75,7 @@ def current_ranks() -> Ranks:
         world_size=world_size,
         local_rank=None if launched is None else launched.local_rank,
         node=_host_node() if node is None else str(node),
+        local_size=None if launched is None else launched.local_size,
     )
 
 
