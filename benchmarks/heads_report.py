@@ -45,6 +45,12 @@ _WIDTH = 240
 """Characters of an error message that are worth a line."""
 
 
+def status_of(measured: Measured, trainer: str) -> str:
+    """Its status; unclear where the head draws random numbers, which no two trainings share."""
+    status = measured.outcomes[trainer].status
+    return "unclear" if measured.why and status in ("exact", "wrong") else status
+
+
 def kind_of(head: str) -> str:
     """What a head is for, by the end of its name."""
     match = re.search(r"For[A-Z]\w*$|LMHead\w*$|DoubleHeadsModel$|Model$|Decoder$", head)
@@ -79,13 +85,13 @@ def report(results: list[Measured], seed: int, command: str) -> str:
         f"The seed of the data, {seed}, is drawn afresh on every call without it.",
         "Each public head is built tiny and trained for one optimizer step on one process, in float32 on CPU: 4 "
         "micro-batches of 4 rows with ragged targets, and no setting by the user. The truth is the gradient of the "
-        "head's own loss for all 16 rows at once, in float64"
-        f"{_except_in_float32(built)}. *Exact* is a relative error of the gradient below 1e-5. Dropout and other noise "
+        "head's own loss for all 16 rows at once, in float64 unless it is listed below. *Exact* is a relative error of the gradient below 1e-5. Dropout and other noise "
         "are off, batch normalisation is in evaluation mode (it couples rows), and so are the auxiliary losses of "
         "mixtures of experts. Vision-language heads got text alone where they take it. Micro-batches have equally "
         "many rows, so that stock's mean of means is exact here for a head that averages over rows and gets no count.",
         "## Totals",
         _totals(built),
+        "Stock is *unclear* where a head draws random numbers in every forward: no two trainings draw the same. "
         f"{len(results)} heads were tried, {len(built)} could be built and measured, {len(results) - len(built)} could "
         "not and are listed at the end.",
         "## What is promised",
@@ -97,11 +103,11 @@ def report(results: list[Measured], seed: int, command: str) -> str:
         _refused(built),
         "## Wrong, or crashing where stock does not",
         _list(broken_promises(results)) or "None.",
-        "## Crashing in both",
+        "## Crashing with stock",
         _list(
-            f"`{measured.head}`: {_short(measured.outcomes['ours'].why)}"
+            f"`{measured.head}`, ours {_outcome(measured.outcomes['ours'])}: {_short(measured.outcomes['stock'].why)}"
             for measured in built
-            if _both_are(measured, "crashed")
+            if measured.outcomes["stock"].status == "crashed"
         )
         or "None.",
         "## Measured in float64",
@@ -113,6 +119,9 @@ def report(results: list[Measured], seed: int, command: str) -> str:
             if measured.error_in_float32 is not None
         )
         or "None.",
+        "## Whose truth is in float32",
+        "They do not run in float64, or not with a finite gradient.",
+        ", ".join(f"`{measured.head}`" for measured in built if measured.precision != "float64") or "None.",
         "## Not measured",
         "These could not be built, or not be given data, automatically; nothing is known of them from here.",
         _not_built(results),
@@ -120,30 +129,25 @@ def report(results: list[Measured], seed: int, command: str) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _except_in_float32(built: list[Measured]) -> str:
-    names = [f"`{measured.head}`" for measured in built if measured.precision != "float64"]
-    return f" (in float32 for those that only run there: {', '.join(names)})" if names else ""
-
-
 def _totals(built: list[Measured]) -> str:
-    lines = ["| | exact | refused with a reason | wrong | crashed |", "|---|---|---|---|---|"]
+    lines = ["| | exact | refused with a reason | wrong | crashed | unclear |", "|---|---|---|---|---|---|"]
     for name in ("ours", "stock"):
-        counts = collections.Counter(measured.outcomes[name].status for measured in built)
-        cells = [counts[status] for status in ("exact", "refused", "wrong", "crashed")]
+        counts = collections.Counter(status_of(measured, name) for measured in built)
+        cells = [counts[status] for status in ("exact", "refused", "wrong", "crashed", "unclear")]
         lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
 def _promises(results: list[Measured]) -> str:
-    status_of = {m.head: m.not_built or m.outcomes["ours"].status for m in results}
+    statuses = {m.head: m.not_built or m.outcomes["ours"].status for m in results}
     lines = []
     for what, names in (
         ("whose loss is known to be no mean over anything countable stop with LossUnitError", NO_UNIT),
         ("whose unit the labels do not tell are exact with the one from the table", UNITS),
     ):
         wanted = "refused" if names is NO_UNIT else "exact"
-        kept = [name for name in names if status_of.get(name) == wanted]
-        others = [f"`{name}` ({status_of.get(name, 'not tried')})" for name in names if name not in kept]
+        kept = [name for name in names if statuses.get(name) == wanted]
+        others = [f"`{name}` ({statuses.get(name, 'not tried')})" for name in names if name not in kept]
         rest = f"; not {', '.join(others)}" if others else ""
         lines.append(f"{len(kept)} of the {len(names)} heads {what}{rest}.")
     return _list(lines)
@@ -154,15 +158,15 @@ def _by_kind(built: list[Measured]) -> str:
     for measured in built:
         kinds[kind_of(measured.head)].append(measured)
     lines = [
-        "| kind | heads | ours exact | refused | wrong | crashed | stock exact | wrong | crashed |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| kind | heads | ours exact | refused | wrong | crashed | stock exact | wrong | crashed | unclear |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for kind, heads in sorted(kinds.items(), key=lambda item: (-len(item[1]), item[0])):
         ours, stock = (
-            collections.Counter(measured.outcomes[name].status for measured in heads) for name in ("ours", "stock")
+            collections.Counter(status_of(measured, name) for measured in heads) for name in ("ours", "stock")
         )
         cells = [len(heads), *(ours[s] for s in ("exact", "refused", "wrong", "crashed"))]
-        cells += [stock[s] for s in ("exact", "wrong", "crashed")]
+        cells += [stock[s] for s in ("exact", "wrong", "crashed", "unclear")]
         lines.append(f"| {kind} | {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
@@ -179,10 +183,6 @@ def _reason(why: str) -> str:
 
 def _outcome(outcome: Outcome) -> str:
     return outcome.status + (f" ({outcome.error:.1e})" if outcome.error is not None else "")
-
-
-def _both_are(measured: Measured, status: str) -> bool:
-    return all(outcome.status == status for outcome in measured.outcomes.values())
 
 
 def _not_built(results: list[Measured]) -> str:

@@ -2,6 +2,8 @@
 
     python benchmarks/heads_sweep.py [--heads Bert,ForCTC] [--seed 1] [--out docs/heads.md] [--json sweep.json]
 
+What is in the JSON file already, and was measured with the same seed, is not measured again.
+
 Each head is built tiny and trained for one optimizer step of 4 micro-batches of 4 rows with ragged targets. The truth
 is the gradient of the head's own loss for all 16 rows at once. Nothing is random and batch normalisation is in
 evaluation mode. Each head has its own process, so that none disturbs another.
@@ -225,7 +227,7 @@ def sweep(heads: dict[str, type[PreTrainedModel]], seed: int, num_processes: int
             del running[head]
             done.append(measured)
             print(_line(measured, len(done), len(heads)), flush=True)
-    return sorted(done, key=lambda measured: measured.head)
+    return done
 
 
 def _measure_apart(head: type[PreTrainedModel], seed: int, sender: Any) -> None:
@@ -246,13 +248,22 @@ def _line(measured: Measured, number: int, total: int) -> str:
     return f"{number}/{total} {measured.head}: {'; '.join(outcomes)}"
 
 
+def read(path: Path, seed: int) -> dict[str, Measured]:
+    """What an earlier sweep with the same seed has measured."""
+    content = json.loads(path.read_text())
+    measured = {one["head"]: Measured(**one) for one in content["heads"] if content["seed"] == seed}
+    for one in measured.values():
+        one.outcomes = {name: Outcome(**outcome) for name, outcome in one.outcomes.items()}
+    return measured
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heads", help="comma-separated parts of class names (default: all)")
     parser.add_argument("--seed", type=int, default=None, help="of the data (default: drawn)")
     parser.add_argument("--processes", type=int, default=2, help="heads measured at a time")
     parser.add_argument("--out", type=Path, default=None, help="the Markdown file to write")
-    parser.add_argument("--json", type=Path, default=None, help="a file for everything that was measured")
+    parser.add_argument("--json", type=Path, default=None, help="the file of all that was measured")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
@@ -263,10 +274,12 @@ def main() -> int:
     print(f"seed {seed}: {len(heads)} heads", flush=True)
 
     started = time.monotonic()
-    results = sweep(heads, seed, options.processes)
+    known = read(options.json, seed) if options.json and options.json.exists() else {}
+    measured = sweep({name: head for name, head in heads.items() if name not in known}, seed, options.processes)
+    results = sorted([*measured, *(known[name] for name in heads if name in known)], key=lambda one: one.head)
     print(f"{time.monotonic() - started:.0f} s")
     if options.json:
-        options.json.write_text(json.dumps([asdict(measured) for measured in results], indent=1))
+        options.json.write_text(json.dumps({"seed": seed, "heads": [asdict(one) for one in results]}, indent=1))
     selection = f" --heads {options.heads}" if options.heads else ""
     text = report(results, seed, f"python benchmarks/heads_sweep.py --seed {seed}{selection}")
     if options.out:

@@ -60,17 +60,12 @@ def head_classes() -> dict[str, type[PreTrainedModel]]:
 
 
 def _is_head(thing: object) -> bool:
-    return (
-        inspect.isclass(thing)
-        and issubclass(thing, PreTrainedModel)
-        and hasattr(transformers, thing.__name__)
-        and (
-            bool(LOSS_ARGUMENTS & set(inspect.signature(thing.forward).parameters))
-            or thing.__name__.lower().endswith("forpretraining")
-        )
-        # The bare encoders of image models take masks, but return no loss.
-        and not (thing.__name__.endswith("Model") and "bool_masked_pos" in inspect.signature(thing.forward).parameters)
-    )
+    if not (inspect.isclass(thing) and issubclass(thing, PreTrainedModel) and hasattr(transformers, thing.__name__)):
+        return False
+    name, arguments = thing.__name__, LOSS_ARGUMENTS & set(inspect.signature(thing.forward).parameters)
+    # The bare encoders of image models take masks, but return no loss.
+    is_encoder = name.endswith("Model") and arguments == {"bool_masked_pos"}
+    return name.lower().endswith("forpretraining") or (bool(arguments) and not is_encoder)
 
 
 # ---- Configurations ----
@@ -239,7 +234,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "ConditionalDetrConfig": _DETR,
     "DabDetrConfig": _DETR,
     "Data2VecVisionConfig": _BEIT,
-    "DeformableDetrConfig": _DETR,
+    "DeformableDetrConfig": _DETR | {"d_model": 64},  # 32 groups need more than one value each
     "DetrConfig": _DETR,
     "Dots1Config": {"n_shared_experts": 1},
     "EsmConfig": {"mask_token_id": 3},
