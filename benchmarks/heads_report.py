@@ -86,9 +86,9 @@ def report(results: list[Measured], seed: int, command: str) -> str:
         "Each public head is built tiny and trained for one optimizer step on one process, in float32 on CPU: 4 "
         "micro-batches of 4 rows with ragged targets, and no setting by the user. The truth is the gradient of the "
         "head's own loss for all 16 rows at once, in float64 unless it is listed below. *Exact* is a relative "
-        "error of the gradient below 1e-5. Dropout and other noise are off, batch normalisation is in "
-        "evaluation mode (it couples rows), and so are the auxiliary losses of "
-        "mixtures of experts. Vision-language heads got text alone where they take it. Micro-batches have equally "
+        "error of the gradient below 1e-5. Dropout, other noise and the auxiliary losses of mixtures of experts are "
+        "off; batch normalisation, which couples rows, is in evaluation mode. Vision-language heads got text alone "
+        "where they take it. Micro-batches have equally "
         "many rows, so that stock's mean of means is exact here for a head that averages over rows and gets no count.",
         "## Totals",
         _totals(built),
