@@ -136,7 +136,7 @@ class OwnMeanLossMixin(TrainerBase):  # type: ignore[misc]
         elif counter.is_default and self.compute_loss_func is None and (known := known_head(self._head())) is not None:
             if known.loss_unit is not None:
                 counter = TargetCounter(known.loss_unit, ignore_index=known.ignore_index)
-            elif not is_split:
+            else:
                 counter = TargetCounter("rows")
             why_not = known.reason
         if why_not and check:

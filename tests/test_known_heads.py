@@ -35,6 +35,61 @@ def test_subclasses_and_what_fully_shard_makes_of_a_class_are_found():
     assert known_head(make_model("bert masked")) is None
 
 
+@pytest.mark.parametrize(("num_denoising", "want"), [(0, "boxes"), (100, None)])
+def test_detectors_that_draw_noisy_boxes_have_a_unit_without_them_only(num_denoising, want):
+    config = transformers.RTDetrConfig(num_denoising=num_denoising)
+    model = type("RTDetrForObjectDetection", (nn.Module,), {})()
+    model.config = config
+    known = known_head(model)
+    assert known.loss_unit == want
+    assert ("num_denoising=0" in known.reason) == (want is None)
+
+
+def test_transducers_count_labels_that_are_not_the_blank():
+    model = type("MineForRNNT", (nn.Module,), {})()
+    model.config = transformers.PretrainedConfig(blank_token_id=7)
+    known = known_head(model)
+    labels = {"labels": torch.tensor([[1, 7, 2], [7, 7, 7]])}
+    assert TargetCounter(known.loss_unit, ignore_index=known.ignore_index)(labels) == 2
+
+
+MBART = {
+    "vocab_size": 48,
+    "d_model": 16,
+    "init_std": 0.2,
+    "dropout": 0.0,
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), 1),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 32),
+}
+
+
+def test_a_head_that_fails_without_any_label_is_exact():
+    head = "bart seq2seq"
+    data = make_data(head)
+    for name, model_class in (("listed", transformers.MBartForConditionalGeneration), ("unlisted", _unlisted())):
+        torch.manual_seed(3)
+        model = model_class(transformers.MBartConfig(**MBART))
+        want = _gradient_of(copy.deepcopy(model), HEADS[head].collate(data))
+        _, tap = train(head, 4, model=model, data=data)
+        assert relative_error(tap.steps[0], want) < TOLERANCE, name
+
+
+def _unlisted():
+    """The same head under a name, and a hierarchy, that the table does not know."""
+
+    class OwnHead(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.inner = transformers.MBartForConditionalGeneration(config)
+            self.config = config
+
+        def forward(self, input_ids, labels, attention_mask=None):
+            return self.inner(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+    return OwnHead
+
+
 # ---- Heads without a unit ----
 
 BERT = transformers.BertConfig(
