@@ -128,7 +128,10 @@ the window's targets and communicates targets and loss, for which others need a 
 
 ### Timed
 
-How many times our CPU time others take.
+How many times our CPU time others take. *First call*: CPU seconds of one rank, in the order of the rows: what torch
+remembers of an earlier row is not made again. Ours makes its plan then; torch works out how the result of each
+operation on DTensors is sharded. On four ranks with more than {most_on_four} parameters that takes minutes, and only
+ours is measured.
 
 {times}
 
@@ -182,6 +185,7 @@ def page(windows: Windows, steps: Steps, times: Times, cuda: Sequence[str], load
         counted_size=counted_size,
         counts=_table(_count_rows(windows, counted_size)),
         times=_table(_time_rows(windows)),
+        most_on_four=window_cost.MOST_ON_FOUR,
         targets=_table([("target", "measured", ""), *target_rows(windows)]),
         steps=_steps_section(steps, times) if steps else "",
         cuda="\n".join(cuda),
@@ -213,7 +217,7 @@ def _count_rows(windows: Windows, size: int) -> Iterable[Sequence[str]]:
 
 def _calls(windows: Windows, layout: str, method: str) -> str:
     """At all sizes, once if they are the same."""
-    costs = [costs[method] for (of, _), costs in windows.items() if of == layout]
+    costs = [costs[method] for (of, _), costs in windows.items() if of == layout and method in costs]
     return " / ".join(dict.fromkeys(str(cost.calls) for cost in costs if isinstance(cost, Cost)))
 
 
@@ -222,15 +226,22 @@ def _traffic(cost: Cost) -> str:
 
 
 def _time_rows(windows: Windows) -> Iterable[Sequence[str]]:
-    yield ("layout", "parameters", "", "CPU time", "beside ours", "beside ours, folded")
+    yield ("layout", "parameters", "", "CPU time", "beside ours", "beside ours, folded", "first call")
     for (layout, size), costs in windows.items():
         ours, folded = costs[OURS], costs[FOLDED]
         for name, cost in costs.items():
             if isinstance(cost, str):
-                yield (layout, str(size), name, cost.partition(" ")[0], "", "")
+                yield (layout, str(size), name, cost.partition(" ")[0], "", "", "")
             elif isinstance(ours, Cost) and isinstance(folded, Cost):
                 spreads = [_spread(ratios(cost, own)) if name not in TRAFFIC else "" for own in (ours, folded)]
-                yield (layout, str(size), name, f"{statistics.median(cost.cpu_s) * 1e6:.0f} µs", *spreads)
+                yield (
+                    layout,
+                    str(size),
+                    name,
+                    f"{statistics.median(cost.cpu_s) * 1e6:.0f} µs",
+                    *spreads,
+                    f"{cost.first_s:.2g} s",
+                )
 
 
 def _spread(values: Iterable[float]) -> str:

@@ -45,6 +45,9 @@ LAYOUTS: dict[str, dict[str, int]] = {
 SIZES = (30, 300, 3000)
 """Parameters of a model; each has 128 elements, so that calls are what costs."""
 
+MOST_ON_FOUR = 300
+"""Parameters up to which others are measured on four ranks: their first call on 3000 DTensors takes a minute there."""
+
 MAX_NORM = 1.0
 """Far below the norm of these gradients: everybody has to scale."""
 
@@ -67,6 +70,8 @@ class Cost:
     writes: float
     norm_error: float
     """Of the norm before clipping, relative to float64."""
+    first_s: float
+    """CPU time of the very first call; what the methods before have made torch remember is not made again."""
     cpu_s: tuple[float, ...]
     """Process CPU time of every repeat, added over the ranks; entry i of two methods belongs together."""
 
@@ -114,9 +119,12 @@ def _automodel(model: nn.Module) -> Callable[[], Tensor]:
     return lambda: clip_grad_norm(MAX_NORM, [model])
 
 
-def methods(layout: str) -> dict[str, Method]:
+def methods(layout: str, num_parameters: int) -> dict[str, Method]:
     """Name → method. accelerate is left out where it calls torch's function and does nothing else."""
-    chosen: dict[str, Method] = {OURS: _ours(True), FOLDED: _ours(False), TORCH: _torch}
+    chosen: dict[str, Method] = {OURS: _ours(True), FOLDED: _ours(False)}
+    if num_parameters > MOST_ON_FOUR and num_ranks(layout) > 2:
+        return chosen
+    chosen[TORCH] = _torch
     if is_mixed(layout):
         chosen[ACCELERATE] = _accelerate
     chosen[TRAINER] = _trainer
@@ -128,6 +136,10 @@ def methods(layout: str) -> dict[str, Method]:
 def is_mixed(layout: str) -> bool:
     """Whether gradients of one model are on different meshes, or on one and on none."""
     return layout in ("FSDP2 2, plain beside", "two meshes 2x2")
+
+
+def num_ranks(layout: str) -> int:
+    return math.prod(LAYOUTS[layout].values())
 
 
 # ---- The model ----
@@ -183,16 +195,15 @@ def load() -> float:
 
 def measure(layout: str, num_parameters: int, num_repeats: int) -> dict[str, Outcome]:
     """Method → cost. Rank by rank and repeat by repeat every method has its turn, so that load hits all of them."""
-    num_ranks = math.prod(LAYOUTS[layout].values())
-    env = dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE")) if num_ranks == 1 else {}  # as nobody has launched it
+    is_alone = num_ranks(layout) == 1
     results = run_ranks(
         _measure_on_rank,
-        num_ranks,
+        num_ranks(layout),
         layout,
         num_parameters,
         num_repeats,
-        init=num_ranks > 1,
-        env=env,
+        init=not is_alone,
+        env=dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE")) if is_alone else {},  # as nobody has launched it
         deadline_s=400,
     )
     return {name: _over_ranks([result[name] for result in results]) for name in results[0]}
@@ -202,7 +213,7 @@ def _over_ranks(outcomes: list[Outcome]) -> Outcome:
     costs = [outcome for outcome in outcomes if isinstance(outcome, Cost)]
     if len(costs) < len(outcomes):
         return next(outcome for outcome in outcomes if isinstance(outcome, str))
-    counted = ("calls", "collectives", "syncs", "reads", "writes", "norm_error")
+    counted = ("calls", "collectives", "syncs", "reads", "writes", "norm_error", "first_s")
     most = {name: max(getattr(cost, name) for cost in costs) for name in counted}
     return Cost(**most, cpu_s=tuple(sum(times) for times in zip(*(cost.cpu_s for cost in costs), strict=True)))
 
@@ -225,14 +236,16 @@ def _measure_on_rank(layout: str, num_parameters: int, num_repeats: int) -> dict
 
     outcomes: dict[str, Any] = {}
     running: dict[str, Method] = {}
-    for name, method in methods(layout).items():
+    for name, method in methods(layout, num_parameters).items():
+        found: list[Tensor] = []
         try:
-            found = ready(method)()  # whatever is made once is made here
+            first_s = _cpu_time(ready(method), found)  # whatever is made once is made here
         except RuntimeError as error:
             outcomes[name] = f"raises {type(error).__name__}: {str(error).splitlines()[0]}"
         else:
             running[name] = method
-            outcomes[name] = _counted(method, ready, model) | {"norm_error": abs(float(_whole(found)) / norm - 1)}
+            outcomes[name] = _counted(method, ready, model)
+            outcomes[name] |= {"norm_error": abs(_whole(found[0]).item() / norm - 1), "first_s": first_s}
     times: dict[str, list[float]] = {name: [] for name in running}
     order = list(running)
     gc.collect()
@@ -257,14 +270,17 @@ def _counted(method: Method, ready: Callable[[Method], Callable[[], Tensor]], mo
     }
 
 
-def _cpu_time(call: Callable[[], Any]) -> float:
+def _cpu_time(call: Callable[[], Any], results: list[Any] | None = None) -> float:
     gc.disable()
     try:
         start = time.process_time()
-        call()
-        return time.process_time() - start
+        result = call()
+        elapsed = time.process_time() - start
     finally:
         gc.enable()
+    if results is not None:
+        results.append(result)
+    return elapsed
 
 
 def _whole(norm: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ def test_without_a_gpu_the_bandwidth_part_says_so():
     assert performance.cuda_bandwidth.report() == ["No GPU here: nothing was measured on one."]
 
 
-GOOD = Cost(calls=20, collectives=1, syncs=0, reads=2.0, writes=1.0, norm_error=1e-9, cpu_s=(1e-3, 2e-3, 1e-3))
+TIMES = (1e-3, 2e-3, 1e-3)
+GOOD = Cost(calls=20, collectives=1, syncs=0, reads=2.0, writes=1.0, norm_error=1e-9, first_s=0.0, cpu_s=TIMES)
 GOOD_FOLDED = replace(GOOD, calls=18, reads=1.0, writes=0.0)
 
 
@@ -47,6 +48,14 @@ def test_a_count_above_what_is_promised_is_a_fault(worse, said):
     assert performance.window_faults(cells) == [], "what others do is none"
     cells["FSDP2 2", 300][OURS] = replace(GOOD, **worse)
     assert performance.window_faults(cells) == [f"ours, FSDP2 2, 300 parameters: {said}"]
+
+
+def test_others_that_were_measured_at_some_sizes_only_are_on_the_page():
+    ours = {OURS: GOOD, FOLDED: GOOD_FOLDED}
+    cells = {("HSDP 2x2", 300): ours | {TORCH: replace(GOOD, calls=321)}, ("HSDP 2x2", 3000): ours}
+    text = performance.page(cells, {}, {}, ["none"], load=1.0)
+    assert "| HSDP 2x2 | torch | 1 | 0 | 321 | 2 / 1 |" in text
+    assert "| HSDP 2x2 | 300 | torch | 1000 µs | 1.00 / **1.00** / 1.00 | 1.00 / **1.00** / 1.00 | 0 s |" in text
 
 
 def test_a_method_of_ours_that_raises_is_a_fault():
