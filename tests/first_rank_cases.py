@@ -1,0 +1,239 @@
+"""Faults in a block that one rank is to run first: what each rank does, and what is read from what they wrote down.
+
+The ranks write lines to files, because some of them are killed. The tests start the ranks as forks, quickly;
+``benchmarks/first_rank_faults.py`` starts them with torchrun and does the same with other tools.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+PREPARE_S = 0.3
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def is_node_first() -> bool:
+    return os.environ["LOCAL_RANK"] == "0"
+
+
+def note(folder: Path, event: str, text: str = "") -> None:
+    with (folder / f"{rank()}.jsonl").open("a") as lines:
+        lines.write(json.dumps({"rank": rank(), "event": event, "time_s": time.time(), "text": text}) + "\n")
+
+
+def ours():
+    from hf_gradutils import FirstRankPerNode
+
+    return FirstRankPerNode()
+
+
+def accelerates():
+    from accelerate import PartialState
+
+    return PartialState().local_main_process_first()
+
+
+def transformers_own():
+    from transformers import TrainingArguments
+
+    return TrainingArguments(output_dir=os.environ["TMPDIR"], use_cpu=True, report_to=[]).main_process_first()
+
+
+TOOLS = {"ours": ours, "accelerate": accelerates, "transformers": transformers_own}
+
+
+def raises():
+    raise RuntimeError("disk full")
+
+
+def exits_with_3():
+    sys.exit(3)
+
+
+def ends_with_success():
+    os._exit(0)  # the launcher sees nothing wrong
+
+
+def is_killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_interrupted():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
+
+
+FAULTS = {f.__name__: f for f in (raises, exits_with_3, ends_with_success, is_killed, is_interrupted)}
+
+
+def data_file(folder: Path) -> Path:
+    """The cache of this node."""
+    return folder / f"data-{os.environ.get('GROUP_RANK', '0')}"
+
+
+def prepare(folder: Path, fault=None, *, seconds: float = PREPARE_S) -> None:
+    data_file(folder).write_text("half")
+    time.sleep(seconds)
+    if fault is not None:
+        note(folder, "fault")
+        fault()
+    data_file(folder).write_text("whole")
+
+
+def on_a_host_of_its_own() -> None:
+    """Let this node's ranks look like those of another machine: they see the processes of their node only."""
+    from hf_gradutils import topology
+
+    boot_id = f"boot of node {os.environ['GROUP_RANK']}"
+    topology._boot_id = lambda: boot_id
+
+
+def fault_in_first(folder: Path, tool: str, fault: str, *, goes_on: bool = False) -> None:
+    """The first rank of node 0 prepares and meets a fault; other nodes' first ranks prepare well."""
+    context = TOOLS[tool]()
+    note(folder, "starts")
+    try:
+        with context:
+            if is_node_first():
+                prepare(folder, FAULTS[fault] if rank() == 0 else None)
+            else:
+                note(folder, "entered", data_file(folder).read_text())
+    except BaseException as error:
+        note(folder, "told", f"{type(error).__name__}: {error}")
+        if not (goes_on and rank() == 0):
+            raise
+    if goes_on:
+        if tool == "ours":
+            dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+        dist.barrier()
+    note(folder, "left")
+
+
+def follower_raises(folder: Path, tool: str) -> None:
+    """Nobody may hang in the block; what follows is a collective, where the others notice."""
+    with TOOLS[tool]():
+        if is_node_first():
+            prepare(folder)
+        elif rank() == 1:
+            note(folder, "fault")
+            raise ValueError("follower's own")
+        else:
+            note(folder, "entered", data_file(folder).read_text())
+    note(folder, "left")
+    dist.barrier()
+
+
+def prepares_longer_than_the_group_waits(folder: Path, tool: str, *, prepare_s: float) -> None:
+    with TOOLS[tool]():
+        if is_node_first():
+            note(folder, "fault")
+            prepare(folder, seconds=prepare_s)
+        else:
+            note(folder, "entered", data_file(folder).read_text())
+    note(folder, "left")
+
+
+def one_node_is_slower(folder: Path, tool: str, *, slower_s: float) -> None:
+    """Followed by a collective under the time limit of the process group."""
+    with TOOLS[tool]():
+        if is_node_first():
+            prepare(folder, seconds=0.1 + slower_s * (os.environ["GROUP_RANK"] == "1"))
+            note(folder, "prepared")
+        else:
+            note(folder, "entered", data_file(folder).read_text())
+    note(folder, "left")
+    dist.barrier()
+    note(folder, "went on")
+
+
+def nested(folder: Path, tool: str) -> None:
+    with TOOLS[tool]():
+        with TOOLS[tool]():
+            note(folder, "inner")
+        if is_node_first():
+            prepare(folder)
+        else:
+            note(folder, "entered", data_file(folder).read_text() if data_file(folder).exists() else "nothing")
+    note(folder, "left")
+
+
+def waiting_rank_is_interrupted(folder: Path, tool: str, *, prepare_s: float) -> None:
+    """SIGINT to rank 1 while rank 0 prepares."""
+    (folder / f"pid-{rank()}").write_text(str(os.getpid()))
+    try:
+        with TOOLS[tool]():
+            if is_node_first():
+                if rank() == 0:
+                    while not (folder / "pid-1").exists():
+                        time.sleep(0.01)
+                    time.sleep(0.5)
+                    note(folder, "fault")
+                    os.kill(int((folder / "pid-1").read_text()), signal.SIGINT)
+                prepare(folder, seconds=prepare_s)
+            else:
+                note(folder, "entered", data_file(folder).read_text())
+    except BaseException as error:
+        note(folder, "told", f"{type(error).__name__}: {error}")
+        raise
+    note(folder, "left")
+
+
+CASES = {
+    f.__name__: f
+    for f in (
+        fault_in_first,
+        follower_raises,
+        prepares_longer_than_the_group_waits,
+        one_node_is_slower,
+        nested,
+        waiting_rank_is_interrupted,
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Event:
+    """One line of one rank."""
+
+    rank: int
+    event: str
+    time_s: float
+    text: str
+
+
+class Story:
+    """What the ranks wrote into a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.events: list[Event] = []
+        for path in sorted(folder.glob("*.jsonl")):
+            for line in path.read_text().splitlines():
+                with contextlib.suppress(json.JSONDecodeError):  # killed while it wrote
+                    self.events.append(Event(**json.loads(line)))
+
+    def of(self, event: str) -> list[Event]:
+        return [e for e in self.events if e.event == event]
+
+    def fault_s(self) -> float:
+        (fault,) = self.of("fault")
+        return fault.time_s
+
+    def num_half(self) -> int:
+        """Ranks that entered before the data was whole."""
+        return sum(e.text != "whole" for e in self.of("entered"))
+
+    def told(self, *, but: int = 0) -> dict[int, tuple[float, str]]:
+        """Rank → (seconds after the fault, error), but for the rank at fault."""
+        fault_s = self.fault_s()
+        return {e.rank: (e.time_s - fault_s, e.text) for e in self.of("told") if e.rank != but}
