@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from hf_gradutils import upstream
 from hf_gradutils.errors import InvalidArgumentError, TargetCountError
+from hf_gradutils.first_rank import FirstRankPerNode
 from hf_gradutils.nonfinite import StepGuard
 from hf_gradutils.optimizer import GradUtilsOptimizer, StepOrder, as_flag, why_not_on_device
 from hf_gradutils.plugin import GradUtilsPlugin
@@ -44,6 +45,14 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
         each_batch = accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         accelerator._policy_choice = PolicyChoice(plugin.effective_sync(each_batch=each_batch), accelerator.device)
         return accelerator
+
+    def local_main_process_first(self) -> FirstRankPerNode:
+        """As in accelerate, but the others learn how it ended, and no process group limits the time."""
+        return FirstRankPerNode()
+
+    def main_process_first(self) -> FirstRankPerNode:
+        """As in accelerate, with each node's first rank before the rest of its node; see ``FirstRankPerNode``."""
+        return FirstRankPerNode(scope="world")
 
     def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> GradUtilsOptimizer:
         """As in accelerate; the optimizer takes its steps the way the windows were closed.
