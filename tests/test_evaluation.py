@@ -6,19 +6,13 @@ import numpy as np
 import pytest
 import torch
 from heads import HEADS, VOCAB
-from ranks import run_ranks
-from trainer_cases import LAYOUTS, make_data, make_model, train, truth
+from trainer_cases import make_data, make_model, run, train, truth
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 
 from hf_gradutils import GradUtilsSeq2SeqTrainer, GradUtilsTrainer
 
 STILL = {"learning_rate": 0.0}
 """The weights stay those of the truth."""
-
-
-def run(function, layout, *args):
-    num_ranks = LAYOUTS[layout].num_ranks
-    return [function(layout, *args)] if num_ranks == 1 else run_ranks(function, num_ranks, layout, *args)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 from torch.distributed.tensor import DTensor
-from trainer_cases import LAYOUTS, relative_error, train
+from trainer_cases import LAYOUTS, relative_error, run, train
 from transformers import Trainer, TrainerCallback
 
 from hf_gradutils import GradUtilsTrainer
@@ -16,11 +15,6 @@ from hf_gradutils.plugin import GradUtilsPlugin
 
 HEAD = "llama causal"
 WHERE = "model.layers.1.mlp.up_proj.weight"
-
-
-def run(function, layout, *args):
-    num_ranks = LAYOUTS[layout].num_ranks
-    return [function(layout, *args)] if num_ranks == 1 else run_ranks(function, num_ranks, layout, *args)
 
 
 def spoil(model, value):

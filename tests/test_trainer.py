@@ -7,15 +7,14 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedType
 from heads import HEADS, collate
-from ranks import run_ranks
 from trainer_cases import (
-    LAYOUTS,
     GradientTap,
     make_data,
     make_model,
     micro_batches_of,
     norm,
     relative_error,
+    run,
     train,
     truth,
     truth_of_micro_batches,
@@ -29,11 +28,6 @@ from hf_gradutils.plugin import GradUtilsPlugin
 TOLERANCE = 1e-5
 COMMON = ["1 rank", "ddp2", "fsdp2x2"]
 SPREAD = ["hsdp2x2", "native fsdp2x2", "native hsdp2x2", "tp2", "tp2 x fsdp2", "ep2 x fsdp2"]
-
-
-def run(function, layout, *args):
-    num_ranks = LAYOUTS[layout].num_ranks
-    return [function(layout, *args)] if num_ranks == 1 else run_ranks(function, num_ranks, layout, *args)
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -9,16 +9,11 @@ from heads import collate
 from ranks import run_ranks
 from torch.overrides import TorchFunctionMode
 from torch.profiler import profile
-from trainer_cases import LAYOUTS, make_data, train
+from trainer_cases import make_data, run, train
 from transformers import Trainer
 
 from hf_gradutils import GradUtilsTrainer
 from hf_gradutils.plugin import GradUtilsPlugin
-
-
-def run(function, layout, *args):
-    num_ranks = LAYOUTS[layout].num_ranks
-    return [function(layout, *args)] if num_ranks == 1 else run_ranks(function, num_ranks, layout, *args)
 
 
 @pytest.mark.parametrize("layout", ["1 rank", "ddp2"])

@@ -7,9 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from heads import HEADS
-from ranks import run_ranks
 from torch.utils.data import DataLoader, IterableDataset
-from trainer_cases import LAYOUTS, make_data, make_model, relative_error, train, truth
+from trainer_cases import LAYOUTS, make_data, make_model, relative_error, run, train, truth
 from transformers import DataCollatorWithFlattening, Trainer
 
 from hf_gradutils import GradUtilsTrainer
@@ -19,11 +18,6 @@ from hf_gradutils.micro_batches import BatchStream, MicroBatches, Padding
 TOLERANCE = 1e-5
 HEAD = "t5 seq2seq"
 collate = HEADS[HEAD].collate
-
-
-def run(function, layout, *args):
-    num_ranks = LAYOUTS[layout].num_ranks
-    return [function(layout, *args)] if num_ranks == 1 else run_ranks(function, num_ranks, layout, *args)
 
 
 def rank_and_world():

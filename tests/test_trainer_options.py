@@ -8,9 +8,8 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs
 from heads import HEADS
-from ranks import run_ranks
 from torch.distributed.tensor import DTensor, distribute_tensor
-from trainer_cases import IS_OLD, LAYOUTS, load, make_data, make_model, norm, relative_error, train, truth
+from trainer_cases import IS_OLD, LAYOUTS, load, make_data, make_model, norm, relative_error, run, train, truth
 from transformers import Trainer, TrainingArguments
 
 from hf_gradutils import GradUtilsTrainer
@@ -22,11 +21,6 @@ COMMON = ["1 rank", "ddp2", "fsdp2x2"]
 CHECKPOINTING = next(  # its name since transformers 5.23, and before
     name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
 )
-
-
-def run(function, layout, *args):
-    num_ranks = LAYOUTS[layout].num_ranks
-    return [function(layout, *args)] if num_ranks == 1 else run_ranks(function, num_ranks, layout, *args)
 
 
 def gradient_of(model, head, data):

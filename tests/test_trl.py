@@ -431,13 +431,13 @@ class ExactGRPO(GradUtilsTrainerMixin, GRPOTrainer):
     pass
 
 
-def test_a_trainer_that_normalises_by_itself_is_refused():
+def test_a_trainer_that_normalises_by_itself_is_refused(tmp_path):
     reset_accelerate()
     with pytest.raises(InvalidArgumentError, match="got GRPOTrainer, which divides its loss by a count of its own"):
         ExactGRPO(
             model=make_model(),
             reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
-            args=GRPOConfig(use_cpu=True, bf16=False, report_to=[]),
+            args=GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[]),
             train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in make_data()]),
             processing_class=make_tokenizer(),
         )

@@ -15,6 +15,7 @@ import transformers
 from accelerate.utils import ParallelismConfig
 from heads import HEADS, without_batch_statistics
 from packaging.version import Version
+from ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -128,6 +129,13 @@ LAYOUTS = {
     ),
 }
 """Name → how a Trainer gets there. DDP, FSDP2 and HSDP through accelerate, ``native`` and the rest by transformers."""
+
+
+def run(function: Callable[..., Any], layout: str, *args: Any) -> list[Any]:
+    """Call ``function(layout, *args)`` on every rank of the layout; what each returned."""
+    num_ranks = LAYOUTS[layout].num_ranks
+    return [function(layout, *args)] if num_ranks == 1 else run_ranks(function, num_ranks, layout, *args)
+
 
 TIED = ("t5 seq2seq", "bert masked")
 """Heads whose tied parameters accelerate 1.15 puts into two FSDP2 groups, which torch 2.13 refuses."""
