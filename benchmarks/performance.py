@@ -105,9 +105,9 @@ _PAGE = """\
 
 `make bench` measures this anew and writes this page. {date}, {versions};
 CPU with gloo, one thread per rank, {num_cpus} cores for all ranks, load {load:.1f} at the start.
-Counts are exact and hold on any machine, and the command fails if ours break their promise. **Times are noisy** and fail nothing: CPU time of the
-processes, added over the ranks, of {num_repeats} repeats in which everybody has a turn. Ratios are of the turns of one
-repeat, as smallest / **median** / largest.
+Counts are exact and hold on any machine, and the command fails if ours break their promise. **Times are noisy** and
+fail nothing: CPU time of the processes, added over the ranks, of {num_repeats} repeats in which everybody has a turn. Ratios
+are of the turns of one repeat, as smallest / **median** / largest.
 
 ## The end of a window
 
@@ -152,8 +152,9 @@ rows of {length} tokens per micro-batch, FSDP2 on CPU by the shim that the tests
 
 ### Counted, at accumulation {most}
 
-*ahead*: batches fetched before their turn. *batch bytes*: of all batches alive while one is trained on, at most;
-no other memory is measured. *syncs*: host syncs per micro-batch, and per step besides; the model's own and those of AdamW on CPU (one per parameter, none on a GPU) are left out.
+*ahead*: batches fetched before their turn. *batch bytes*: of all batches alive while one is trained on, at most; no
+other memory is measured. *syncs*: host syncs per micro-batch, and per step besides; the model's own and those of AdamW
+on CPU (one per parameter, none on a GPU) are left out.
 *collectives*: of a step, with those of DDP and FSDP2.
 
 {counts}
@@ -199,8 +200,8 @@ def automodel_text() -> str:
         return "NeMo Automodel is not installed here, so not measured (`pip install --no-deps nemo-automodel`)."
     version = importlib.metadata.version("nemo-automodel")
     return (
-        f"`clip_grad_norm` of nemo-automodel {version}. By its source it has a fused kernel on a GPU, so its counts and "
-        "times here say nothing about it there."
+        f"`clip_grad_norm` of nemo-automodel {version}. By its source it has a fused kernel on a GPU, so its counts "
+        "and times here say nothing about it there."
     )
 
 
