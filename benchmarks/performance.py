@@ -106,8 +106,8 @@ _PAGE = """\
 `make bench` measures this anew and writes this page. {date}, {versions};
 CPU with gloo, one thread per rank, {num_cpus} cores for all ranks, load {load:.1f} at the start.
 Counts are exact and hold on any machine, and the command fails if ours break their promise. **Times are noisy** and
-fail nothing: CPU time of the processes, added over the ranks, of {num_repeats} repeats in which everybody has a turn. Ratios
-are of the turns of one repeat, as smallest / **median** / largest.
+fail nothing: CPU time of the processes, added over the ranks, of {num_repeats} repeats in which everybody has a turn.
+Ratios are of the turns of one repeat, as smallest / **median** / largest.
 
 ## The end of a window
 
