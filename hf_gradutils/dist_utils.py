@@ -155,7 +155,7 @@ def clip_gradients(
         )
     parameters = trainable_parameters(model)
     plan = plan_for_model(model, parameters, group=group, ownership=ownership)
-    gradients = collect_gradients(parameters.values(), plan)
+    gradients = collect_gradients(parameters, plan)
     norms, _ = reduce_with_norm(plan, gradients, p, foreach=foreach)
     if not math.isinf(max_norm):
         scale_(gradients.shards, clip_coefficient(norms.total, max_norm), foreach=foreach)

@@ -76,10 +76,12 @@ def root(power_sum: Tensor, norm_type: float) -> Tensor:
 
 def _pieces(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
     """The tensors cut for :data:`_CPU_CHUNK`, without empty ones, and the index of the tensor each came from."""
+    sizes = [tensor.numel() for tensor in tensors]
+    if min(sizes) and (max(sizes) <= _CPU_CHUNK or tensors[0].device.type != "cpu"):
+        return list(tensors), list(range(len(tensors)))
     pieces: list[Tensor] = []
     owners: list[int] = []
-    for index, tensor in enumerate(tensors):
-        num_elements = tensor.numel()
+    for index, (tensor, num_elements) in enumerate(zip(tensors, sizes, strict=True)):
         if num_elements == 0:
             continue
         if tensor.device.type == "cpu" and num_elements > _CPU_CHUNK:

@@ -7,6 +7,7 @@ once each and replicas count once together, on any mesh and beside plain tensors
 import fnmatch
 import itertools
 import math
+import operator
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,17 +68,27 @@ class Plan:
         return not self.shares[self.places[parameter]]
 
 
-def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name → parameter for all that have, or may get, a gradient; a tied parameter once."""
-    return {n: p for n, p in model.named_parameters() if p.requires_grad or p.grad is not None}
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """All parameters that have, or may get, a gradient, in the model's order; a tied one once."""
+    return [p for p in upstream.parameters_of(model) if p.requires_grad or p.grad is not None]
 
 
-_plans: WeakKeyDictionary[nn.Module, tuple[object, Plan]] = WeakKeyDictionary()
+@dataclass(slots=True)
+class _Known:
+    """A plan, and what it was made for."""
+
+    parameters: Sequence[nn.Parameter]
+    layouts: list[object]
+    settings: object
+    plan: Plan
+
+
+_plans: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
 
 def plan_for_model(
     model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
+    parameters: Sequence[nn.Parameter],
     *,
     group: ProcessGroup | None = None,
     ownership: Ownership | None = None,
@@ -101,15 +112,22 @@ def plan_for_model(
     """
     ownership = check_ownership(ownership or {})
     domain = world_domain(group)
-    identities = tuple((id(p), *_placements(p)) for p in parameters.values())
+    layouts = upstream.layouts(parameters)
     grouping = norm_groups if norm_groups is None or isinstance(norm_groups, str) else tuple(norm_groups.items())
-    signature = (identities, domain.groups, tuple(ownership.items()), grouping)
+    settings = (domain.groups, tuple(ownership.items()), grouping)
     known = _plans.get(model)
-    if known is not None and known[0] == signature:
-        return known[1]
-    declared = _declared_shards(model, parameters, ownership)
-    plan = _build_plan(parameters, domain, declared, norm_groups)
-    _plans[model] = (signature, plan)
+    if (
+        known is not None
+        and len(known.parameters) == len(parameters)
+        and all(map(operator.is_, known.parameters, parameters))
+        and known.layouts == layouts
+        and known.settings == settings
+    ):
+        return known.plan
+    identities = {id(p) for p in parameters}
+    named = {name: p for name, p in model.named_parameters() if id(p) in identities}
+    plan = _build_plan(named, domain, _declared_shards(model, named, ownership), norm_groups)
+    _plans[model] = _Known(parameters, layouts, settings, plan)
     return plan
 
 
@@ -133,9 +151,10 @@ def plan_for_grid(parameters: Sequence[Tensor], domain: Domain, num_plain_shards
     return _plan(domain, (), keys, keys)
 
 
-@torch.no_grad()
 def in_placements_of(parameter: Tensor, gradient: Tensor) -> Tensor:
     """The gradient laid out like its parameter: a Partial one is summed, another layout redistributed.
+
+    Called under ``no_grad``.
 
     Collectives: one for a gradient in another layout, over the mesh dims that differ; each rank of its mesh
     must hold such a gradient then. None otherwise.
@@ -145,10 +164,6 @@ def in_placements_of(parameter: Tensor, gradient: Tensor) -> Tensor:
     if gradient.placements == parameter.placements:
         return gradient
     return gradient.redistribute(placements=parameter.placements)
-
-
-def _placements(parameter: Tensor) -> tuple[object, ...]:
-    return (parameter.placements, parameter.device_mesh) if isinstance(parameter, DTensor) else ()
 
 
 def _shard_key(parameter: Tensor) -> ShardKey | None:

@@ -65,11 +65,9 @@ def scale_(tensors: Iterable[Tensor], factor: Tensor, *, foreach: bool = True) -
 
     Collectives: none. Host syncs: none.
     """
-    batches: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for tensor in tensors:
-        if tensor.numel():
-            batches.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-    for (device, dtype), batch in batches.items():
+    tensors = [tensor for tensor in tensors if tensor.numel()]
+    for device, dtype in {(tensor.device, tensor.dtype): None for tensor in tensors}:
+        batch = [t for t in tensors if t.dtype == dtype and t.device == device]
         is_half = dtype in (torch.bfloat16, torch.float16)
         local_factor = factor.to(device=device, dtype=torch.float32 if is_half else dtype, non_blocking=True)
         if not foreach:

@@ -1,8 +1,8 @@
 """The gradients of this rank, and their global norms out of one packed reduction."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,7 +14,7 @@ from hf_gradutils.ownership import Plan, in_placements_of
 from hf_gradutils.reduction import all_reduce_, on_device, reduce_packed
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class LocalGradients:
     """This rank's parts of the gradients: ``shards`` to scale in place, ``values`` to take the norm of.
 
@@ -22,9 +22,9 @@ class LocalGradients:
     """
 
     device: torch.device
-    shards: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
-    indices: list[int] = field(default_factory=list)
+    shards: list[Tensor]
+    values: list[Tensor]
+    indices: list[int]
     """Which of the plan's parameters each belongs to."""
 
 
@@ -50,23 +50,25 @@ class Norms:
 
 
 @torch.no_grad()
-def collect_gradients(parameters: Iterable[Tensor], plan: Plan) -> LocalGradients:
+def collect_gradients(parameters: Sequence[Tensor], plan: Plan) -> LocalGradients:
     """The gradients that are there, and which of the plan's parameters they belong to.
 
     Collectives: none, but one per gradient whose layout differs from its parameter's (Partial ones).
     """
-    parameters = list(parameters)
     assert len(parameters) == len(plan.places)
-    gradients = LocalGradients(device=parameters[0].device if parameters else torch.device("cpu"))
-    for index, parameter in enumerate(parameters):
-        if parameter.grad is None:
-            continue
-        value = upstream.local_tensor(in_placements_of(parameter, parameter.grad))
-        if value.numel():  # a shard may be empty
-            gradients.shards.append(upstream.local_tensor(parameter.grad))
-            gradients.values.append(value)
-            gradients.indices.append(index)
-    return gradients
+    every = [parameter.grad for parameter in parameters]
+    indices = [index for index, gradient in enumerate(every) if gradient is not None]
+    gradients = [gradient for gradient in every if gradient is not None]
+    owners = [parameters[index] for index in indices]
+    shards = values = upstream.local_tensors(gradients)
+    if upstream.layouts(gradients) != upstream.layouts(owners):
+        pairs = zip(owners, gradients, strict=True)
+        values = [upstream.local_tensor(in_placements_of(owner, gradient)) for owner, gradient in pairs]
+    if not all(value.numel() for value in values):  # a shard may be empty
+        kept = [i for i, value in enumerate(values) if value.numel()]
+        shards, values = [shards[i] for i in kept], [values[i] for i in kept]
+        indices = [indices[i] for i in kept]
+    return LocalGradients(parameters[0].device if parameters else torch.device("cpu"), shards, values, indices)
 
 
 @torch.no_grad()

@@ -152,14 +152,33 @@ def discard_fsdp2_gradients(module: FSDPModule) -> None:
         getattr(group, "_partial_reduce_output_layout", {}).clear()
 
 
-@torch.no_grad()
 def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor, ready to read and sharing its memory; a plain tensor as it is."""
+    """This rank's part of a DTensor, ready to read and sharing its memory; a plain tensor as it is.
+
+    Called under ``no_grad``.
+    """
     if isinstance(tensor, DTensor):
         tensor = tensor.to_local()
         if isinstance(tensor, AsyncCollectiveTensor):
             tensor = tensor.wait()
     return tensor
+
+
+def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """:func:`local_tensor` of each, with less Python: a model has hundreds, and every step asks."""
+    local = [t._local_tensor if isinstance(t, DTensor) else t for t in tensors]
+    return [t.wait() if isinstance(t, AsyncCollectiveTensor) else t for t in local]
+
+
+def parameters_of(model: nn.Module) -> list[nn.Parameter]:
+    """``list(model.parameters())`` in a third of the time: without the names that it makes on the way."""
+    modules = (module._parameters.values() for module in model.modules())
+    return list({id(p): p for own in modules for p in own if p is not None}.values())
+
+
+def layouts(tensors: Sequence[Tensor]) -> list[object]:
+    """Mesh and placements of all DTensors: equal lists for equal ones, quickly if they are the same objects."""
+    return [t._spec for t in tensors if isinstance(t, DTensor)]
 
 
 _PARTIAL_STYLE = "ReplicatedWithGradAllReduce"

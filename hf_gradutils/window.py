@@ -162,7 +162,7 @@ class AccumulationWindow:
         """
         parameters = trainable_parameters(model)
         plan = plan_for_model(model, parameters, ownership=ownership, norm_groups=norm_groups)
-        gradients = collect_gradients(parameters.values(), plan)
+        gradients = collect_gradients(parameters, plan)
         sums = torch.zeros(2, dtype=torch.float64, device=self._device) if self._sums is None else self._sums
         if has_data_left is not None:
             sums = torch.cat((sums, torch.full_like(sums[:1], float(has_data_left))))
