@@ -1,8 +1,11 @@
 """The script behind ``make matrix``, on a small part of it."""
 
 import exactness
+import pytest
+from trainer_cases import IS_OLD
 
 
+@pytest.mark.skipif(IS_OLD, reason="transformers 5.17 has no expert parallelism")
 def test_a_part_of_the_matrix_has_no_fault_of_ours_and_shows_those_of_stock(tmp_path, capsys):
     out = tmp_path / "exactness.md"
     assert (

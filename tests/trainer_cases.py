@@ -33,6 +33,8 @@ Rows = list[dict[str, Tensor]]
 
 
 def make_model(head: str) -> nn.Module:
+    if IS_OLD and head == "segformer pixels":
+        pytest.skip("transformers 5.17 does not build a segformer of two stages")
     return without_batch_statistics(HEADS[head].build())
 
 
@@ -151,8 +153,8 @@ def shard_tied(model: nn.Module, layers: tuple[str, ...]) -> None:
 
 def load(head: str, options: dict[str, Any]) -> nn.Module:
     """The head, spread over the ranks by transformers while it is loaded."""
-    if IS_OLD and {"tp_size", "fsdp_size"} <= set(options):
-        pytest.skip("transformers 5.17 cannot load a model that is tensor-parallel and sharded")
+    if IS_OLD and set(options) != {"tp_size", "tp_plan"}:
+        pytest.skip("transformers 5.17 spreads a model by tensor parallelism only")
     model = make_model(head)
     assert isinstance(model, PreTrainedModel), f"transformers does not load {type(model).__name__}"
     with tempfile.TemporaryDirectory() as own_folder:
