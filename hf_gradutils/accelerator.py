@@ -17,7 +17,7 @@ from hf_gradutils.first_rank import FirstRankPerNode
 from hf_gradutils.nonfinite import StepGuard
 from hf_gradutils.optimizer import GradUtilsOptimizer, StepOrder, as_flag, why_not_on_device
 from hf_gradutils.plugin import GradUtilsPlugin
-from hf_gradutils.sync import SyncContext
+from hf_gradutils.sync import SyncContext, find_wrappers
 from hf_gradutils.sync_auto import PolicyChoice
 from hf_gradutils.window import AccumulationWindow, WindowReport
 
@@ -33,6 +33,8 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
     _plugin: GradUtilsPlugin
     _counted: "_Counted | None"
     _policy_choice: PolicyChoice
+    _wrappers: dict[nn.Module, list[tuple[str, nn.Module]]]
+    """Of each model, for the window that is open: looking for them takes a walk over all modules."""
 
     @classmethod
     def adopt(cls, accelerator: Accelerator, plugin: GradUtilsPlugin) -> "GradUtilsAccelerator":
@@ -42,6 +44,7 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
         accelerator.guard = plugin.guard()
         accelerator._plugin = plugin
         accelerator._counted = None
+        accelerator._wrappers = {}
         each_batch = accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         accelerator._policy_choice = PolicyChoice(plugin.effective_sync(each_batch=each_batch), accelerator.device)
         return accelerator
@@ -111,14 +114,17 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
 
     def sync_context(self, model: nn.Module) -> SyncContext:
         """The forward and backward of one micro-batch; it ends its window if ``sync_gradients`` says so."""
-        is_last = self.sync_gradients
-        return SyncContext(model, self._policy_choice.policy(model, is_last=is_last), is_last=is_last)
+        return self._sync_context(model, is_last=self.sync_gradients)
 
-    @contextlib.contextmanager
-    def no_sync(self, model: nn.Module) -> Iterator[None]:
+    def no_sync(self, model: nn.Module) -> SyncContext:
         """A micro-batch that does not end its window, whatever wraps the model; ``sync`` says what it communicates."""
-        with SyncContext(model, self._policy_choice.policy(model, is_last=False), is_last=False):
-            yield
+        return self._sync_context(model, is_last=False)
+
+    def _sync_context(self, model: nn.Module, *, is_last: bool) -> SyncContext:
+        policy = self._policy_choice.policy(model, is_last=is_last)
+        if model not in self._wrappers:
+            self._wrappers[model] = find_wrappers(model)
+        return SyncContext(model, policy, is_last=is_last, wrappers=self._wrappers[model])
 
     def close_window(
         self, model: nn.Module, max_norm: float = math.inf, *, step: int, has_data_left: bool | None = None
@@ -144,6 +150,7 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
         optimizers = [o for o in upstream.optimizers_of(self) if isinstance(o, GradUtilsOptimizer)]
         self._check_folding(optimizers)  # again: loading a checkpoint may change what is fused
         self._policy_choice.window_closed()
+        self._wrappers.clear()
         self.unscale_gradients()
         report = self.window.close(
             model,

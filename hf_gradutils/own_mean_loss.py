@@ -90,8 +90,12 @@ class OwnMeanLossMixin(TrainerBase):  # type: ignore[misc]
         """Ranks, or groups of ranks, that see batches of their own."""
         return self.accelerator.num_processes // (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
 
+    _asked: tuple[nn.Module, bool] | None = None
+
     def _forward_names_count(self) -> bool:
-        return "num_items_in_batch" in inspect.signature(type(self._head()).forward).parameters
+        if self._asked is None or self._asked[0] is not self.model:  # asked in every micro-batch, and slow to find out
+            self._asked = (self.model, "num_items_in_batch" in inspect.signature(type(self._head()).forward).parameters)
+        return self._asked[1]
 
     def _count_targets(self, inputs: Mapping[str, Any]) -> Tensor:
         """Targets of one micro-batch, shape (), on this rank's device."""

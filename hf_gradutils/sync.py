@@ -10,8 +10,9 @@ gives the same gradient. ``auto`` is one of these, chosen by :mod:`hf_gradutils.
 """
 
 import contextlib
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -44,6 +45,12 @@ def communicates(policy: SyncPolicy, *, is_last: bool) -> Communicates:
     )
 
 
+def find_wrappers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Names and modules of everything in a model that communicates gradients."""
+    kinds: tuple[type[Any], ...] = (DistributedDataParallel, FSDPModule, FullyShardedDataParallel)
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
 class SyncContext:
     """Forward and backward of one micro-batch, with the communication that the policy asks for.
 
@@ -51,12 +58,25 @@ class SyncContext:
     the module tree is found, whatever stands around it: ``torch.compile``, PEFT and accelerate keep the
     wrapped module in the tree.
 
+    Args:
+        model: What is trained.
+        policy: When gradients are communicated.
+        is_last: The optimizer steps after this micro-batch.
+        wrappers: ``find_wrappers(model)`` of before, where that is known to hold still.
+
     Raises:
         InvalidArgumentError: on exit, where HSDP before torch 2.15 would have lost gradients under ``reduce_scatter``.
     """
 
-    def __init__(self, model: nn.Module, policy: SyncPolicy = "defer", *, is_last: bool):
-        self._model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        policy: SyncPolicy = "defer",
+        *,
+        is_last: bool,
+        wrappers: Sequence[tuple[str, nn.Module]] | None = None,
+    ):
+        self._wrappers = find_wrappers(model) if wrappers is None else wrappers
         self._communicates = communicates(policy, is_last=is_last)
         self._undo: contextlib.ExitStack | None = None
 
@@ -65,7 +85,7 @@ class SyncContext:
             raise RuntimeError("expected one entry at a time, got a second; call get_sync_ctx once per micro-batch")
         shards, replicas = self._communicates
         with contextlib.ExitStack() as undo:
-            for module in self._model.modules():
+            for _, module in self._wrappers:
                 if isinstance(module, DistributedDataParallel):
                     undo.callback(setattr, module, "require_backward_grad_sync", module.require_backward_grad_sync)
                     module.require_backward_grad_sync = replicas
@@ -89,7 +109,7 @@ class SyncContext:
 
     def _check_nothing_is_lost(self) -> None:
         """HSDP adds up reduced shards by their position, which moves if a parameter takes part only sometimes."""
-        for name, module in self._model.named_modules():
+        for name, module in self._wrappers:
             if isinstance(module, FSDPModule) and upstream.fsdp2_loses_gradients(
                 module, is_last=self._communicates.replicas
             ):

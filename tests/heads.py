@@ -225,7 +225,14 @@ _WAV2VEC2 = (
 )
 _SEGFORMER = (
     _BERT
-    | {"depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [16, 32], "patch_sizes": [3, 3], "strides": [2, 2]}
+    | {
+        "num_encoder_blocks": 2,
+        "depths": [1, 1],
+        "sr_ratios": [2, 1],
+        "hidden_sizes": [16, 32],
+        "patch_sizes": [3, 3],
+        "strides": [2, 2],
+    }
     | {"num_attention_heads": [1, 2], "mlp_ratios": [2, 2], "decoder_hidden_size": 16}
     | _none_of("classifier_dropout_prob", "drop_path_rate")
 )

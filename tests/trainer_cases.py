@@ -33,8 +33,6 @@ Rows = list[dict[str, Tensor]]
 
 
 def make_model(head: str) -> nn.Module:
-    if IS_OLD and head == "segformer pixels":
-        pytest.skip("transformers 5.17 does not build a segformer of two stages")
     return without_batch_statistics(HEADS[head].build())
 
 
