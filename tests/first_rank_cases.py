@@ -159,12 +159,12 @@ def one_node_is_slower(folder: Path, tool: str, *, slower_s: float) -> None:
 
 def nested(folder: Path, tool: str) -> None:
     with TOOLS[tool]():
+        if not is_node_first():
+            note(folder, "entered", data_file(folder).read_text() if data_file(folder).exists() else "nothing")
         with TOOLS[tool]():
             note(folder, "inner")
         if is_node_first():
             prepare(folder)
-        else:
-            note(folder, "entered", data_file(folder).read_text() if data_file(folder).exists() else "nothing")
     note(folder, "left")
 
 
