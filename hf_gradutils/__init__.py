@@ -18,6 +18,7 @@ from hf_gradutils.dist_utils import (
 from hf_gradutils.grad_utils import clip_grad_by_total_norm_, get_grad_norm
 
 if TYPE_CHECKING:
+    from hf_gradutils.first_rank_upstream import route_first_rank
     from hf_gradutils.plugin import GradUtilsPlugin
     from hf_gradutils.trainer import GradUtilsSeq2SeqTrainer, GradUtilsTrainer, GradUtilsTrainerMixin
 
@@ -34,11 +35,13 @@ __all__ = [
     "get_sync_ctx",
     "reduce_loss",
     "rescale_gradients",
+    "route_first_rank",
 ]
 
 __version__ = "0.1.0"
 
 _LAZY = {
+    "route_first_rank": "hf_gradutils.first_rank_upstream",
     "GradUtilsPlugin": "hf_gradutils.plugin",
     "GradUtilsSeq2SeqTrainer": "hf_gradutils.trainer",
     "GradUtilsTrainer": "hf_gradutils.trainer",

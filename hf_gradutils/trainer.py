@@ -20,6 +20,7 @@ from hf_gradutils import trl_trainers
 from hf_gradutils.accelerator import GradUtilsAccelerator
 from hf_gradutils.errors import InvalidArgumentError, NonfiniteGradientError, TargetCountError
 from hf_gradutils.evaluation import EvaluationMixin
+from hf_gradutils.first_rank_upstream import route_first_rank
 from hf_gradutils.micro_batches import BatchStream, MicroBatches, Padding
 from hf_gradutils.partial_gradients import sum_increments
 from hf_gradutils.plugin import GradUtilsPlugin
@@ -52,7 +53,8 @@ class GradUtilsTrainerMixin(EvaluationMixin):
         self._stream: BatchStream | None = None
         self._epoch_iterator: Iterator[Any] | None = None
         self._has_length, self._pads, self._others_have_data = True, False, torch.tensor(0.0)
-        super().__init__(*args, **kwargs)
+        with route_first_rank():  # some Trainers prepare their data here
+            super().__init__(*args, **kwargs)
         self._check_setup()
 
     def _check_setup(self) -> None:

@@ -52,8 +52,8 @@ def main() -> None:
     recipe, training = parse_arguments(sys.argv[1:])
     set_seed(training.seed)
 
-    # The first rank of each node reads, tokenizes and downloads; the others then find it all in the cache.
-    with FirstRankPerNode():
+    # One rank reads, tokenizes and downloads, for all nodes that share the cache; the others then find it all there.
+    with FirstRankPerNode(scope="auto"):
         train_texts, held_out_texts = load_texts(recipe)
         tokenizer = load_tokenizer(recipe, train_texts)
         classes = find_classes(recipe, train_texts)

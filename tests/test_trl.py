@@ -3,10 +3,12 @@
 import inspect
 import re
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from ranks import run_ranks
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -422,6 +424,30 @@ def _eval_loss(layout):
         arguments = {"per_device_eval_batch_size": batch_size} | arguments
         trainer = make_trainer(trainer_class, 4, eval_data=data, arguments=arguments)
         assert trainer.evaluate()["eval_loss"] == pytest.approx(wants[trainer_class], rel=1e-5), arguments
+
+
+# ---- Preparing data ----
+
+
+def test_the_first_rank_tokenizes_before_the_others():
+    first, second = run_ranks(_prepares, 2)
+    assert second - first >= 0.3
+
+
+def _prepares():
+    """When this rank began to tokenize, which takes a while."""
+    started = []
+
+    class Watched(ExactSFT):
+        def _prepare_dataset(self, *args, **kwargs):
+            with PartialState().main_process_first():
+                started.append(time.monotonic())
+                time.sleep(0.3)
+            return super()._prepare_dataset(*args, **kwargs)
+
+    make_trainer(Watched, 4)
+    assert PartialState.main_process_first.__module__.startswith("accelerate"), "and all is as before"
+    return started[0]
 
 
 # ---- What weighs or batches by itself ----
