@@ -20,6 +20,7 @@ import random
 import re
 import resource
 import sys
+import tempfile
 import time
 import warnings
 from dataclasses import asdict
@@ -167,7 +168,7 @@ def train(trainer_class: type[Trainer], model: nn.Module, rows: list[Any], want:
     model.zero_grad()
     tap = GradientTap()
     arguments = TrainingArguments(
-        output_dir="/tmp/hf_gradutils-sweep",  # nothing is saved there
+        output_dir=str(Path(tempfile.gettempdir()) / "hf_gradutils-sweep"),  # nothing is saved there
         use_cpu=True,
         dataloader_pin_memory=False,
         per_device_train_batch_size=ROWS_PER_MICRO_BATCH,
