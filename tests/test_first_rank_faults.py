@@ -74,7 +74,7 @@ def _in_agent(*call_and_restarts):
         run_id="faults",
         max_restarts=max_restarts,
         # Late, so that it is not the agent that ends the others before they have learnt anything.
-        monitor_interval=0.05 if max_restarts else 1.5,
+        monitor_interval=0.05 if max_restarts else 3.0,
         start_method="fork",
     )
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"):
