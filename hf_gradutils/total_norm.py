@@ -101,7 +101,6 @@ def reduce_with_norm(
         sums = torch.zeros(0, dtype=torch.float64, device=device)
     powers = [(part, power_sums(part.pick(gradients.values), norm_type, foreach=foreach)) for part in layout.parts]
     kept = [(part.parameters, values) for part, values in powers]
-    rest = (kept, layout.group_of_place, len(plan.groups), norm_type)
 
     if math.isinf(norm_type):
         maxima = torch.zeros(num_places, dtype=torch.float64, device=device)
@@ -109,7 +108,8 @@ def reduce_with_norm(
             maxima.scatter_reduce_(0, part.places, on_device(values, device), "amax")
         sums, reduced_maxima = reduce_packed(plan.domain, sums, maxima)
         assert reduced_maxima is not None
-        return _norms(reduced_maxima.amax(), reduced_maxima, *rest), sums
+        total = reduced_maxima.amax()
+        return Norms(total, kept, reduced_maxima, layout.group_of_place, len(plan.groups), norm_type), sums
 
     # [the sums | Σ |g|^p of each place | how often each place is counted]
     added = layout.zeros
@@ -119,18 +119,8 @@ def reduce_with_norm(
     all_reduce_(plan.domain, packed)
     sums, added, counted = packed.split((sums.numel(), num_places, num_places))  # type: ignore[no-untyped-call]
     by_place = added / counted
-    return _norms(root(by_place.sum(), norm_type), by_place, *rest), sums
-
-
-def _norms(
-    total: Tensor,
-    by_place: Tensor,
-    powers: list[tuple[list[int], Tensor]],
-    group_of_place: Tensor,
-    num_groups: int,
-    norm_type: float,
-) -> Norms:
-    return Norms(total, powers, by_place, group_of_place, num_groups, norm_type)
+    total = root(by_place.sum(), norm_type)
+    return Norms(total, kept, by_place, layout.group_of_place, len(plan.groups), norm_type), sums
 
 
 @dataclass(slots=True)
