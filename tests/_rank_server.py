@@ -128,6 +128,7 @@ def serve(packed_job: bytes, connection: Connection, output: FileHandle, stacks:
     """Be one rank, from the first line to the exit."""
     os.setsid()  # a process group of our own, so that grandchildren can be ended with us
     _end_with_pytest()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with it ignored
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a rank that crashes leaves no core file
     faulthandler.register(STACK_SIGNAL, file=stacks.fd, all_threads=True)
     for stream in (sys.stdout, sys.stderr):
