@@ -44,6 +44,16 @@ def load_stdlib_docstrings(cache_dir: str) -> tuple[Dataset, Dataset]:
     )
 
 
+def load_stdlib_chats(cache_dir: str) -> tuple[Dataset, Dataset]:
+    """The same as chats, in the column ``messages``: the user asks what something does, the docstring answers."""
+    return tuple(rows.map(as_chat, remove_columns=rows.column_names) for rows in load_stdlib_docstrings(cache_dir))
+
+
+def as_chat(row: dict[str, str]) -> dict[str, list[dict[str, str]]]:
+    question = {"role": "user", "content": f"What does this do?\n{row['prompt']}"}
+    return {"messages": [question, {"role": "assistant", "content": row["docstring"]}]}
+
+
 def is_held_out(module: str) -> bool:
     """Decide by a hash of the module's name: a module is in one part only, the same one everywhere."""
     return int(hashlib.sha256(module.encode()).hexdigest(), 16) % 100 < HELD_OUT_PERCENT

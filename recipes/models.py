@@ -1,0 +1,56 @@
+"""The model: one that has a name, or a small new one."""
+
+import transformers
+from arguments import ModelArguments
+from errors import UserError, one_line
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
+
+AUTO_MODELS = {
+    "causal-lm": AutoModelForCausalLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
+    "sequence-classification": AutoModelForSequenceClassification,
+}
+
+
+def load_model(
+    recipe: ModelArguments,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    task: str = "causal-lm",
+    classes: dict[str, str] | None = None,
+) -> transformers.PreTrainedModel:
+    """Load the named model, or make a small one: T5 for seq2seq, else Llama."""
+    auto = AUTO_MODELS[task]
+    names = dict(enumerate(classes.values())) if classes else {}
+    labels = {"id2label": names, "label2id": {name: i for i, name in names.items()}} if classes else {}
+    if recipe.model_name_or_path:
+        try:
+            model = auto.from_pretrained(recipe.model_name_or_path, dtype=recipe.dtype, **labels)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot load {recipe.model_name_or_path!r}: {one_line(error)}") from error
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = tokenizer.pad_token_id
+        return model
+    size = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": recipe.hidden_size,
+        "num_attention_heads": recipe.num_heads,
+        "num_hidden_layers": recipe.num_layers,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    if task == "seq2seq":
+        size |= {"d_kv": recipe.hidden_size // recipe.num_heads, "d_ff": 2 * recipe.hidden_size, "dropout_rate": 0.0}
+        # Named as T5 names it: under transformers' common name the decoder would keep its default of 6 layers.
+        size |= {"num_layers": size.pop("num_hidden_layers"), "num_decoder_layers": recipe.num_layers}
+        size |= {"feed_forward_proj": "gated-gelu", "decoder_start_token_id": tokenizer.pad_token_id}
+        return auto.from_config(AutoConfig.for_model("t5", **size))
+    size |= {"intermediate_size": 3 * recipe.hidden_size, "max_position_embeddings": max_length}
+    size |= {"tie_word_embeddings": True, "bos_token_id": None, "use_cache": False}
+    return auto.from_config(AutoConfig.for_model("llama", **size, **labels))
