@@ -1,6 +1,6 @@
 """The gradient of one device with the whole batch, in every parallel layout.
 
-The utilities need torch alone and are imported at once; the Trainer and its plugin bring transformers and
+The utilities need torch alone and are imported at once; Trainer, Accelerator and plugin bring transformers and
 accelerate along and are imported when they are first asked for.
 """
 
@@ -18,12 +18,14 @@ from hf_gradutils.dist_utils import (
 from hf_gradutils.grad_utils import clip_grad_by_total_norm_, get_grad_norm
 
 if TYPE_CHECKING:
+    from hf_gradutils.accelerator import GradUtilsAccelerator
     from hf_gradutils.first_rank_upstream import route_first_rank
     from hf_gradutils.plugin import GradUtilsPlugin
     from hf_gradutils.trainer import GradUtilsSeq2SeqTrainer, GradUtilsTrainer, GradUtilsTrainerMixin
 
 __all__ = [
     "FirstRankPerNode",
+    "GradUtilsAccelerator",
     "GradUtilsPlugin",
     "GradUtilsSeq2SeqTrainer",
     "GradUtilsTrainer",
@@ -42,6 +44,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "route_first_rank": "hf_gradutils.first_rank_upstream",
+    "GradUtilsAccelerator": "hf_gradutils.accelerator",
     "GradUtilsPlugin": "hf_gradutils.plugin",
     "GradUtilsSeq2SeqTrainer": "hf_gradutils.trainer",
     "GradUtilsTrainer": "hf_gradutils.trainer",

@@ -153,10 +153,26 @@ def clip_gradients(
         raise InvalidArgumentError(
             f"model must be an nn.Module, got {type(model).__name__}; for tensors use grad_utils"
         )
-    parameters = trainable_parameters(model)
+    return clip_parameters(
+        model, trainable_parameters(model), max_norm, foreach=foreach, norm_type=p, group=group, ownership=ownership
+    )
+
+
+@torch.no_grad()
+def clip_parameters(
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    max_norm: float,
+    *,
+    foreach: bool = True,
+    norm_type: float = 2.0,
+    group: ProcessGroup | None = None,
+    ownership: Ownership | None = None,
+) -> Tensor:
+    """:func:`clip_gradients` for some of a model's parameters, the same ones on all ranks."""
     plan = plan_for_model(model, parameters, group=group, ownership=ownership)
     gradients = collect_gradients(parameters, plan)
-    norms, _ = reduce_with_norm(plan, gradients, p, foreach=foreach)
+    norms, _ = reduce_with_norm(plan, gradients, norm_type, foreach=foreach)
     if not math.isinf(max_norm):
         scale_(gradients.shards, clip_coefficient(norms.total, max_norm), foreach=foreach)
     return norms.total

@@ -148,6 +148,24 @@ def read_cache_directory() -> Path:
     return Path(_text("HF_HOME") or cache / "huggingface").expanduser() / "datasets"
 
 
+def read_accumulation_steps() -> int | None:
+    """What ``accelerate launch --gradient_accumulation_steps`` was told."""
+    return _integer("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+
+
+SETTING = "HF_GRADUTILS_"
+"""What the variables begin with that set a field of ``GradUtilsPlugin``: HF_GRADUTILS_SYNC."""
+
+
+def read_settings() -> dict[str, str]:
+    """Field of ``GradUtilsPlugin`` → the text in its variable."""
+    return {
+        name.removeprefix(SETTING).lower(): text
+        for name, text in os.environ.items()
+        if name.startswith(SETTING) and text
+    }
+
+
 def _local_size(name: str, node_rank: int | None) -> int | None:
     """Ranks of this node: a number, or SLURM's list over the nodes of a step, where ``4(x2),3`` is 4, 4, 3."""
     text = _text(name)

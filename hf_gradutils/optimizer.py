@@ -1,6 +1,8 @@
 """An optimizer that takes a step the way its window was closed: skipped, or scaled on the way."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -9,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 from hf_gradutils import upstream
+from hf_gradutils.errors import InvalidArgumentError
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,27 +25,65 @@ class StepOrder:
     divisor: Tensor | None = None
     """What gradients are divided by on the way: shape (), float32; for a fused optimizer."""
 
+    def and_then(self, other: "StepOrder") -> "StepOrder":
+        """Both, for a step on the gradients of two windows.
+
+        Raises:
+            InvalidArgumentError: the optimizer would have to divide some gradients by one number, some by another.
+        """
+        if self.divisor is not None or other.divisor is not None:
+            raise InvalidArgumentError(
+                "expected an optimizer for each loss with fold_into_optimizer=True, got one that steps on the "
+                "gradients of two; leave out fold_into_optimizer"
+            )
+        flags = [flag for flag in (self.skip_flag, other.skip_flag) if flag is not None]
+        flag = torch.stack(flags).amax() if flags else None
+        return StepOrder(skip=self.skip or other.skip, skip_flag=flag)
+
 
 class GradUtilsOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
     """accelerate's optimizer, with a :class:`StepOrder` for each step. See :meth:`adopt`."""
 
     order: StepOrder | None
     """Of the next step; used up by it."""
+    awaits_update: bool
+    """It has stepped through fp16's scaler, which has not settled its scale since."""
+    scaler: Any
     _is_left_out: bool
+    _before_step: Callable[["GradUtilsOptimizer"], None]
 
     @classmethod
-    def adopt(cls, optimizer: AcceleratedOptimizer) -> "GradUtilsOptimizer":
-        """Turn an optimizer, as accelerate builds it by name, into one of ours, in place."""
+    def adopt(
+        cls, optimizer: AcceleratedOptimizer, before_step: Callable[["GradUtilsOptimizer"], None]
+    ) -> "GradUtilsOptimizer":
+        """Turn an optimizer, as accelerate builds it by name, into one of ours, in place.
+
+        Args:
+            optimizer: Prepared by accelerate.
+            before_step: Called at each step that ends a window, before it: sees to it that gradients are the mean.
+        """
         optimizer.__class__ = cls
         optimizer.order = None
+        optimizer.awaits_update = False
         optimizer._is_left_out = False
+        optimizer._before_step = before_step
         return optimizer
 
     def step(self, closure: object = None) -> None:
-        """As in accelerate, in the way that was ordered."""
+        """As in accelerate, in the way that was ordered.
+
+        Raises:
+            InvalidArgumentError: there is a closure, whose gradients nobody could weigh before the step.
+        """
+        if closure is not None:
+            raise InvalidArgumentError(
+                "expected gradients before the step, got a closure that makes them inside it; call "
+                "accelerator.backward and then optimizer.step()"
+            )
         if not self.gradient_state.sync_gradients:
-            super().step(closure)
+            super().step()
             return
+        self._before_step(self)
         order, self.order = self.order or StepOrder(), None
         self._is_left_out = order.skip
         if order.skip:
@@ -52,9 +93,14 @@ class GradUtilsOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
         given = {name: value for name, value in given.items() if value is not None}
         for name, value in given.items():
             setattr(optimizer, name, value)
+        scaler = self.scaler
+        if scaler is not None:
+            self.scaler = _WithoutUpdate(scaler)
+            self.awaits_update = True
         try:
-            super().step(closure)
+            super().step()
         finally:
+            self.scaler = scaler
             for name in given:
                 delattr(optimizer, name)
 
@@ -62,6 +108,22 @@ class GradUtilsOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
     def step_was_skipped(self) -> bool:
         """Whether the last step was left out, by the scaler or by order of the host."""
         return self._is_left_out or super().step_was_skipped
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_before_step"}
+
+
+class _WithoutUpdate:
+    """fp16's scaler, for a step after which another optimizer still steps on gradients of the same scale."""
+
+    def __init__(self, scaler: Any):
+        self._scaler = scaler
+
+    def step(self, optimizer: Optimizer, closure: object = None) -> Any:
+        return self._scaler.step(optimizer)
+
+    def update(self) -> None:
+        """Later."""
 
 
 def innermost(optimizer: Optimizer) -> Optimizer:

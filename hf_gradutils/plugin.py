@@ -1,9 +1,13 @@
 """The settings of the Trainer and of the Accelerator."""
 
-from dataclasses import dataclass, fields
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from accelerate.utils import GradientAccumulationPlugin
 
+from hf_gradutils import environment
 from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.nonfinite import OnNonfinite, StepGuard
 from hf_gradutils.norm_groups import NormGroups, check_norm_groups
@@ -13,38 +17,101 @@ from hf_gradutils.sync_auto import SYNCS, Sync
 from hf_gradutils.targets import CountTargets, LossUnit, TargetCounter
 
 
+def _switch(text: str) -> bool:
+    values = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+    return values[text.lower()]
+
+
+def _groups(text: str) -> Any:
+    return text if not text.startswith("{") else _mapping(text)
+
+
+def _mapping(text: str) -> dict[str, str]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(text)
+    return value
+
+
+_FROM_TEXT: dict[str, tuple[Callable[[str], Any], str]] = {
+    "loss_unit": (str, "a unit"),
+    "check_loss_unit": (_switch, "true or false"),
+    "sync": (str, "a policy"),
+    "norm_type": (float, "a number"),
+    "grad_norm_groups": (_groups, """'layer', or JSON like {"group": "pattern"}"""),
+    "ownership": (_mapping, """JSON like {"pattern": "sharded"}"""),
+    "on_nonfinite": (str, "a policy"),
+    "max_skipped_steps": (int, "a whole number"),
+    "fold_into_optimizer": (_switch, "true or false"),
+}
+"""Field → how to read it from its variable, and what is expected there."""
+
+
+def _from_variables() -> dict[str, Any]:
+    """The fields that variables set. InvalidArgumentError names a variable that says nothing of the kind."""
+    values = {}
+    for name, text in environment.read_settings().items():
+        variable = f"{environment.SETTING}{name.upper()}"
+        if name not in _FROM_TEXT:
+            known = ", ".join(f"{environment.SETTING}{known.upper()}" for known in _FROM_TEXT)
+            raise InvalidArgumentError(f"{variable} sets nothing; the variables are {known}")
+        parse, expected = _FROM_TEXT[name]
+        try:
+            values[name] = parse(text)
+        except (ValueError, KeyError):
+            raise InvalidArgumentError(f"{variable} must be {expected}, got {text!r}") from None
+    return values
+
+
+def _setting(name: str, default: Any) -> Callable[[], Any]:
+    """What a field that was not passed takes: what its variable says, else the default."""
+    return lambda: _from_variables().get(name, default)
+
+
 @dataclass
 class GradUtilsPlugin(GradientAccumulationPlugin):  # type: ignore[misc]
-    """How gradients are accumulated, for ``GradUtilsTrainer(grad_plugin=…)``.
+    """How gradients are accumulated.
+
+    For ``GradUtilsTrainer(grad_plugin=…)`` and ``GradUtilsAccelerator(gradient_accumulation_plugin=…)``. A field that
+    is not passed takes its value from the variable ``HF_GRADUTILS_<FIELD>``, as ``HF_GRADUTILS_SYNC``. accelerate's own
+    fields (``num_steps``, …) are for the Accelerator; a Trainer has arguments for them.
 
     Raises:
-        InvalidArgumentError: a setting that means nothing, with what it may be.
+        InvalidArgumentError: a setting that means nothing, with what it may be and the variable it comes from.
     """
 
-    loss_unit: LossUnit = "auto"
+    loss_unit: LossUnit = field(default_factory=_setting("loss_unit", "auto"))
     """What the loss is a mean over; ``auto`` asks the labels and the loss itself."""
     count_targets: CountTargets | None = None
     """Batch → number of targets, a 0-d tensor; overrides ``loss_unit``."""
-    check_loss_unit: bool = True
+    check_loss_unit: bool = field(default_factory=_setting("check_loss_unit", True))
     """Verify on the first batch, with three forwards, that the loss is a mean over what is counted."""
-    sync: Sync = "defer"
+    sync: Sync = field(default_factory=_setting("sync", "defer"))
     """When gradients are communicated: ``defer`` to the last micro-batch, ``every`` one, ``reduce_scatter`` shards in
     every one and replicas in the last, or ``auto``, by what memory allows. See ``docs/sync.md``."""
-    norm_type: float = 2.0
+    norm_type: float = field(default_factory=_setting("norm_type", 2.0))
     """p of the gradient norm that is logged and clipped to; ``inf`` is the largest element."""
-    grad_norm_groups: NormGroups = None
+    grad_norm_groups: NormGroups = field(default_factory=_setting("grad_norm_groups", None))
     """Groups of parameters whose norms are logged as ``grad_norm/<group>``: ``"layer"``, or group → name pattern."""
-    ownership: Ownership | None = None
+    ownership: Ownership | None = field(default_factory=_setting("ownership", None))
     """Plain parameters of which ranks hold different parts, see :func:`hf_gradutils.clip_gradients`."""
-    on_nonfinite: OnNonfinite = "raise"
+    on_nonfinite: OnNonfinite = field(default_factory=_setting("on_nonfinite", "raise"))
     """What becomes of a step whose gradient is inf or NaN anywhere. See ``docs/nonfinite.md``."""
-    max_skipped_steps: int = 10
+    max_skipped_steps: int = field(default_factory=_setting("max_skipped_steps", 10))
     """Steps in a row that ``on_nonfinite="skip"`` leaves out; one more is an error."""
-    fold_into_optimizer: bool = False
+    fold_into_optimizer: bool = field(default_factory=_setting("fold_into_optimizer", False))
     """Let a fused optimizer do the scaling, which saves one pass over the gradients. Whatever reads ``.grad`` before
     the step sees it unscaled."""
 
     def __post_init__(self) -> None:
+        try:
+            self._check()
+        except InvalidArgumentError as error:
+            said = [name for name, value in _from_variables().items() if getattr(self, name) == value]
+            named = [f"{environment.SETTING}{name.upper()}" for name in said if str(error).startswith(name)]
+            raise InvalidArgumentError(f"{named[0]}: {error}" if named else str(error)) from None
+
+    def _check(self) -> None:
         self.counter()
         self.guard()
         if self.sync not in SYNCS:
@@ -53,6 +120,19 @@ class GradUtilsPlugin(GradientAccumulationPlugin):  # type: ignore[misc]
         check_norm_type(self.norm_type)
         check_norm_groups(self.grad_norm_groups)
         check_ownership(self.ownership or {})
+
+    def of_accelerate(self, num_steps: int) -> GradientAccumulationPlugin:
+        """What accelerate itself is to know."""
+        own = {field.name: getattr(self, field.name) for field in fields(GradientAccumulationPlugin)}
+        return GradientAccumulationPlugin(**own | {"num_steps": num_steps})
+
+    def to_kwargs(self) -> dict[str, Any]:
+        """Refused: only an Accelerator that is not ours asks, and it would weigh no micro-batch by its targets."""
+        raise InvalidArgumentError(
+            "expected GradUtilsAccelerator for a GradUtilsPlugin, got accelerate's Accelerator, which would drop all "
+            "it says; use hf_gradutils.GradUtilsAccelerator(gradient_accumulation_plugin=…), or pass accelerate's own "
+            "GradientAccumulationPlugin"
+        )
 
     def counter(self) -> TargetCounter:
         """Counts a batch's targets as these settings say."""

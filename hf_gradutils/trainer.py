@@ -94,7 +94,7 @@ class GradUtilsTrainerMixin(EvaluationMixin):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer.train``; a non-finite loss is logged as it is, not replaced by an average of earlier ones."""
         self._expects_first_batch, self._logged = True, None
-        self.accelerator.guard = self.grad_plugin.guard()
+        self.accelerator.forget_windows()
         if self.grad_plugin.fold_into_optimizer:
             self._check_nobody_reads_gradients()
         discard_deferred(self.model)
@@ -133,6 +133,7 @@ class GradUtilsTrainerMixin(EvaluationMixin):
     def _update_auto_batch_size(self, batch_size: int) -> None:
         """As in Trainer, which starts over: what was weighed so far is dropped with its gradients."""
         self._expects_first_batch, self._logged = True, None
+        self.accelerator.forget_windows()
         discard_deferred(self.model)
         super()._update_auto_batch_size(batch_size)
 
@@ -198,12 +199,12 @@ class GradUtilsTrainerMixin(EvaluationMixin):
         if isinstance(inputs, Padding) and self._num_data_ranks() == 1:
             return torch.zeros((), device=self.args.device)  # nobody communicates with what this rank lacks
         if self._expects_first_batch:
-            self._start_windows(inputs)
+            self._start_windows(model, inputs)
         # A micro-batch's own mean is wanted: Trainer must not divide it by the number of micro-batches.
         self.current_gradient_accumulation_steps = 1
         self._micro_batch_count = torch.ones((), dtype=torch.float64, device=self.args.device)
         try:
-            with self.accelerator.one_micro_batch(), self.accelerator.sync_context(model):
+            with self.accelerator.one_micro_batch(model):
                 return super().training_step(model, inputs, num_items_in_batch=self._micro_batch_count)
         finally:
             self._micro_batch_count = None
@@ -223,18 +224,19 @@ class GradUtilsTrainerMixin(EvaluationMixin):
         self.accelerator.count(num_targets, weight)
         return with_one_target(prepared, num_targets)
 
-    def _start_windows(self, inputs: Mapping[str, Any]) -> None:
+    def _start_windows(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         """Settle the unit of the loss on the first batch, and open the first window with a scale to match."""
         accumulation = self.args.gradient_accumulation_steps
         is_split = accumulation > 1 or self.accelerator.num_processes > self.get_tp_size()
         targets_per_micro_batch = self._settle_unit(inputs, is_split=is_split)
         assert self._counter is not None
-        self.accelerator.window = AccumulationWindow(
+        sums = AccumulationWindow(
             self.args.device,
             loss_scale=1.0 if self._counter.is_sum else loss_scale_for(targets_per_micro_batch * accumulation),
             num_replicas=self.get_tp_size(),
             is_sum=self._counter.is_sum,
         )
+        self.accelerator.window_of(model).start(sums)
         self._expects_first_batch = False
 
     # ---- Training: the window's end ----
@@ -253,7 +255,7 @@ class GradUtilsTrainerMixin(EvaluationMixin):
         report, is_taken = self.accelerator.close_window(
             model, max_norm, step=self.state.global_step + 1, has_data_left=has_data_left
         )
-        if self.accelerator.guard.is_pending:
+        if self.accelerator.is_unsettled:
             self._counters = Counters(self.state.global_step, self.lr_scheduler, self.optimizer)
         if has_data_left is not None:
             self._others_have_data = report.num_ranks_with_data
@@ -268,7 +270,7 @@ class GradUtilsTrainerMixin(EvaluationMixin):
     def _settle_step(self) -> None:
         """Raise if the step before was left out on the device, with the counters as they were before it."""
         try:
-            self.accelerator.guard.settle()
+            self.accelerator.settle()
         except NonfiniteGradientError:
             if self._counters is not None:
                 self.state.global_step = self._counters.restore(self.lr_scheduler, self.optimizer)
@@ -294,7 +296,7 @@ class GradUtilsTrainerMixin(EvaluationMixin):
             if "loss" in logs:
                 logs |= self._logged.entries(self.grad_plugin.grad_norm_groups is not None)
                 if self.grad_plugin.on_nonfinite == "skip":
-                    logs["skipped_steps"] = self.accelerator.guard.num_skipped
+                    logs["skipped_steps"] = self.accelerator.num_skipped_steps
         super().log(logs, *args, **kwargs)
 
 
