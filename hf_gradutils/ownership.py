@@ -11,6 +11,7 @@ import operator
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -70,7 +71,17 @@ class Plan:
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """All parameters that have, or may get, a gradient, in the model's order; a tied one once."""
-    return [p for p in upstream.parameters_of(model) if p.requires_grad or p.grad is not None]
+    return trainable_gradients(model)[0]
+
+
+def trainable_gradients(model: nn.Module) -> tuple[list[nn.Parameter], list[Tensor | None]]:
+    """:func:`trainable_parameters` and their gradients."""
+    parameters = upstream.parameters_of(model)
+    gradients = upstream.gradients_of(parameters)
+    if NoneType not in set(map(type, gradients)):
+        return parameters, gradients
+    kept = [i for i, gradient in enumerate(gradients) if gradient is not None or parameters[i].requires_grad]
+    return [parameters[i] for i in kept], [gradients[i] for i in kept]
 
 
 @dataclass(slots=True)

@@ -1,7 +1,7 @@
 """The ranks whose contributions are added, and the one packed collective that adds them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -135,6 +135,11 @@ def gather_objects(domain: Domain, mine: T) -> list[T]:
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on ``device``; itself, without a call, where it is there already."""
     return tensor if tensor.device == device else tensor.to(device, non_blocking=True)
+
+
+def are_on_one_device(tensors: Iterable[Tensor]) -> bool:
+    """Whether no two are on different devices; asked at every step, so without making hundreds of device objects."""
+    return len(set(map(Tensor.get_device, tensors))) <= 1  # -1 is the CPU; a process has one kind of accelerator
 
 
 def _device_for(group: ProcessGroup, device: torch.device) -> torch.device:

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import NoneType
+from typing import TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -11,7 +13,9 @@ from torch import Tensor
 from hf_gradutils import upstream
 from hf_gradutils.norms import power_sums, root
 from hf_gradutils.ownership import Plan, in_placements_of
-from hf_gradutils.reduction import all_reduce_, on_device, reduce_packed
+from hf_gradutils.reduction import all_reduce_, are_on_one_device, on_device, reduce_packed
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +28,9 @@ class LocalGradients:
     device: torch.device
     shards: list[Tensor]
     values: list[Tensor]
-    indices: list[int]
+    sizes: tuple[int, ...]
+    """Elements of each value; not 0."""
+    indices: Sequence[int]
     """Which of the plan's parameters each belongs to."""
 
 
@@ -34,7 +40,7 @@ class Norms:
 
     total: Tensor
     """Shape (), float64."""
-    powers: list[tuple[list[int], Tensor]]
+    powers: list[tuple[Sequence[int], Tensor]]
     """For each device: the plan's parameters, and Σ |x|^p of this rank's part of their gradients."""
     _by_place: Tensor
     _group_of_place: Tensor
@@ -49,29 +55,54 @@ class Norms:
         return root(groups.index_add_(0, self._group_of_place, self._by_place), self._norm_type)
 
 
-@torch.no_grad()
-def collect_gradients(parameters: Sequence[Tensor], plan: Plan) -> LocalGradients:
-    """The gradients that are there, and which of the plan's parameters they belong to.
+def collect_gradients(
+    parameters: Sequence[Tensor], plan: Plan, gradients: Sequence[Tensor | None] | None = None
+) -> LocalGradients:
+    """The gradients that are there, and which of the plan's parameters they belong to. Called under ``no_grad``.
+
+    Args:
+        parameters: Those of the plan.
+        plan: Who counts what.
+        gradients: Of the parameters, where somebody has asked them already.
 
     Collectives: none, but one per gradient whose layout differs from its parameter's (Partial ones).
     """
     assert len(parameters) == len(plan.places)
-    every = [parameter.grad for parameter in parameters]
-    indices = [index for index, gradient in enumerate(every) if gradient is not None]
-    gradients = [gradient for gradient in every if gradient is not None]
-    owners = [parameters[index] for index in indices]
-    shards = values = upstream.local_tensors(gradients)
-    if upstream.layouts(gradients) != upstream.layouts(owners):
-        pairs = zip(owners, gradients, strict=True)
+    every = upstream.gradients_of(parameters) if gradients is None else gradients
+    present = cast(Sequence[Tensor], every)
+    owners: Sequence[Tensor] = parameters
+    indices: Sequence[int] = range(len(parameters))
+    if NoneType in set(map(type, every)):
+        present = [gradient for gradient in every if gradient is not None]
+        indices = [index for index, gradient in enumerate(every) if gradient is not None]
+        owners = [parameters[index] for index in indices]
+    shards = values = upstream.local_tensors(present)
+    if not _are_laid_out_alike(plan, owners, present):
+        pairs = zip(owners, present, strict=True)
         values = [upstream.local_tensor(in_placements_of(owner, gradient)) for owner, gradient in pairs]
-    if not all(value.numel() for value in values):  # a shard may be empty
-        kept = [i for i, value in enumerate(values) if value.numel()]
+    sizes = tuple(map(Tensor.numel, values))
+    if 0 in sizes:  # a shard may be empty
+        kept = [i for i, size in enumerate(sizes) if size]
         shards, values = [shards[i] for i in kept], [values[i] for i in kept]
-        indices = [indices[i] for i in kept]
-    return LocalGradients(parameters[0].device if parameters else torch.device("cpu"), shards, values, indices)
+        indices, sizes = [indices[i] for i in kept], tuple(sizes[i] for i in kept)
+    device = parameters[0].device if parameters else torch.device("cpu")
+    return LocalGradients(device, shards, values, sizes, indices)
 
 
-@torch.no_grad()
+_alike: WeakKeyDictionary[Plan, tuple[list[object], list[object]]] = WeakKeyDictionary()
+"""Layouts of parameters and gradients that were found equal last: to compare objects with themselves takes no time."""
+
+
+def _are_laid_out_alike(plan: Plan, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
+    layouts = upstream.layouts(parameters), upstream.layouts(gradients)
+    if _alike.get(plan) == layouts:
+        return True
+    are_alike = layouts[0] == layouts[1]
+    if are_alike:
+        _alike[plan] = layouts
+    return are_alike
+
+
 def reduce_with_norm(
     plan: Plan,
     gradients: LocalGradients,
@@ -80,7 +111,7 @@ def reduce_with_norm(
     *,
     foreach: bool = True,
 ) -> tuple[Norms, Tensor]:
-    """The global p-norms of the gradients, and any further sums in the same collective.
+    """The global p-norms of the gradients, and any further sums in the same collective. Called under ``no_grad``.
 
     Args:
         plan: Who counts what; every rank of its domain must call, with or without gradients.
@@ -99,7 +130,10 @@ def reduce_with_norm(
     device, num_places = gradients.device, len(plan.shares)
     if sums is None:
         sums = torch.zeros(0, dtype=torch.float64, device=device)
-    powers = [(part, power_sums(part.pick(gradients.values), norm_type, foreach=foreach)) for part in layout.parts]
+    powers = [
+        (part, power_sums(part.pick(gradients.values), norm_type, foreach=foreach, sizes=part.pick(gradients.sizes)))
+        for part in layout.parts
+    ]
     kept = [(part.parameters, values) for part, values in powers]
 
     if math.isinf(norm_type):
@@ -117,7 +151,7 @@ def reduce_with_norm(
         added = added.index_add(0, part.places, on_device(values, device))
     packed = torch.cat((on_device(sums, device), added, layout.counted))
     all_reduce_(plan.domain, packed)
-    sums, added, counted = packed.split((sums.numel(), num_places, num_places))  # type: ignore[no-untyped-call]
+    sums, added, counted = packed.split_with_sizes((sums.numel(), num_places, num_places))
     by_place = added / counted
     total = root(by_place.sum(), norm_type)
     return Norms(total, kept, by_place, layout.group_of_place, len(plan.groups), norm_type), sums
@@ -127,15 +161,15 @@ def reduce_with_norm(
 class _Part:
     """The gradients on one device."""
 
-    positions: list[int]
+    positions: Sequence[int]
     """In the lists of ``LocalGradients``."""
-    parameters: list[int]
+    parameters: Sequence[int]
     """In the plan."""
     places: Tensor
     """In the plan."""
     is_all: bool
 
-    def pick(self, values: list[Tensor]) -> list[Tensor]:
+    def pick(self, values: Sequence[T]) -> Sequence[T]:
         return values if self.is_all else [values[position] for position in self.positions]
 
 
@@ -159,18 +193,20 @@ _layouts: WeakKeyDictionary[Plan, _Layout] = WeakKeyDictionary()
 
 def _layout_of(plan: Plan, gradients: LocalGradients) -> _Layout:
     device = gradients.device
-    devices = [value.device for value in gradients.values]
-    key = (device, *gradients.indices, *devices)
+    devices = [value.device for value in gradients.values[:1]]
+    if not are_on_one_device(gradients.values):
+        devices = [value.device for value in gradients.values]
+    key = (device, gradients.indices, devices)
     known = _layouts.get(plan)
     if known is not None and known.key == key:
         return known
 
     parts = []
     for part_device in dict.fromkeys(devices):
-        positions = [i for i, value_device in enumerate(devices) if value_device == part_device]
+        positions = [i for i, value in enumerate(gradients.values) if value.device == part_device]
         parameters = [gradients.indices[i] for i in positions]
         places = torch.tensor([plan.places[i] for i in parameters], device=device)
-        parts.append(_Part(positions, parameters, places, is_all=len(positions) == len(devices)))
+        parts.append(_Part(positions, parameters, places, is_all=len(devices) == 1))
     counted = torch.tensor([share or _UNCOUNTED for share in plan.shares], dtype=torch.float64)
     for index in gradients.indices:
         if plan.is_replica(index):

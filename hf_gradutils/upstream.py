@@ -6,9 +6,12 @@ Trainer overrides are listed in :data:`TRAINER_METHODS` and checked by the same 
 """
 
 import contextlib
+import functools
 import inspect
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -61,13 +64,24 @@ def foreach_mul_(tensors: Sequence[Tensor], factor: Tensor) -> None:
 
 
 def foreach_mul_in_fp32_(tensors: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply half-precision tensors by a 0-d float32 tensor, in place, rounding once.
+    """Multiply tensors of 16 or 32 bits by a 0-d float32 tensor, in place, rounding once.
 
     The multi-tensor kernel behind ``GradScaler.unscale_``: it is the one that takes a float32 factor for
     any gradient dtype without leaving its fast path. Its non-finite flag is not used.
     """
-    found_nonfinite = torch.zeros((), dtype=torch.float32, device=factor.device)
-    torch._amp_foreach_non_finite_check_and_unscale_(list(tensors), found_nonfinite, factor)
+    torch._amp_foreach_non_finite_check_and_unscale_(list(tensors), _unused_flag(factor.device), factor)
+
+
+@functools.lru_cache
+def _unused_flag(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it outlives the mode that its first user may be in
+        return torch.zeros((), dtype=torch.float32, device=device)
+
+
+def flatten(tensors: Sequence[Tensor]) -> Tensor:
+    """The elements of all tensors in one, in the dtype that holds them all; of a single tensor it may be a view."""
+    flat: Tensor = torch._C._nn.flatten_dense_tensors(list(tensors))
+    return flat
 
 
 def _fsdp2_groups(module: FSDPModule) -> list[Any]:
@@ -166,19 +180,63 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
     """:func:`local_tensor` of each, with less Python: a model has hundreds, and every step asks."""
-    local = [t._local_tensor if isinstance(t, DTensor) else t for t in tensors]
-    return [t.wait() if isinstance(t, AsyncCollectiveTensor) else t for t in local]
-
-
-def parameters_of(model: nn.Module) -> list[nn.Parameter]:
-    """``list(model.parameters())``, but without making all their names on the way, at every step."""
-    modules = (module._parameters.values() for module in model.modules())
-    return list({id(p): p for own in modules for p in own if p is not None}.values())
+    are_dtensors = _are_dtensors(tensors)
+    if are_dtensors is None:
+        local = [t._local_tensor if isinstance(t, DTensor) else t for t in tensors]
+    else:
+        local = list(map(_get_local_tensor, tensors) if are_dtensors else tensors)
+    if AsyncCollectiveTensor in set(map(type, local)):
+        return [t.wait() if isinstance(t, AsyncCollectiveTensor) else t for t in local]
+    return local
 
 
 def layouts(tensors: Sequence[Tensor]) -> list[object]:
     """Mesh and placements of all DTensors: equal lists for equal ones, quickly if they are the same objects."""
-    return [t._spec for t in tensors if isinstance(t, DTensor)]
+    are_dtensors = _are_dtensors(tensors)
+    if are_dtensors is None:
+        return [t._spec for t in tensors if isinstance(t, DTensor)]
+    return list(map(_get_layout, tensors)) if are_dtensors else []
+
+
+_get_local_tensor = operator.attrgetter("_local_tensor")
+_get_layout = operator.attrgetter("_spec")
+
+
+def _are_dtensors(tensors: Sequence[Tensor]) -> bool | None:
+    """Whether all of them are, or none; None if some are."""
+    answers = {issubclass(kind, DTensor) for kind in set(map(type, tensors))}
+    return None if len(answers) == 2 else True in answers
+
+
+def parameters_of(model: nn.Module) -> list[nn.Parameter]:
+    """``list(model.parameters())``, without making all names on the way, at every step; not to be changed."""
+    found: list[nn.Parameter | None] = []
+    seen: set[Any] = {None}  # in the place of a module there may be none
+    waiting: list[Any] = [model]
+    while waiting:
+        module = waiting.pop()
+        if module not in seen:
+            seen.add(module)
+            found += module._parameters.values()
+            waiting += reversed(module._modules.values())
+    known = _parameters_of.get(model)
+    if known is None or len(known[0]) != len(found) or not all(map(operator.is_, known[0], found)):
+        unique = {id(parameter): parameter for parameter in found if parameter is not None}
+        _parameters_of[model] = known = found, list(unique.values())
+    return known[1]
+
+
+_parameters_of: WeakKeyDictionary[nn.Module, tuple[list[nn.Parameter | None], list[nn.Parameter]]] = WeakKeyDictionary()
+"""What the modules held when a model was last asked for its parameters, and the same without None and repetitions."""
+
+
+def gradients_of(parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """``[p.grad for p in parameters]``, without asking each DTensor's class whether it has its own idea of ``grad``."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return list(map(_get_gradient, parameters))
+
+
+_get_gradient = operator.attrgetter("grad")
 
 
 _PARTIAL_STYLE = "ReplicatedWithGradAllReduce"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.norm_groups import NormGroups, unwrapped_name
-from hf_gradutils.ownership import Ownership, Plan, plan_for_model, trainable_parameters
+from hf_gradutils.ownership import Ownership, Plan, plan_for_model, trainable_gradients
 from hf_gradutils.scaling import clip_divisor, scale_
 from hf_gradutils.total_norm import Norms, collect_gradients, reduce_with_norm
 
@@ -160,9 +160,9 @@ class AccumulationWindow:
         Collectives: one all-reduce over all ranks (an all-gather for p = inf); every rank must call. The
             first call for a model also builds its plan. Host syncs: none.
         """
-        parameters = trainable_parameters(model)
+        parameters, every_gradient = trainable_gradients(model)
         plan = plan_for_model(model, parameters, ownership=ownership, norm_groups=norm_groups)
-        gradients = collect_gradients(parameters, plan)
+        gradients = collect_gradients(parameters, plan, every_gradient)
         sums = torch.zeros(2, dtype=torch.float64, device=self._device) if self._sums is None else self._sums
         if has_data_left is not None:
             sums = torch.cat((sums, torch.full_like(sums[:1], float(has_data_left))))
