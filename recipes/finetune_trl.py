@@ -1,0 +1,94 @@
+"""Fine-tune on chats with trl, exactly: the mixin in front of trl's ``SFTTrainer``.
+
+    accelerate launch recipes/finetune_trl.py configs/chat.yaml
+    accelerate launch --multi_gpu --num_processes 2 recipes/finetune_trl.py configs/chat.yaml --max_steps 50
+
+The YAML file holds fields of ``ChatArguments`` (arguments.py) and of trl's ``SFTConfig``; flags override it. Without
+``model_name_or_path`` a small model is made, without ``dataset_name`` it learns to answer what a function of the
+Python standard library does.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from arguments import ChatArguments, parse_arguments
+from checkpoints import find_checkpoint, read_state
+from data import load_chats, load_tokenizer
+from errors import UserError, exit_with_error
+from models import load_model
+from training_report import evenly_spaced, plot_training, print_report
+from transformers import set_seed
+
+from hf_gradutils import FirstRankPerNode, GradUtilsTrainerMixin, route_first_rank
+from hf_gradutils.errors import GradUtilsError
+
+try:
+    from trl import SFTConfig, SFTTrainer
+except ImportError as error:
+    exit_with_error(UserError(f"this recipe needs trl: pip install 'hf-gradutils[trl]' ({error})"))
+
+
+class ExactSFTTrainer(GradUtilsTrainerMixin, SFTTrainer):
+    """trl's own data preparation, loss and metrics; our gradients."""
+
+
+def main() -> None:
+    recipe, training = parse_arguments(sys.argv[1:], ChatArguments, SFTConfig)
+    set_seed(training.seed)
+
+    # One rank reads and downloads, for all nodes that share the cache; the others then find it all there.
+    with FirstRankPerNode(scope="auto"):
+        train, held_out = load_chats(recipe)
+        tokenizer = load_tokenizer(recipe, train)
+        model = load_model(recipe, tokenizer, max_length=training.max_length or 2048)
+    rename = {recipe.messages_column: "messages"} if recipe.messages_column != "messages" else {}
+    train, held_out = (rows.select_columns(recipe.messages_column).rename_columns(rename) for rows in (train, held_out))
+
+    with route_first_rank():  # trl renders and tokenizes the chats here, on one rank of a node first
+        trainer = ExactSFTTrainer(
+            model=model, args=training, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
+        )
+    if trainer.is_world_process_zero():
+        print(
+            f"{len(trainer.train_dataset)} training and {len(trainer.eval_dataset)} held-out chats, "
+            f"{training.world_size} × {training.device.type}, {training.per_device_train_batch_size} chats × "
+            f"{training.gradient_accumulation_steps} accumulated on each",
+            flush=True,
+        )
+
+    checkpoint = find_checkpoint(training.output_dir, training.resume_from_checkpoint)
+    first_step, _ = read_state(checkpoint) if checkpoint else (0, [])
+    train_time_s = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics["train_runtime"]
+    evaluation = trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+
+    answers = sample_answers(trainer.model, tokenizer, held_out)
+    if trainer.is_world_process_zero():
+        plot = plot_training(trainer.state.log_history, training.max_grad_norm, Path(training.output_dir))
+        print_report(trainer.state.log_history, evaluation, train_time_s, first_step, answers)
+        print(f"Saved the model, its tokenizer, trainer_state.json and {plot} in {training.output_dir}", flush=True)
+
+
+@torch.no_grad()
+def sample_answers(model, tokenizer, chats) -> list[tuple[str, str, str]]:
+    """Let the model answer held-out questions, on every rank, for a sharded model needs all of them."""
+    model.eval()
+    answers = []
+    for row in evenly_spaced(chats):
+        *question, answer = row["messages"]
+        inputs = tokenizer.apply_chat_template(
+            question, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        ).to(model.device)
+        output = model.generate(**inputs, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers.append((question[-1]["content"] if question else "", text, answer["content"]))
+    return answers
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (UserError, GradUtilsError) as error:
+        exit_with_error(error)
