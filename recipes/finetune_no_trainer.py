@@ -1,0 +1,182 @@
+"""Fine-tune with accelerate's own loop, exactly: GradUtilsAccelerator instead of Accelerator.
+
+    accelerate launch recipes/finetune_no_trainer.py configs/causal_lm.yaml
+    accelerate launch --multi_gpu --num_processes 2 recipes/finetune_no_trainer.py configs/causal_lm.yaml
+
+The YAML file holds fields of ``RecipeArguments`` and ``LoopArguments`` (arguments.py); flags override it. How the
+model is spread over ranks and in which precision it computes is in the launcher's configuration.
+"""
+
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
+from arguments import LoopArguments, RecipeArguments, parse_arguments
+from checkpoints import drop_old_checkpoints, find_checkpoint, read_state, write_state
+from data import load_texts, load_tokenizer
+from errors import UserError, exit_with_error
+from models import load_model
+from precision import reduce_in_float32
+from tokenization import MASKED, check_targets, count_targets, find_classes, pad_to_multiple, tokenize
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from training_report import plot_training, print_report, sample_completions, sample_predictions
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, get_scheduler, set_seed
+
+from hf_gradutils import FirstRankPerNode, GradUtilsAccelerator, GradUtilsPlugin
+from hf_gradutils.errors import GradUtilsError
+
+
+def main() -> None:
+    recipe, training = parse_arguments(sys.argv[1:], RecipeArguments, LoopArguments)
+    set_seed(training.seed)
+
+    # One rank reads, tokenizes and downloads, for all nodes that share the cache; the others then find it all there.
+    with FirstRankPerNode(scope="auto"):
+        train_texts, held_out_texts = load_texts(recipe)
+        tokenizer = load_tokenizer(recipe, train_texts)
+        classes = find_classes(recipe, train_texts)
+        train = tokenize(train_texts, recipe, tokenizer, classes)
+        held_out = tokenize(held_out_texts, recipe, tokenizer, classes)
+        model = load_model(recipe, tokenizer, max_length=recipe.max_length, task=recipe.task, classes=classes)
+    check_targets(recipe, training=(train_texts, train), held_out=(held_out_texts, held_out))
+
+    accelerator = GradUtilsAccelerator(
+        cpu=not torch.accelerator.is_available(),
+        gradient_accumulation_plugin=GradUtilsPlugin(num_steps=training.gradient_accumulation_steps),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=training.seed),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=training.ddp_find_unused_parameters)],
+        log_with=None if training.report_to == "none" else training.report_to,
+        project_dir=training.output_dir,
+    )
+    reduce_in_float32(accelerator)
+    if recipe.task == "sequence-classification":
+        collator = DataCollatorWithPadding(tokenizer)
+    else:
+        collator = DataCollatorForSeq2Seq(tokenizer, model=model, label_pad_token_id=MASKED)
+    size = training.per_device_train_batch_size
+    loader = accelerator.prepare(DataLoader(train, size, shuffle=True, drop_last=True, collate_fn=collator))
+    if len(loader) == 0:
+        raise UserError(f"{len(train)} training examples are too few for {accelerator.num_processes} × {size}")
+    steps_per_epoch = math.ceil(len(loader) / training.gradient_accumulation_steps)  # the last window may be short
+    num_steps = training.max_steps if training.max_steps > 0 else training.num_train_epochs * steps_per_epoch
+
+    size = training.per_device_eval_batch_size
+    held_out_rows = pad_to_multiple(held_out, size * accelerator.num_processes)
+    eval_loader = accelerator.prepare(DataLoader(held_out_rows, size, collate_fn=collator))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
+    # accelerate steps a scheduler as often as there are ranks
+    times = accelerator.num_processes
+    scheduler = get_scheduler(training.lr_scheduler_type, optimizer, training.warmup_steps * times, num_steps * times)
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+
+    if training.report_to != "none":
+        accelerator.init_trackers("finetune_no_trainer", config=vars(recipe) | vars(training))
+    accelerator.print(
+        f"{recipe.task}: {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f}M parameters, "
+        f"{len(train)} training and {len(held_out)} held-out examples, {accelerator.num_processes} × "
+        f"{accelerator.device.type}, {training.per_device_train_batch_size} examples × "
+        f"{training.gradient_accumulation_steps} accumulated on each",
+        flush=True,
+    )
+
+    step, log_history = 0, []
+    if checkpoint := find_checkpoint(training.output_dir, training.resume_from_checkpoint):
+        accelerator.load_state(str(checkpoint))
+        step, log_history = read_state(checkpoint)
+    first_step, start_s = step, time.monotonic()
+    progress = tqdm(total=num_steps, initial=step, disable=not accelerator.is_main_process)
+
+    def log(**entry: float) -> None:
+        log_history.append({"step": step, "epoch": step / steps_per_epoch, **entry})
+        accelerator.log(entry, step=step)
+        if accelerator.is_main_process:
+            progress.write(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in entry.items()))
+
+    model.train()
+    reports = []
+    while step < num_steps:
+        epoch, num_done = divmod(step, steps_per_epoch)
+        loader.set_epoch(epoch)
+        rest = accelerator.skip_first_batches(loader, num_done * training.gradient_accumulation_steps)
+        for batch in rest:
+            learning_rate = scheduler.get_last_lr()[0]
+            with accelerator.accumulate(model):
+                loss = model(**batch).loss  # the micro-batch's own mean
+                accelerator.backward(loss, num_targets=count_targets(batch, recipe.task))
+                if accelerator.sync_gradients and training.max_grad_norm > 0:
+                    accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+            step += 1
+            progress.update()
+            reports.append(accelerator.report)
+
+            if training.is_due("log", step):  # the only place where the host waits for the device
+                num_targets = sum(float(report.num_targets) for report in reports)
+                loss = sum(float(report.loss) * float(report.num_targets) for report in reports) / num_targets
+                grad_norm = float(reports[-1].grad_norm)
+                log(loss=loss, grad_norm=grad_norm, learning_rate=learning_rate, num_targets=int(num_targets))
+                reports = []
+            if training.is_due("evaluate", step):
+                log(eval_loss=evaluate(accelerator, model, eval_loader, recipe))
+            if training.is_due("save", step):
+                save_checkpoint(accelerator, step, log_history, training)
+            if step == num_steps:
+                break
+    progress.close()
+    train_time_s = time.monotonic() - start_s
+
+    evaluation = {"eval_loss": evaluate(accelerator, model, eval_loader, recipe)}
+    log(**evaluation)
+    output = Path(training.output_dir)
+    weights = accelerator.get_state_dict(model)
+    unwrapped = accelerator.unwrap_model(model)
+    # Every rank generates, for a sharded model needs all of them; rank 0 shows what came out.
+    sample = sample_predictions if recipe.task == "sequence-classification" else sample_completions
+    samples = sample(unwrapped, tokenizer, held_out)
+    if accelerator.is_main_process:
+        unwrapped.save_pretrained(output, state_dict=weights)
+        tokenizer.save_pretrained(output)
+        write_state(output, step, log_history)
+        plot = plot_training(log_history, training.max_grad_norm, output)
+        print_report(log_history, evaluation, train_time_s, first_step, samples)
+        print(f"Saved the model, its tokenizer, trainer_state.json and {plot} in {output}", flush=True)
+    accelerator.end_training()
+
+
+@torch.no_grad()
+def evaluate(accelerator, model, eval_loader, recipe) -> float:
+    """The loss over all targets of the held-out rows, each row once: Σ n·L / Σ n."""
+    sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    model.eval()
+    for batch in eval_loader:
+        num_targets = count_targets(batch, recipe.task)
+        loss = model(**batch).loss
+        loss = torch.where(num_targets > 0, loss.double() * num_targets, 0)  # a mean over no target is NaN
+        sums += torch.stack((loss, num_targets.double()))
+    model.train()
+    loss, num_targets = accelerator.reduce(sums).tolist()
+    return loss / num_targets
+
+
+def save_checkpoint(accelerator, step, log_history, training) -> None:
+    folder = Path(training.output_dir) / f"checkpoint-{step}"
+    accelerator.save_state(str(folder))
+    accelerator.wait_for_everyone()  # every rank's part is there before the log completes it
+    if accelerator.is_main_process:
+        write_state(folder, step, log_history)
+        drop_old_checkpoints(training.output_dir, training.save_total_limit)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (UserError, GradUtilsError) as error:
+        exit_with_error(error)
