@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +20,7 @@ from hf_gradutils.first_rank import FirstRankPerNode
 from hf_gradutils.model_windows import ModelWindow, ModelWindows
 from hf_gradutils.norms import check_norm_type
 from hf_gradutils.optimizer import GradUtilsOptimizer, StepOrder, as_flag, why_not_on_device
+from hf_gradutils.ownership import trainable_parameters
 from hf_gradutils.partial_gradients import sum_increments
 from hf_gradutils.plugin import GradUtilsPlugin
 from hf_gradutils.reduction import reduce_packed, world_domain
@@ -136,6 +137,13 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
         for model in self._models:
             sum_increments(model)
         return prepared
+
+    def prepare_model(
+        self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
+    ) -> nn.Module:
+        """As in accelerate; a model that is sharded already (transformers' ``DistributedConfig``) is left as it is."""
+        is_sharded = not self.is_fsdp2 and any(isinstance(p, DTensor) for p in model.parameters())
+        return super().prepare_model(model, device_placement, evaluation_mode or is_sharded)
 
     def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> GradUtilsOptimizer:
         """As in accelerate; the optimizer takes its steps the way the windows were closed.
@@ -355,10 +363,8 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
         if len(windows) == 1 and windows[0].is_open and windows[0].is_all(parameters) and p == self._plugin.norm_type:
             return self._close(windows[0], max_norm)[0].grad_norm
         self._close_all(windows)
-        trained = cast(list[nn.Parameter], [p for p in parameters if p.requires_grad or p.grad is not None])
-        return clip_parameters(
-            self._holder_of(trained), trained, max_norm, norm_type=p, ownership=self._plugin.ownership
-        )
+        holder, trained = self._holder_of(parameters)
+        return clip_parameters(holder, trained, max_norm, norm_type=p, ownership=self._plugin.ownership)
 
     def clip_grad_value_(self, parameters: Tensor | Iterable[Tensor], clip_value: float) -> None:
         """Make the gradients the exact mean, and limit every element of these to ±``clip_value``, sharded or not.
@@ -383,8 +389,8 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
             if gradient is not None:
                 upstream.local_tensor(gradient.detach()).clamp_(-clip_value, clip_value)
 
-    def _holder_of(self, parameters: Sequence[Tensor]) -> nn.Module:
-        """A module that knows all of these by name."""
+    def _holder_of(self, parameters: Sequence[Tensor]) -> tuple[nn.Module, list[nn.Parameter]]:
+        """A module that knows all of these by name, and those that are trained, in its order."""
         key = tuple(id(p) for p in parameters)
         if key not in self._holders:
             wanted, modules = set(key), [*(window.whole for window in self._windows), *self._models]
@@ -395,7 +401,8 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
                     found.append(module)
                     wanted -= own
             self._holders[key] = nn.ParameterList(parameters) if wanted else _as_one(found)
-        return self._holders[key]
+        ids = set(key)
+        return self._holders[key], [p for p in trainable_parameters(self._holders[key]) if id(p) in ids]
 
     def _check_at_end(self, name: str) -> None:
         if not self.sync_gradients:
