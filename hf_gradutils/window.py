@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.norm_groups import NormGroups, unwrapped_name
 from hf_gradutils.ownership import Ownership, Plan, plan_for_model, trainable_gradients
+from hf_gradutils.reduction import on_device
 from hf_gradutils.scaling import clip_divisor, scale_
 from hf_gradutils.total_norm import Norms, collect_gradients, reduce_with_norm
 
@@ -101,6 +102,7 @@ class AccumulationWindow:
         if loss_scale <= 0 or not math.log2(loss_scale).is_integer():
             raise InvalidArgumentError(f"loss_scale must be a power of two, got {loss_scale}")
         self._loss_scale = loss_scale
+        self._inverse_loss_scale = torch.tensor(1 / loss_scale, dtype=torch.float64, device=device)
         self._num_replicas = num_replicas
         self._is_sum = is_sum
         self._device = device
@@ -117,16 +119,18 @@ class AccumulationWindow:
 
         Collectives: none. Host syncs: none.
         """
-        scaled = num_targets.detach().to(self._device, torch.float64, non_blocking=True) / self._loss_scale
-        factor = scaled
-        if weight is not None:
-            factor = weight.detach().to(self._device, torch.float64, non_blocking=True) / self._loss_scale
-        own_mean = loss.detach().to(device=self._device, dtype=torch.float64)
-        added = torch.stack((scaled, torch.where(factor == 0, 0.0, own_mean * factor)))
-        self._sums = added if self._sums is None else self._sums + added
+        scaled = factor = self._over_loss_scale(num_targets)
+        if weight is not None and weight is not num_targets:
+            factor = self._over_loss_scale(weight)
+        own_mean = loss.detach().to(self._device, torch.float64)
+        added = torch.stack((scaled, (own_mean * factor).masked_fill_(factor == 0, 0.0)))
+        self._sums = added if self._sums is None else self._sums.add_(added)
         self._losses.append(own_mean)
-        wide = loss.to(torch.promote_types(loss.dtype, torch.float32))
-        return wide * factor.to(device=wide.device, dtype=wide.dtype)
+        wide = loss if loss.dtype in (torch.float32, torch.float64) else loss.float()
+        return wide * factor.to(wide.device, wide.dtype)
+
+    def _over_loss_scale(self, number: Tensor) -> Tensor:
+        return on_device(number.detach(), self._device) * self._inverse_loss_scale  # exact: a power of two
 
     def discard(self) -> None:
         """Forget the micro-batches so far, together with the gradients that the caller drops."""
