@@ -3,36 +3,31 @@
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, extract_model_from_parallel
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 from hf_gradutils import environment, upstream
+from hf_gradutils.accelerator_windows import WindowedAccelerator
 from hf_gradutils.dist_utils import clip_parameters
-from hf_gradutils.errors import InvalidArgumentError, NonfiniteGradientError, TargetCountError
+from hf_gradutils.errors import InvalidArgumentError, TargetCountError
 from hf_gradutils.first_rank import FirstRankPerNode
-from hf_gradutils.model_windows import ModelWindow, ModelWindows
+from hf_gradutils.model_windows import ModelWindow
 from hf_gradutils.norms import check_norm_type
-from hf_gradutils.optimizer import GradUtilsOptimizer, StepOrder, as_flag, why_not_on_device
-from hf_gradutils.ownership import trainable_parameters
 from hf_gradutils.partial_gradients import sum_increments
 from hf_gradutils.plugin import GradUtilsPlugin
 from hf_gradutils.reduction import reduce_packed, world_domain
 from hf_gradutils.scaling import check_max_norm
-from hf_gradutils.steps import Counters
 from hf_gradutils.sync import SyncContext, find_wrappers
-from hf_gradutils.sync_auto import PolicyChoice
 from hf_gradutils.uneven import is_padding, padded_to_the_same_number
-from hf_gradutils.window import AccumulationWindow, WindowReport, loss_scale_for
+from hf_gradutils.window import AccumulationWindow, loss_scale_for
 
 
-class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
+class GradUtilsAccelerator(WindowedAccelerator):
     """``accelerate.Accelerator``, exact: the gradient of one process with the whole batch.
 
         accelerator = GradUtilsAccelerator(gradient_accumulation_plugin=GradUtilsPlugin(num_steps=4))
@@ -61,23 +56,7 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
         InvalidArgumentError: two numbers of steps; or DeepSpeed, Megatron-LM or XLA, which scale gradients themselves.
     """
 
-    report: WindowReport | None
-    """Of the window that ended last: loss, number of targets, gradient norm, exact over all ranks. Tensors on the
-    device; reading one on the host waits for it."""
-    _plugin: GradUtilsPlugin
-    _windows: ModelWindows
-    _current: tuple[nn.Module, ...] | None
-    """The models of the ``accumulate`` or ``no_sync`` that is open."""
-    _micro_batch: object | None
-    """Stands for the ``accumulate`` that is open."""
     _counted: "_Counted | None"
-    _policy_choice: PolicyChoice
-    _wrappers: dict[nn.Module, list[tuple[str, nn.Module]]]
-    """Of each model, for the window that is open: looking for them takes a walk over all modules."""
-    _unscaled: list[Optimizer]
-    """Optimizers whose gradients have lost fp16's scale in this step."""
-    _counters: list[tuple[Any, Counters]]
-    """Prepared schedulers, and their state before a step that the device may have left out."""
 
     def __init__(
         self,
@@ -113,13 +92,8 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
         return accelerator
 
     def _equip(self, plugin: GradUtilsPlugin) -> None:
-        self.report = None
-        self._plugin = plugin
-        self._current, self._counted, self._micro_batch = None, None, None
-        self._wrappers, self._unscaled, self._counters = {}, [], []
-        each_batch = self.gradient_state.plugin_kwargs.get("sync_each_batch", False)
-        self._policy_choice = PolicyChoice(plugin.effective_sync(each_batch=each_batch), self.device)
-        self.forget_windows()
+        self._counted = None
+        self._keep_windows(plugin)
 
     # ---- Preparing ----
 
@@ -144,34 +118,6 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
         """As in accelerate; a model that is sharded already (transformers' ``DistributedConfig``) is left as it is."""
         is_sharded = not self.is_fsdp2 and any(isinstance(p, DTensor) for p in model.parameters())
         return super().prepare_model(model, device_placement, evaluation_mode or is_sharded)
-
-    def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> GradUtilsOptimizer:
-        """As in accelerate; the optimizer takes its steps the way the windows were closed.
-
-        Raises:
-            InvalidArgumentError: the scaling is to be folded into an optimizer that cannot do it.
-        """
-        self._check_folding([optimizer])
-        prepared = super().prepare_optimizer(optimizer, device_placement)
-        return GradUtilsOptimizer.adopt(prepared, self._before_step)
-
-    def _check_folding(self, optimizers: Sequence[Optimizer]) -> None:
-        if not self._plugin.fold_into_optimizer:
-            return
-        reasons = [reason for optimizer in optimizers if (reason := why_not_on_device(optimizer)) is not None]
-        if self.scaler is not None:
-            reasons.append("fp16's GradScaler puts its own scale in the same place")
-        if reasons:
-            raise InvalidArgumentError(
-                f"expected an optimizer that scales gradients itself for fold_into_optimizer=True, but {reasons[0]}; "
-                "leave out fold_into_optimizer, or use a fused AdamW: torch.optim.AdamW(…, fused=True), "
-                "optim='adamw_torch_fused' of the Trainer"
-            )
-
-    def free_memory(self, *objects: Any) -> Any:
-        """As in accelerate."""
-        self.forget_windows()
-        return super().free_memory(*objects)
 
     # ---- A micro-batch ----
 
@@ -297,43 +243,7 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
         scale = loss_scale_for(total.item() / domain.num_ranks * self.gradient_accumulation_steps)
         window.sums = AccumulationWindow(self.device, loss_scale=scale, num_replicas=self._num_replicas(window.models))
 
-    # ---- Windows ----
-
-    def forget_windows(self) -> None:
-        """Start over: forget the micro-batches so far, together with the gradients that the caller drops."""
-        self._windows = ModelWindows(self._make_window)
-        self._holders: dict[tuple[int, ...], nn.Module] = {}
-
-    def _make_window(self, models: tuple[nn.Module, ...]) -> ModelWindow:
-        sums = AccumulationWindow(self.device, num_replicas=self._num_replicas(models))
-        return ModelWindow(models, sums, self._plugin.guard())
-
-    def _num_replicas(self, models: tuple[nn.Module, ...]) -> int:
-        """How many ranks see the same batch: those of tensor parallelism, as transformers or accelerate set it up."""
-        sizes = [getattr(_inside(model), "_tp_size", None) or 1 for model in models]
-        config = self.parallelism_config
-        return max(*sizes, config.tp_size if config is not None else 1)
-
-    def window_of(self, model: nn.Module | Sequence[nn.Module] | None = None) -> ModelWindow:
-        """The window that a loss of these models belongs to; default as in :meth:`backward`."""
-        if model is not None:
-            models = (model,) if isinstance(model, nn.Module) else tuple(model)
-        elif self._current is not None:
-            models = self._current
-        else:
-            models = tuple(m for m in self._models if any(p.requires_grad for p in m.parameters()))
-            if len(models) != 1:
-                raise InvalidArgumentError(
-                    f"expected to know which model the loss trains, got {len(models)} prepared ones; call backward "
-                    "inside `with accelerator.accumulate(model):`, or pass it: backward(loss, num_targets, model=model)"
-                )
-        return self._windows.of_models([self._prepared(m) for m in models])
-
-    def _prepared(self, model: nn.Module) -> nn.Module:
-        """The model as it was prepared, if this is what is inside."""
-        if any(model is prepared for prepared in self._models):
-            return model
-        return next((p for p in self._models if _inside(p) is _inside(model)), model)
+    # ---- Clipping ----
 
     def clip_grad_norm_(
         self, parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float | None = None
@@ -363,7 +273,7 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
         if len(windows) == 1 and windows[0].is_open and windows[0].is_all(parameters) and p == self._plugin.norm_type:
             return self._close(windows[0], max_norm)[0].grad_norm
         self._close_all(windows)
-        holder, trained = self._holder_of(parameters)
+        holder, trained = self._windows.holder_of(parameters, self._models)
         return clip_parameters(holder, trained, max_norm, norm_type=p, ownership=self._plugin.ownership)
 
     def clip_grad_value_(self, parameters: Tensor | Iterable[Tensor], clip_value: float) -> None:
@@ -389,21 +299,6 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
             if gradient is not None:
                 upstream.local_tensor(gradient.detach()).clamp_(-clip_value, clip_value)
 
-    def _holder_of(self, parameters: Sequence[Tensor]) -> tuple[nn.Module, list[nn.Parameter]]:
-        """A module that knows all of these by name, and those that are trained, in its order."""
-        key = tuple(id(p) for p in parameters)
-        if key not in self._holders:
-            wanted, modules = set(key), [*(window.whole for window in self._windows), *self._models]
-            found: list[nn.Module] = []
-            for module in modules:
-                own = {id(p) for p in module.parameters()}
-                if own & wanted:
-                    found.append(module)
-                    wanted -= own
-            self._holders[key] = nn.ParameterList(parameters) if wanted else _as_one(found)
-        ids = set(key)
-        return self._holders[key], [p for p in trainable_parameters(self._holders[key]) if id(p) in ids]
-
     def _check_at_end(self, name: str) -> None:
         if not self.sync_gradients:
             raise InvalidArgumentError(
@@ -414,144 +309,6 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
         for window in windows:
             if window.is_open:
                 self._close(window, math.inf, folds=False)
-
-    def close_window(
-        self, model: nn.Module, max_norm: float = math.inf, *, step: int, has_data_left: bool | None = None
-    ) -> tuple[WindowReport, bool]:
-        """Unscale (fp16), make ``.grad`` the exact mean gradient, clip it, and decide whether the step is taken.
-
-        For a loop of its own that does not clip or step through this Accelerator.
-
-        Args:
-            model: All of the model that is trained.
-            max_norm: Greater than 0; inf does not clip.
-            step: The optimizer step that follows, counted from 1; for messages.
-            has_data_left: As in :meth:`AccumulationWindow.close`.
-
-        Returns:
-            The report, and whether the step is taken as far as the host knows.
-
-        Collectives: one all-reduce over all ranks. Host syncs: none where the optimizer skips on the device or
-            ``on_nonfinite="ignore"``, else one.
-
-        Raises:
-            NonfiniteGradientError: the gradient of this step is not finite, or that of the step before was not.
-        """
-        return self._close(self.window_of(model), max_norm, step=step, has_data_left=has_data_left)
-
-    def _close(
-        self,
-        window: ModelWindow,
-        max_norm: float,
-        *,
-        folds: bool = True,
-        step: int | None = None,
-        has_data_left: bool | None = None,
-    ) -> tuple[WindowReport, bool]:
-        plugin = self._plugin
-        prepared = [o for o in upstream.optimizers_of(self) if isinstance(o, GradUtilsOptimizer)]
-        optimizers = self._windows.optimizers_of(window, prepared)
-        self._check_folding(optimizers)  # again: loading a checkpoint may change what is fused
-        self.settle()
-        folds = folds and plugin.fold_into_optimizer
-        self._policy_choice.window_closed()
-        self._wrappers.clear()
-        self.unscale_gradients(optimizers)
-        self.report = report = window.sums.close(
-            window.whole,
-            max_norm,
-            norm_type=plugin.norm_type,
-            ownership=plugin.ownership,
-            norm_groups=plugin.grad_norm_groups,
-            scales=not folds,
-            has_data_left=has_data_left,
-        )
-        window.is_open, window.ended_in = False, self._micro_batch
-        window.num_closed += 1
-        order = self._judge(window, report, optimizers, step or window.num_closed)
-        if folds:
-            order = replace(order, divisor=report.multiplier.reciprocal().to(torch.float32))
-        for optimizer in optimizers:
-            optimizer.order = order if optimizer.order is None else optimizer.order.and_then(order)
-        return report, not order.skip
-
-    def _judge(
-        self, window: ModelWindow, report: WindowReport, optimizers: Sequence[GradUtilsOptimizer], step: int
-    ) -> StepOrder:
-        if self.scaler is not None:
-            return StepOrder()  # it skips by itself, and lowers its scale
-        on_device = bool(optimizers) and all(why_not_on_device(optimizer) is None for optimizer in optimizers)
-        if window.guard.on_nonfinite == "raise" and on_device:
-            self._counters = [(s, Counters(0, s, s.optimizers[0])) for s in self._schedulers]
-            window.guard.judge_later(report, step)
-            return StepOrder(skip_flag=as_flag(report.is_finite))
-        return StepOrder(skip=not window.guard.judge(report, step))
-
-    # ---- Optimizer steps ----
-
-    def _before_step(self, optimizer: GradUtilsOptimizer) -> None:
-        """End the windows that the optimizer steps on and that nothing has ended yet."""
-        prepared = [o for o in upstream.optimizers_of(self) if isinstance(o, GradUtilsOptimizer)]
-        for window in self._windows:
-            if window.is_open and any(o is optimizer for o in self._windows.optimizers_of(window, prepared)):
-                self._close(window, math.inf)
-
-    def unscale_gradients(self, optimizer: Optimizer | Sequence[Optimizer] | None = None) -> None:
-        """As in accelerate, once per optimizer and step however often it is called."""
-        if self.scaler is None:
-            return
-        if optimizer is None:
-            optimizer = upstream.optimizers_of(self)
-        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-        optimizers = [o for o in optimizers if not any(o is known for known in self._unscaled)]
-        super().unscale_gradients(optimizers)
-        self._unscaled += optimizers
-
-    def _update_scale(self) -> None:
-        """Let fp16's scale change: between windows only, for gradients of one window share one scale."""
-        stepped = [o for o in self._unscaled if isinstance(o, GradUtilsOptimizer) and o.awaits_update]
-        if stepped:
-            self.scaler.update()
-            self._unscaled.clear()
-            for optimizer in stepped:
-                optimizer.awaits_update = False
-
-    def settle(self) -> None:
-        """Raise if a step was left out on the device that nobody on the host knows of yet.
-
-        Called at the next window's end, by ``save_state`` and by ``end_training``.
-
-        Raises:
-            NonfiniteGradientError: one was; schedulers are as before that step.
-        """
-        try:
-            for window in self._windows:
-                window.guard.settle()
-        except NonfiniteGradientError:
-            for scheduler, counters in self._counters:
-                counters.restore(scheduler, scheduler.optimizers[0])
-            raise
-
-    @property
-    def is_unsettled(self) -> bool:
-        """Whether a step may have been left out on the device that nobody on the host knows of yet."""
-        return any(window.guard.is_pending for window in self._windows)
-
-    @property
-    def num_skipped_steps(self) -> int:
-        """Steps left out so far because of gradients that were not finite; fp16's overflows not counted."""
-        return sum(window.guard.num_skipped for window in self._windows)
-
-    def save_state(self, *args: Any, **kwargs: Any) -> Any:
-        """As in accelerate, once it is sure that the last step was a good one."""
-        self.settle()
-        self._update_scale()
-        return super().save_state(*args, **kwargs)
-
-    def end_training(self) -> None:
-        """As in accelerate, once it is sure that the last step was a good one."""
-        self.settle()
-        super().end_training()
 
     def join_uneven_inputs(
         self, joinables: Sequence[Any], even_batches: bool | None = None
@@ -588,15 +345,3 @@ def _as_number(num_targets: Tensor | int, device: torch.device) -> Tensor:
         f"num_targets must be one number ≥ 0, what the loss is a mean over on this rank, got {got}; for labels of "
         "causal language modelling: (labels[:, 1:] != -100).sum()"
     )
-
-
-def _inside(model: nn.Module) -> nn.Module:
-    """The model without wrappers.
-
-    ``unwrap_model`` would take DDP out of a compiled model for good.
-    """
-    return extract_model_from_parallel(model, keep_torch_compile=False)
-
-
-def _as_one(modules: Sequence[nn.Module]) -> nn.Module:
-    return modules[0] if len(modules) == 1 else nn.ModuleList(modules)

@@ -169,7 +169,7 @@ def clip_parameters(
     group: ProcessGroup | None = None,
     ownership: Ownership | None = None,
 ) -> Tensor:
-    """:func:`clip_gradients` for some of a model's parameters, the same ones on all ranks."""
+    """:func:`clip_gradients` for some of a model's parameters, in the model's order and the same ones on all ranks."""
     plan = plan_for_model(model, parameters, group=group, ownership=ownership)
     gradients = collect_gradients(parameters, plan)
     norms, _ = reduce_with_norm(plan, gradients, norm_type, foreach=foreach)

@@ -37,7 +37,7 @@ class ModelWindow:
     """All the models as one."""
 
     def __post_init__(self) -> None:
-        self.whole = self.models[0] if len(self.models) == 1 else nn.ModuleList(self.models)
+        self.whole = _as_one(self.models)
 
     def start(self, sums: AccumulationWindow) -> None:
         """Begin with other settings."""
@@ -69,6 +69,7 @@ class ModelWindows:
         self._make = make
         self._windows: dict[tuple[int, ...], ModelWindow] = {}
         self._optimizers: dict[tuple[int, ...], list[Any]] = {}
+        self._holders: dict[tuple[int, ...], nn.Module] = {}
 
     def __iter__(self) -> Iterator[ModelWindow]:
         return iter(self._windows.values())
@@ -86,6 +87,27 @@ class ModelWindows:
         wanted = {id(p) for p in parameters}
         return [window for window in self if any(id(p) in wanted for p in window.parameters())]
 
+    def holder_of(
+        self, parameters: Sequence[Tensor], models: Sequence[nn.Module]
+    ) -> tuple[nn.Module, list[nn.Parameter]]:
+        """A module that knows all of these by name, and those that are trained, in its order.
+
+        Args:
+            parameters: Of one model, of several, or of none.
+            models: Where to look beside the models of windows.
+        """
+        key = tuple(id(p) for p in parameters)
+        if key not in self._holders:
+            wanted, found = set(key), []
+            for module in (*(window.whole for window in self), *models):
+                own = {id(p) for p in module.parameters()}
+                if own & wanted:
+                    found.append(module)
+                    wanted -= own
+            self._holders[key] = nn.ParameterList(parameters) if wanted else _as_one(found)
+        ids = set(key)
+        return self._holders[key], [p for p in trainable_parameters(self._holders[key]) if id(p) in ids]
+
     def optimizers_of(self, window: ModelWindow, optimizers: Sequence[OptimizerT]) -> list[OptimizerT]:
         """Those of the prepared optimizers that step on gradients of a window.
 
@@ -102,6 +124,10 @@ class ModelWindows:
                 _check_all_known(optimizer, known)
             self._optimizers[key] = found
         return self._optimizers[key]
+
+
+def _as_one(modules: Sequence[nn.Module]) -> nn.Module:
+    return modules[0] if len(modules) == 1 else nn.ModuleList(modules)
 
 
 def _parameters_of(optimizer: Optimizer) -> list[Tensor]:

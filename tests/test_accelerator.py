@@ -168,6 +168,30 @@ def _uneven(layout, num_rows):
     assert loader.batch_sampler.even_batches, "as before"
 
 
+@pytest.mark.parametrize("layout", ["1 rank", "ddp2", "fsdp2x2"])
+def test_a_window_that_is_given_up_leaves_nothing_behind(layout):
+    run(_given_up, layout)
+
+
+def _given_up(layout):
+    rows = make_data(HEAD)
+    size = len(rows) // (4 * LAYOUTS[layout].num_data_ranks)
+    loop, loader = make(HEAD, layout, plugin=GradUtilsPlugin(num_steps=4), rows=rows, batch_size=size)
+
+    def micro_batch(batch):
+        with loop.accelerator.accumulate(loop.model):
+            loss = loop.model(**batch).loss
+            loop.accelerator.backward(loss, num_targets=HEADS[HEAD].targets(batch))
+
+    for batch in list(loader)[:3]:
+        micro_batch(batch)
+    loop.accelerator.discard_window(loop.model)
+    for batch in loader:
+        micro_batch(batch)
+    loop.optimizer.step()
+    assert relative_error(whole_gradients(loop.model), truth(HEAD, rows)[0]) < TOLERANCE
+
+
 # ---- Several models and optimizers ----
 
 
