@@ -30,14 +30,15 @@ class RunningLog:
             self._start_anew()
         self._last = report
         self._num_steps += 1
-        self.total_targets = self.total_targets + report.num_targets
+        num_targets = report.num_targets
+        self.total_targets = self.total_targets + num_targets
         if is_taken:
             loss = report.loss
             self._num_taken += 1
             self._total_taken += 1
             self._loss = self._loss + loss
             self._total_loss = self._total_loss + loss
-            self._num_targets = self._num_targets + report.num_targets
+            self._num_targets = self._num_targets + num_targets
 
     @property
     def loss(self) -> Tensor:

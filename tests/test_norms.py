@@ -58,7 +58,30 @@ def test_non_finite_values_are_seen(p, bad):
     assert math.isfinite(value[1])
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.bfloat16, torch.float16), (torch.float32, torch.float64)])
+def test_many_small_tensors_are_as_exact_one_by_one(dtypes):
+    generator = torch.Generator().manual_seed(4)
+    shapes = [(16, 8), (), (3,), (0, 5), (2, 3, 4)] * 20
+    tensors = [
+        (torch.randn(shape, generator=generator) * 10 ** (number % 4)).to(dtypes[number % len(dtypes)])
+        for number, shape in enumerate(shapes)
+    ]
+    tensors[0] = tensors[0].t()  # not contiguous
+    before = [tensor.clone() for tensor in tensors]
+    values = power_sums(tensors, 2.0)
+    want = [truth(tensor, 2.0) ** 2 for tensor in tensors]
+    assert values.tolist() == pytest.approx(want, rel=1e-12)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True)), "only read"
+    assert power_sums(tensors[:1], 2.0).item() == pytest.approx(want[0], rel=1e-12)
+    assert torch.equal(tensors[0], before[0]), "a single one is not copied"
+    tensors[4][0, 0, 0] = math.inf
+    tensors[2][1] = math.nan
+    values = power_sums(tensors, 2.0)
+    assert [i for i, value in enumerate(values.tolist()) if not math.isfinite(value)] == [2, 4]
+
+
 def test_nothing_is_zero():
+    assert power_sums([torch.empty(0, 3), torch.empty(0)], 2.0).tolist() == [0, 0]
     assert power_sums([], 2.0).sum() == 0
     assert power_sums([torch.empty(0, 3), torch.empty(0)], math.inf).tolist() == [0, 0]
 

@@ -1,5 +1,7 @@
 """Who counts what: replicas that are none are an error, and declared shards are believed."""
 
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,6 +9,7 @@ from layouts import make_mesh, make_net, parallelize
 from ranks import ranks, run_ranks
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from hf_gradutils import clip_gradients, get_grad_norm
 from hf_gradutils.errors import InvalidArgumentError, ReplicaMismatchError
@@ -127,6 +130,56 @@ def test_a_plan_is_made_anew_when_the_parameters_change():
     model.out = nn.Linear(6, 30).double()
     model.out.weight.grad = torch.ones_like(model.out.weight)
     assert clip_gradients(model, 1e9) > first
+
+
+def test_the_norm_follows_a_model_that_changes_between_steps():
+    model = nn.ModuleDict({"up": nn.Linear(3, 4), "down": nn.Linear(4, 2)})
+    model.down.bias.requires_grad_(False)
+
+    def check(changed):
+        parameters = {id(p): p for p in model.parameters() if p.requires_grad}.values()  # a tied one once
+        for number, p in enumerate(parameters, start=1):
+            p.grad = torch.full_like(p, number)
+        want = sum(number**2 * p.numel() for number, p in enumerate(parameters, start=1)) ** 0.5
+        assert clip_gradients(model, math.inf).item() == pytest.approx(want, rel=1e-12), changed
+        assert clip_gradients(model, math.inf).item() == pytest.approx(want, rel=1e-12), f"{changed}, once more"
+
+    check("first")
+    model.down.bias.requires_grad_(True)
+    check("unfrozen")
+    model.up.lora = nn.Linear(3, 5, bias=False)
+    check("added deep inside")
+    model.up.lora.weight.data = torch.zeros(7, 3)
+    check("other data")
+    model.up.weight = nn.Parameter(torch.zeros(4, 3, dtype=torch.bfloat16))
+    check("another parameter of the same shape in another dtype")
+    model.down.weight = model.up.lora.weight
+    check("tied")
+    model.up.register_parameter("bias", None)
+    check("taken away")
+    model.up._parameters = dict(model.up._parameters)
+    model.up.extra = nn.Parameter(torch.zeros(2))
+    check("in another dict")
+    del model["down"]
+    check("a module less")
+    for p in model.parameters():
+        p.grad = None
+    assert clip_gradients(model, math.inf) == 0
+    check("gradients again")
+
+
+@ranks(2)
+def test_gradients_that_change_their_layout_between_steps_are_counted_right():
+    mesh = make_mesh("ddp2")
+    model = nn.Linear(4, 2, bias=False)
+    model.weight = nn.Parameter(distribute_tensor(torch.zeros(2, 4), mesh, [Replicate()]))
+    part = torch.ones(2, 4)
+    layouts = {"replicated": (part, Replicate(), 8**0.5), "partial": (part, Partial(), 32**0.5)}
+    layouts["sharded"] = (torch.ones(1, 4), Shard(0), 8**0.5)
+    for name in ("replicated", "partial", "replicated", "sharded", "partial", "partial"):
+        local, placement, want = layouts[name]
+        model.weight.grad = DTensor.from_local(local.clone(), mesh, [placement], run_check=False)
+        assert clip_gradients(model, math.inf).item() == pytest.approx(want, rel=1e-12), name
 
 
 def test_gradients_of_alleged_replicas_that_differ_are_an_error():

@@ -20,6 +20,17 @@ def test_every_dtype_is_multiplied_in_at_least_float32(dtype, foreach):
         assert torch.equal(got, want)
 
 
+def test_tensors_of_all_kinds_are_scaled_together():
+    tensors = [torch.randn(4, 6, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64)]
+    tensors += [torch.randn(6, 4).t(), torch.randn(8)[::2], torch.tensor([1.0, math.inf, math.nan])]
+    factor = torch.tensor(0.3, dtype=torch.float64)
+    wide = [torch.promote_types(t.dtype, torch.float32) for t in tensors]
+    expected = [(t.to(w) * factor.to(w)).to(t.dtype) for t, w in zip(tensors, wide, strict=True)]
+    scale_(iter(tensors), factor)
+    for got, want in zip(tensors, expected, strict=True):
+        assert torch.equal(got.nan_to_num(nan=-1.0), want.nan_to_num(nan=-1.0))
+
+
 def test_control_a_factor_in_bf16_is_another_number():
     gradient = torch.randn(1000).bfloat16()
     factor = torch.tensor(0.123456789)
