@@ -5,7 +5,7 @@ from dataclasses import replace
 import performance
 import pytest
 import torch
-from step_cost import StepCounts
+from step_cost import StepCounts, StepTimes
 from window_cost import FOLDED, OURS, TORCH, Cost
 
 
@@ -72,8 +72,21 @@ def test_a_promise_that_is_not_kept_makes_the_script_fail(monkeypatch, capsys):
 def test_targets_are_judged_by_the_median_of_the_repeats():
     slow = replace(GOOD, cpu_s=(9e-3, 2e-3, 2e-3))  # 9, 1 and 2 times ours
     rows = performance.target_rows({("FSDP2 2", 300): {OURS: GOOD, TORCH: slow}})
-    assert rows[0] == ("FSDP2 2, 300 parameters: torch takes ≥ 2 × ours", "2.00", "met")
-    assert rows[1][1:] == ("not measured", "")
+    assert rows[0] == ("FSDP2 2, 300 parameters: torch takes ≥ 2 × ours", "2.00", "1 / 1", "met")
+    assert rows[1][1:] == ("not measured", "", "")
+
+
+def test_the_page_says_which_targets_are_met():
+    windows = {(layout, 300): {OURS: GOOD, FOLDED: GOOD_FOLDED, TORCH: GOOD} for layout in ("FSDP2 2", "HSDP 2x2")}
+    steps = {"ours": StepTimes((1.0, 2.0, 3.0), (1.0,) * 3), "stock": StepTimes((2.0, 2.0, 2.0), (1.0,) * 3)}
+    slower = {"ours": steps["stock"], "stock": StepTimes((1.0,) * 3, (1.0,) * 3)}
+    times = {("1 rank", 1): steps, ("1 rank", 8): slower}
+    lines = performance.page(windows, {}, times, ["none"], load=1.0).splitlines()
+    assert any(line.startswith("Judged by the median: 1 met, 3 not met, 6 not measured. Where") for line in lines)
+    step = "our Trainer's step takes ≤ 1 × the stock Trainer's"
+    assert f"| 1 rank, accumulation 1: {step} | 1.00 |  | met |" in lines
+    assert f"| 1 rank, accumulation 8: {step} | 2.00 |  | **not met** |" in lines
+    assert "| HSDP 2x2, 300 parameters: torch takes ≥ 4 × ours | 1.00 | 1 / 1 | **not met** |" in lines
 
 
 def test_a_step_of_the_trainer_that_costs_more_than_promised_is_a_fault():
