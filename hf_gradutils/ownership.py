@@ -97,6 +97,10 @@ class _Known:
 _plans: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
 
+def _are_same(one: Sequence[object], other: Sequence[object]) -> bool:
+    return len(one) == len(other) and all(map(operator.is_, one, other))
+
+
 def plan_for_model(
     model: nn.Module,
     parameters: Sequence[nn.Parameter],
@@ -129,8 +133,7 @@ def plan_for_model(
     known = _plans.get(model)
     if (
         known is not None
-        and len(known.parameters) == len(parameters)
-        and all(map(operator.is_, known.parameters, parameters))
+        and (known.parameters is parameters or _are_same(known.parameters, parameters))
         and known.layouts == layouts
         and known.settings == settings
     ):

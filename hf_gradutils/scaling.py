@@ -80,9 +80,7 @@ def scale_(tensors: Iterable[Tensor], factor: Tensor, *, foreach: bool = True) -
 
 
 def _batches(tensors: list[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
-    """The tensors that have elements, by device and dtype."""
-    if not all(map(Tensor.numel, tensors)):
-        tensors = [tensor for tensor in tensors if tensor.numel()]
+    """The tensors by device and dtype; one without elements costs nothing wherever it goes."""
     if tensors and are_on_one_device(tensors) and len(set(map(operator.attrgetter("dtype"), tensors))) == 1:
         return {(tensors[0].device, tensors[0].dtype): tensors}
     batches: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}

@@ -77,7 +77,7 @@ def collect_gradients(
         indices = [index for index, gradient in enumerate(every) if gradient is not None]
         owners = [parameters[index] for index in indices]
     shards = values = upstream.local_tensors(present)
-    if not _are_laid_out_alike(plan, owners, present):
+    if not _are_laid_out_alike(plan, indices, owners, present):
         pairs = zip(owners, present, strict=True)
         values = [upstream.local_tensor(in_placements_of(owner, gradient)) for owner, gradient in pairs]
     sizes = tuple(map(Tensor.numel, values))
@@ -89,17 +89,20 @@ def collect_gradients(
     return LocalGradients(device, shards, values, sizes, indices)
 
 
-_alike: WeakKeyDictionary[Plan, tuple[list[object], list[object]]] = WeakKeyDictionary()
-"""Layouts of parameters and gradients that were found equal last: to compare objects with themselves takes no time."""
+_alike: WeakKeyDictionary[Plan, tuple[Sequence[int], list[object]]] = WeakKeyDictionary()
+"""The gradients' layouts that were last found equal to those of the plan's parameters, which do not change, and of which
+parameters: to compare objects with themselves takes no time."""
 
 
-def _are_laid_out_alike(plan: Plan, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
-    layouts = upstream.layouts(parameters), upstream.layouts(gradients)
-    if _alike.get(plan) == layouts:
+def _are_laid_out_alike(
+    plan: Plan, indices: Sequence[int], parameters: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> bool:
+    layouts = upstream.layouts(gradients)
+    if _alike.get(plan) == (indices, layouts):
         return True
-    are_alike = layouts[0] == layouts[1]
+    are_alike = layouts == upstream.layouts(parameters)
     if are_alike:
-        _alike[plan] = layouts
+        _alike[plan] = indices, layouts
     return are_alike
 
 
