@@ -90,8 +90,8 @@ def collect_gradients(
 
 
 _alike: WeakKeyDictionary[Plan, tuple[Sequence[int], list[object]]] = WeakKeyDictionary()
-"""The gradients' layouts that were last found equal to those of the plan's parameters, which do not change, and of which
-parameters: to compare objects with themselves takes no time."""
+"""Which of a plan's parameters last had gradients laid out like them, and those layouts: to compare objects with
+themselves takes no time. The layouts of the parameters hold still: others have another plan."""
 
 
 def _are_laid_out_alike(
