@@ -16,7 +16,8 @@ from arguments import RecipeArguments, parse_arguments
 from checkpoints import find_checkpoint, read_state
 from data import load_texts, load_tokenizer
 from errors import UserError, exit_with_error
-from models import load_model
+from models import load_model, split_over_ranks
+from precision import keep_sums_in_float32
 from tokenization import MASKED, check_targets, find_classes, tokenize
 from training_report import plot_training, print_report, sample_completions, sample_predictions
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, TrainingArguments, set_seed
@@ -38,6 +39,7 @@ def main() -> None:
         held_out = tokenize(held_out_texts, recipe, tokenizer, classes)
         model = load_model(recipe, tokenizer, max_length=recipe.max_length, task=recipe.task, classes=classes)
     check_targets(recipe, training=(train_texts, train), held_out=(held_out_texts, held_out))
+    model = split_over_ranks(model, Path(training.output_dir) / "whole")
 
     if recipe.task == "sequence-classification":
         collator = DataCollatorWithPadding(tokenizer)
@@ -54,6 +56,7 @@ def main() -> None:
         processing_class=tokenizer,
         **metrics,
     )
+    keep_sums_in_float32(trainer.accelerator)
     if trainer.is_world_process_zero():
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         print(
@@ -68,6 +71,8 @@ def main() -> None:
     first_step, _ = read_state(checkpoint) if checkpoint else (0, [])
     train_time_s = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics["train_runtime"]
     evaluation = trainer.evaluate()
+    if trainer.is_fsdp_enabled:  # checkpoints may be sharded; the model is saved in one piece
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     trainer.save_state()
 

@@ -18,8 +18,8 @@ from arguments import LoopArguments, RecipeArguments, parse_arguments
 from checkpoints import drop_old_checkpoints, find_checkpoint, read_state, write_state
 from data import load_texts, load_tokenizer
 from errors import UserError, exit_with_error
-from models import load_model
-from precision import reduce_in_float32
+from models import load_model, split_over_ranks
+from precision import keep_sums_in_float32
 from tokenization import MASKED, check_targets, count_targets, find_classes, pad_to_multiple, tokenize
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -43,6 +43,7 @@ def main() -> None:
         held_out = tokenize(held_out_texts, recipe, tokenizer, classes)
         model = load_model(recipe, tokenizer, max_length=recipe.max_length, task=recipe.task, classes=classes)
     check_targets(recipe, training=(train_texts, train), held_out=(held_out_texts, held_out))
+    model = split_over_ranks(model, Path(training.output_dir) / "whole")
 
     accelerator = GradUtilsAccelerator(
         cpu=not torch.accelerator.is_available(),
@@ -52,7 +53,7 @@ def main() -> None:
         log_with=None if training.report_to == "none" else training.report_to,
         project_dir=training.output_dir,
     )
-    reduce_in_float32(accelerator)
+    keep_sums_in_float32(accelerator)
     if recipe.task == "sequence-classification":
         collator = DataCollatorWithPadding(tokenizer)
     else:
@@ -141,8 +142,8 @@ def main() -> None:
     # Every rank generates, for a sharded model needs all of them; rank 0 shows what came out.
     sample = sample_predictions if recipe.task == "sequence-classification" else sample_completions
     samples = sample(unwrapped, tokenizer, held_out)
+    unwrapped.save_pretrained(output, state_dict=weights, is_main_process=accelerator.is_main_process)
     if accelerator.is_main_process:
-        unwrapped.save_pretrained(output, state_dict=weights)
         tokenizer.save_pretrained(output)
         write_state(output, step, log_history)
         plot = plot_training(log_history, training.max_grad_norm, output)

@@ -16,7 +16,8 @@ from arguments import ChatArguments, parse_arguments
 from checkpoints import find_checkpoint, read_state
 from data import load_chats, load_tokenizer
 from errors import UserError, exit_with_error
-from models import load_model
+from models import load_model, split_over_ranks
+from precision import keep_sums_in_float32
 from training_report import evenly_spaced, plot_training, print_report
 from transformers import set_seed
 
@@ -42,6 +43,7 @@ def main() -> None:
         train, held_out = load_chats(recipe)
         tokenizer = load_tokenizer(recipe, train)
         model = load_model(recipe, tokenizer, max_length=training.max_length or 2048)
+    model = split_over_ranks(model, Path(training.output_dir) / "whole")
     rename = {recipe.messages_column: "messages"} if recipe.messages_column != "messages" else {}
     train, held_out = (rows.select_columns(recipe.messages_column).rename_columns(rename) for rows in (train, held_out))
 
@@ -49,6 +51,7 @@ def main() -> None:
         trainer = ExactSFTTrainer(
             model=model, args=training, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
         )
+    keep_sums_in_float32(trainer.accelerator)
     if trainer.is_world_process_zero():
         print(
             f"{len(trainer.train_dataset)} training and {len(trainer.eval_dataset)} held-out chats, "
@@ -61,6 +64,8 @@ def main() -> None:
     first_step, _ = read_state(checkpoint) if checkpoint else (0, [])
     train_time_s = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics["train_runtime"]
     evaluation = trainer.evaluate()
+    if trainer.is_fsdp_enabled:  # checkpoints may be sharded; the model is saved in one piece
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     trainer.save_state()
 

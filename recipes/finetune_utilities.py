@@ -177,8 +177,8 @@ def spread(model: torch.nn.Module, training: PlainTorchArguments) -> torch.nn.Mo
             raise UserError("shard needs ranks: launch with torchrun --nproc_per_node 2 recipes/finetune_utilities.py")
         return model
     if training.shard:
-        # In bfloat16 gradients would be summed over ranks and micro-batches with 8 bits.
-        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        # In bfloat16 gradients would be summed over ranks and micro-batches, and the loss handed out, with 8 bits.
+        precision = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
         options = {"mp_policy": precision} if training.bf16 else {}
         for module in model.modules():
             if type(module).__name__ in (model._no_split_modules or ()):

@@ -1,5 +1,8 @@
 """The model: one that has a name, or a small new one."""
 
+import os
+from pathlib import Path
+
 import transformers
 from arguments import ModelArguments
 from errors import UserError, one_line
@@ -9,6 +12,9 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
 )
+from transformers.distributed import DistributedConfig
+
+from hf_gradutils import FirstRankPerNode
 
 AUTO_MODELS = {
     "causal-lm": AutoModelForCausalLM,
@@ -54,3 +60,26 @@ def load_model(
     size |= {"intermediate_size": 3 * recipe.hidden_size, "max_position_embeddings": max_length}
     size |= {"tie_word_embeddings": True, "bos_token_id": None, "use_cache": False}
     return auto.from_config(AutoConfig.for_model("llama", **size, **labels))
+
+
+def split_over_ranks(model: transformers.PreTrainedModel, folder: Path) -> transformers.PreTrainedModel:
+    """Where the launcher's ``parallelism_config`` asks for tensor parallelism, load the model anew, each rank its part.
+
+    transformers splits a model only while it loads it, so it is written into ``folder`` first.
+    """
+    sizes = [int(os.environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", 1)) for name in ("TP", "DP_SHARD", "DP_REPLICATE")]
+    num_parts, num_shards, num_copies = sizes
+    if num_parts == 1:
+        return model
+    folder.mkdir(parents=True, exist_ok=True)
+    with FirstRankPerNode(scope="auto", cache_dir=folder) as is_first:
+        if is_first:
+            model.save_pretrained(folder)
+    layout = DistributedConfig(
+        tp_size=num_parts,
+        tp_plan="auto",
+        fsdp_size=num_shards,
+        dp_replicate_size=num_copies,
+        fsdp_mixed_precision=os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16",  # reduces in float32
+    )
+    return type(model).from_pretrained(folder, distributed_config=layout)

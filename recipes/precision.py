@@ -7,13 +7,14 @@ from accelerate import Accelerator
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 
-def reduce_in_float32(accelerator: Accelerator) -> None:
-    """Let FSDP2 sum gradients over ranks and micro-batches in float32; to be called before the model is prepared.
+def keep_sums_in_float32(accelerator: Accelerator) -> None:
+    """Let FSDP2 sum gradients, and hand out the loss, in float32; to be called before the model is prepared.
 
-    accelerate 1.15 reduces in the precision of ``mixed_precision``: in bfloat16 with 8 bits, of which little is left
-    after a sum over many ranks and micro-batches. DDP under autocast has float32 gradients anyway.
+    Under ``mixed_precision: bf16`` accelerate 1.15 has FSDP2 do both in bfloat16, whose 8 bits leave little of a sum
+    over many ranks and micro-batches, and round the loss (6.40625) and with it the weight that a micro-batch's gradient
+    gets. DDP under autocast has float32 gradients and losses anyway.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version == 2:
         policy = plugin.mixed_precision_policy or MixedPrecisionPolicy()
-        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32)
+        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=torch.float32)
