@@ -94,6 +94,13 @@ class Channel:
         standing = self.claim(f"process/{rank}", json.dumps(asdict(self.process)))
         other = ProcessIdentity(**json.loads(standing))
         if other != self.process:
+            if has_ended(other):
+                raise LauncherError(
+                    f"global rank {rank} was {other}, which has ended, and is {self.process} now, but the launcher "
+                    f"says that both are one attempt, so {self.origin} still holds what the last one wrote: torchrun "
+                    "counts restarts on the node at fault only, and its process groups fail then too. For restarts "
+                    "with several agents and the c10d rendezvous set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun"
+                )
             raise LauncherError(
                 f"two processes call themselves global rank {rank}: {other} and {self.process}. A helper "
                 "process that inherited a rank's variables must not take part; start it without RANK and "

@@ -74,11 +74,12 @@ class FirstRankPerNode(contextlib.ContextDecorator):
     node is raised there on all.
 
     Blocks pair up by name and by how often each rank has entered that name, so a rank that skips one block
-    does not shift the others. Nothing inside may need the other ranks (no collectives).
+    does not shift the others; nor does one that skips a call of a decorated function, which all ranks call from
+    the same places, then, or give a ``name``. Nothing inside may need the other ranks (no collectives).
 
     Args:
         name: The same on all ranks. Default: where the block is (module, function and line of the ``with``,
-            or the name of the decorated function).
+            or the name of the decorated function and where it is called).
         scope: ``"node"``: every node prepares for itself. ``"world"``: for a cache that the nodes share; global
             rank 0 is the only first, then come the first ranks of the nodes, then the rest, so that a cache that
             is not shared after all is prepared once per node and by nobody at the same time. ``"auto"``: one of
@@ -115,6 +116,7 @@ class FirstRankPerNode(contextlib.ContextDecorator):
         if scope not in get_args(Scope):
             raise InvalidArgumentError(f"scope must be 'node', 'world' or 'auto', got {scope!r}")
         self._name = name
+        self._function: str | None = None
         self._scope: Scope = scope
         self._cache_dir = cache_dir
         self._waits_for_nodes = waits_for_nodes
@@ -123,7 +125,7 @@ class FirstRankPerNode(contextlib.ContextDecorator):
         self._entries: dict[int, list[_Entry]] = {}
 
     def __call__(self, func: F) -> F:
-        """Decorate a function: each call is a block of its own, named after the function."""
+        """Decorate a function: each call is a block of its own, named after the function and the place of the call."""
         kinds = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
         if any(is_kind(func) for is_kind in kinds):
             raise InvalidArgumentError(
@@ -131,9 +133,8 @@ class FirstRankPerNode(contextlib.ContextDecorator):
                 "has returned; use `with FirstRankPerNode():` inside it"
             )
         named = self._recreate_cm()
-        if named._name is None:
-            function = inspect.unwrap(func)
-            named._name = f"{function.__module__}.{getattr(function, '__qualname__', type(function).__name__)}"
+        function = inspect.unwrap(func)
+        named._function = f"{function.__module__}.{getattr(function, '__qualname__', type(function).__name__)}"
         return super(FirstRankPerNode, named).__call__(func)
 
     def _recreate_cm(self) -> Self:
@@ -161,7 +162,7 @@ class FirstRankPerNode(contextlib.ContextDecorator):
         is_first = True
         channel = open_channel(log_every_s=self._patience.log_every_s)
         if channel is not None:
-            name = self._name or _call_site(sys._getframe(1))
+            name = self._name or self._describe_site(sys._getframe(1))
             block = Block(channel=channel, name=name, count=channel.next_count(name))
             turns, is_first = self._wait_for_turn(block)
         entry = _Entry(block=block, turns=tuple(turns), is_outermost=_depth.value == 0, pid=os.getpid())
@@ -189,6 +190,11 @@ class FirstRankPerNode(contextlib.ContextDecorator):
         # A rank that runs an inner block first may have others waiting for it in an outer one: it must not wait.
         if exc_val is None and entry.is_outermost and self._waits_for_nodes:
             wait_for_nodes(entry.block, self._patience)
+
+    def _describe_site(self, frame: FrameType | None) -> str:
+        """The name of a block that was not given one: a rank may skip it, and so one call of a function."""
+        site = _call_site(frame)
+        return site if self._function is None else f"{self._function}, called in {site}"
 
     def _wait_for_turn(self, block: Block) -> tuple[list[Turn], bool]:
         """Return when this rank may enter, with the turns it has, begun, and whether it is first of all."""
@@ -233,7 +239,7 @@ def _describe_election(block: Block) -> str:
 def _call_site(frame: FrameType | None) -> str:
     """Module, function and line of a block, the same on every rank."""
     while frame is not None and frame.f_globals.get("__name__") == "contextlib":
-        frame = frame.f_back  # ExitStack.enter_context
+        frame = frame.f_back  # ExitStack.enter_context, or the call of a decorated function
     if frame is None:
         return "unknown"
     return f"{frame.f_globals.get('__name__')}.{frame.f_code.co_qualname}:{frame.f_lineno}"

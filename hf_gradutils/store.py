@@ -130,8 +130,11 @@ if sys.platform == "linux":
 
 def _choose(ranks: Ranks, log_every_s: float) -> Channel:
     rendezvous = environment.read_rendezvous()
-    # Several jobs, attempts and channels of one process may pass through one server.
-    prefix = f"hf_gradutils/{environment.read_run_attempt()}/{_num_channels}/"
+    # Several jobs and channels of one process may pass through one server; attempts only through the agent's, which
+    # outlives them. Elsewhere their number must not count: torchrun counts them by node (pytorch#108158).
+    outlives_attempts = rendezvous is not None and rendezvous.is_agent_store
+    attempt = environment.read_run_attempt() if outlives_attempts else "any attempt"
+    prefix = f"hf_gradutils/{attempt}/{_num_channels}/"
 
     def channel(store: Store, origin: str, server: Store | None = None) -> Channel:
         return Channel(PrefixStore(prefix, store), ranks=ranks, origin=origin, server=server)
