@@ -20,6 +20,8 @@ from hf_gradutils.grad_utils import clip_grad_by_total_norm_, get_grad_norm
 if TYPE_CHECKING:
     from hf_gradutils.accelerator import GradUtilsAccelerator
     from hf_gradutils.first_rank_upstream import route_first_rank
+    from hf_gradutils.invariance import check_invariance, check_loop_invariance
+    from hf_gradutils.invariance_report import InvarianceReport
     from hf_gradutils.plugin import GradUtilsPlugin
     from hf_gradutils.trainer import GradUtilsSeq2SeqTrainer, GradUtilsTrainer, GradUtilsTrainerMixin
 
@@ -30,7 +32,10 @@ __all__ = [
     "GradUtilsSeq2SeqTrainer",
     "GradUtilsTrainer",
     "GradUtilsTrainerMixin",
+    "InvarianceReport",
     "barrier_and_log",
+    "check_invariance",
+    "check_loop_invariance",
     "clip_grad_by_total_norm_",
     "clip_gradients",
     "get_grad_norm",
@@ -45,6 +50,9 @@ __version__ = "0.1.0"
 _LAZY = {
     "route_first_rank": "hf_gradutils.first_rank_upstream",
     "GradUtilsAccelerator": "hf_gradutils.accelerator",
+    "InvarianceReport": "hf_gradutils.invariance_report",
+    "check_invariance": "hf_gradutils.invariance",
+    "check_loop_invariance": "hf_gradutils.invariance",
     "GradUtilsPlugin": "hf_gradutils.plugin",
     "GradUtilsSeq2SeqTrainer": "hf_gradutils.trainer",
     "GradUtilsTrainer": "hf_gradutils.trainer",

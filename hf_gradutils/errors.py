@@ -5,6 +5,7 @@
     ├── TargetCountError     (also ValueError)   nobody can say how many targets a batch has
     ├── LossUnitError                            the loss is not a mean over what was counted
     ├── NonfiniteGradientError                   the gradient of a step is inf or NaN somewhere
+    ├── InvarianceError                          a check found that the gradient depends on how the batch is cut up
     ├── ReplicaMismatchError                     tensors that should be copies differ between ranks
     ├── LauncherError                            the launcher's variables do not describe the ranks
     └── FirstRankError                           a node's first rank did not finish its block
@@ -51,6 +52,19 @@ class NonfiniteGradientError(GradUtilsError):
         self.step = step
         self.parameters = parameters or {}
         self.losses = losses or {}
+
+
+class InvarianceError(GradUtilsError):
+    """The gradient depends on how the batch is cut up or spread. Raised on every rank.
+
+    Args:
+        message: The report as text.
+        report: The ``InvarianceReport``.
+    """
+
+    def __init__(self, message: str, *, report: object = None):
+        super().__init__(message)
+        self.report = report
 
 
 class ReplicaMismatchError(GradUtilsError):

@@ -61,10 +61,17 @@ _UNCHECKED = Additivity(math.nan, (math.nan, math.nan), 0.0)
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; modes and random states are as before afterwards."""
+    with in_evaluation_mode(model), torch.no_grad():
+        yield
+
+
+@contextlib.contextmanager
+def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; modes and torch's random states are as before afterwards."""
     modes = {module: module.training for module in model.modules()}
     devices = [torch.accelerator.current_device_index()] if torch.accelerator.is_available() else []
     device_type = torch.accelerator.current_accelerator().type if devices else "cuda"  # type: ignore[union-attr]
-    with torch.random.fork_rng(devices, device_type=device_type), torch.no_grad():
+    with torch.random.fork_rng(devices, device_type=device_type):
         model.eval()
         try:
             yield

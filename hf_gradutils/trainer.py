@@ -21,6 +21,7 @@ from hf_gradutils.accelerator import GradUtilsAccelerator
 from hf_gradutils.errors import InvalidArgumentError, NonfiniteGradientError, TargetCountError
 from hf_gradutils.evaluation import EvaluationMixin
 from hf_gradutils.first_rank_upstream import route_first_rank
+from hf_gradutils.invariance import CheckBeforeTraining
 from hf_gradutils.micro_batches import BatchStream, MicroBatches, Padding
 from hf_gradutils.partial_gradients import sum_increments
 from hf_gradutils.plugin import GradUtilsPlugin
@@ -36,6 +37,8 @@ class GradUtilsTrainerMixin(EvaluationMixin):
 
     Args:
         grad_plugin: Settings; the defaults need none.
+        check_invariance: Prove at the start of every ``train`` that the gradient does not depend on how the batch is
+            cut up and spread, as :func:`hf_gradutils.check_invariance` does, and stop if it does.
         *args: As the Trainer class takes them.
         **kwargs: As the Trainer class takes them.
 
@@ -44,7 +47,14 @@ class GradUtilsTrainerMixin(EvaluationMixin):
             trl that weighs or batches by itself, or settings of the plugin that ``TrainingArguments`` has a place for.
     """
 
-    def __init__(self, *args: Any, grad_plugin: GradUtilsPlugin | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        grad_plugin: GradUtilsPlugin | None = None,
+        check_invariance: bool = False,
+        **kwargs: Any,
+    ):
+        self._checks_invariance = check_invariance
         self.grad_plugin = grad_plugin or GradUtilsPlugin()
         self._expects_first_batch = True
         self._logged: RunningLog | None = None
@@ -100,8 +110,19 @@ class GradUtilsTrainerMixin(EvaluationMixin):
         discard_deferred(self.model)
         sum_increments(self.model)
         # The filter costs two host syncs per micro-batch, and the loss it filters is not the one logged here.
-        with self._nan_filter(False):
+        with self._nan_filter(False), self._checking_first():
             return super().train(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _checking_first(self) -> Iterator[None]:
+        check = CheckBeforeTraining(self) if self._checks_invariance else None
+        if check is not None:
+            self.add_callback(check)
+        try:
+            yield
+        finally:
+            if check is not None:
+                self.remove_callback(check)
 
     def _check_nobody_reads_gradients(self) -> None:
         for callback in self.callback_handler.callbacks:

@@ -287,6 +287,17 @@ def without_accelerate_state() -> Iterator[None]:
         PartialState._shared_state = state
 
 
+def trainer_no_sync(trainer: Any, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """What ``transformers.Trainer`` (5.17 to 5.23) runs a micro-batch in that does not end its window."""
+    from transformers.distributed.fsdp import is_fsdp_managed_module
+
+    if getattr(trainer, "is_distributed_loading_by_transformers", False) and is_fsdp_managed_module(trainer.model):
+        deferred: contextlib.AbstractContextManager[None] = trainer._defer_fsdp_gradient_reduction()
+        return deferred
+    waiting: contextlib.AbstractContextManager[None] = trainer.accelerator.no_sync(model)
+    return waiting
+
+
 def optimizers_of(accelerator: Any) -> list[Any]:
     """What accelerate's Accelerator has prepared as optimizers (accelerate 1.15)."""
     return list(accelerator._optimizers)

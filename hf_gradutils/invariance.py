@@ -1,0 +1,366 @@
+"""The proof in the user's hands: the gradient does not depend on how the batch is cut up and spread.
+
+1 against many          the same samples as one micro-batch and as one per sample, in the layout that trains
+layout against 1 rank   the latter on rank 0, with the whole model and, where it fits, in float64
+targets                 L(AB)·n(AB) = L(A)·n(A) + L(B)·n(B): is the loss a mean over what is counted?
+copies                  parameters that ranks hold copies of are the same
+"""
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+from hf_gradutils import upstream
+from hf_gradutils.accelerator import uses_exact_arithmetic
+from hf_gradutils.errors import GradUtilsError, InvalidArgumentError, InvarianceError, ReplicaMismatchError
+from hf_gradutils.invariance_report import Comparison, Difference, InvarianceReport, compare_gradients
+from hf_gradutils.invariance_subjects import (
+    LoopSubject,
+    LossAndTargets,
+    Rows,
+    Subject,
+    TrainerSubject,
+    describe,
+    without_auxiliary,
+)
+from hf_gradutils.loss_probe import check_additivity, in_evaluation_mode
+from hf_gradutils.norm_groups import unwrapped_name
+from hf_gradutils.ownership import in_placements_of, plan_for_model, trainable_parameters
+from hf_gradutils.sync import discard_deferred
+from hf_gradutils.whole_model import whole_model
+
+logger = logging.getLogger(__name__)
+
+ROUNDED_TOLERANCE = 5e-2
+"""Largest relative error in bf16, fp16 or TF32, where the cut of a batch changes how its gradient rounds."""
+
+MakeModel: TypeAlias = Callable[[], nn.Module]
+
+_HOOKS = (
+    "something sums what earlier micro-batches left in them again (a tensor-parallel hook on qk-norm), or holds only a "
+    "part of them (experts: pass ownership={'<name pattern>': 'sharded'}); GradUtilsTrainer takes such hooks out"
+)
+
+
+def check_invariance(
+    trainer: Any, num_samples: int = 16, tolerance: float = 1e-5, *, make_model: MakeModel | None = None
+) -> InvarianceReport:
+    """Whether a Trainer's gradient is that of one process with the whole batch. Before training, and without training.
+
+    Takes samples from the Trainer's own dataset and runs them through its own ``training_step``, in the layout that it
+    trains in, without dropout. Model, optimizer, random states, data order and memory are as before afterwards; a model
+    that accelerate shards in place stays sharded.
+
+    Args:
+        trainer: Ours, or any ``transformers.Trainer``: then it shows what is wrong with that.
+        num_samples: At least two per data rank are taken.
+        tolerance: Largest relative error of gradient and loss; bf16, fp16 and TF32 allow :data:`ROUNDED_TOLERANCE`.
+        make_model: Makes the whole model, for one that is sharded and has no configuration to build it from.
+
+    Returns:
+        The report, the same on all ranks.
+
+    Collectives: many; every rank must call. Memory: the whole model and its gradient, in float64 where that fits, on
+        rank 0.
+
+    Raises:
+        InvalidArgumentError: the dataset has too few samples.
+    """
+    if isinstance(trainer, Accelerator) or not hasattr(trainer, "training_step"):
+        raise InvalidArgumentError(
+            f"expected a Trainer, got {type(trainer).__name__}; a loop with an Accelerator has check_loop_invariance"
+        )
+    if trainer.is_in_train:
+        return _check(TrainerSubject(trainer), num_samples, tolerance, make_model)
+    probe = _Probe(lambda: _check(TrainerSubject(trainer), num_samples, tolerance, make_model), trainer)
+    attributes, callbacks = dict(vars(trainer)), trainer.callback_handler.callbacks
+    trainer.callback_handler.callbacks = [probe]
+    try:
+        with torch.random.fork_rng(_devices()):
+            trainer.train()
+    except _CheckIsDone:
+        pass
+    finally:
+        trainer.callback_handler.callbacks = callbacks
+        vars(trainer).clear()
+        vars(trainer).update(attributes)
+        trainer.accelerator.free_memory()
+    assert probe.report is not None
+    return probe.report
+
+
+def check_loop_invariance(
+    accelerator: Accelerator,
+    model: nn.Module,
+    rows: Sequence[Any],
+    collate: Callable[[Rows], Any],
+    loss_and_targets: LossAndTargets,
+    *,
+    num_samples: int = 16,
+    tolerance: float = 1e-5,
+    make_model: MakeModel | None = None,
+) -> InvarianceReport:
+    """:func:`check_invariance` for a loop of one's own.
+
+    Args:
+        accelerator: Ours, or accelerate's: then it shows what is wrong with that.
+        model: Prepared.
+        rows: The dataset; the same on all ranks.
+        collate: Rows → batch.
+        loss_and_targets: (model, batch) → the micro-batch's own mean loss, and what ``backward`` is told: the number
+            of its targets.
+        num_samples: As in :func:`check_invariance`.
+        tolerance: As in :func:`check_invariance`.
+        make_model: As in :func:`check_invariance`.
+    """
+    subject = LoopSubject(accelerator, model, rows, collate, loss_and_targets)
+    return _check(subject, num_samples, tolerance, make_model)
+
+
+class _CheckIsDone(Exception):  # noqa: N818 - no error
+    """Ends a ``train`` that was started for a check."""
+
+
+class _Probe(TrainerCallback):  # type: ignore[misc]
+    """Runs a check where a Trainer has everything ready."""
+
+    def __init__(self, check: Callable[[], InvarianceReport], trainer: Any):
+        self._check = check
+        self._trainer = trainer
+        self.report: InvarianceReport | None = None
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.report = self._check()
+        raise _CheckIsDone
+
+
+class CheckBeforeTraining(TrainerCallback):  # type: ignore[misc]
+    """Makes a Trainer check itself at the start of ``train``, and stop if it is not exact."""
+
+    def __init__(self, trainer: Any):
+        self._trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Raise InvarianceError if the check fails."""
+        report = check_invariance(self._trainer)
+        if self._trainer.is_world_process_zero():
+            logger.info("%s", report)
+        if not report.passed:
+            raise InvarianceError(str(report), report=report)
+
+
+# ---- The check ----
+
+
+def _check(subject: Subject, num_samples: int, tolerance: float, make_model: MakeModel | None) -> InvarianceReport:
+    if not num_samples >= 1:
+        raise InvalidArgumentError(f"num_samples must be ≥ 1, got {num_samples}")
+    if not tolerance > 0:
+        raise InvalidArgumentError(f"tolerance must be > 0, got {tolerance}")
+    if not uses_exact_arithmetic(subject.accelerator, subject.model):
+        tolerance = max(tolerance, ROUNDED_TOLERANCE)
+    per_rank = max(2, -(-num_samples // subject.num_data_ranks))
+    rows = subject.rows(per_rank * subject.num_data_ranks)
+    mine = rows[subject.data_rank * per_rank : (subject.data_rank + 1) * per_rank]
+    what = describe(subject, len(rows))
+    with subject.as_it_was():
+        comparisons = [_compare_copies(subject.model)]
+        try:
+            one = _measure(subject, [mine])
+            many = _measure(subject, [[row] for row in mine])
+        except GradUtilsError as error:
+            comparisons.append(Comparison(name="training step", problem=str(error)))
+            return InvarianceReport(tuple(comparisons), tolerance, what)
+        comparisons.append(
+            compare_gradients(
+                f"{len(mine)} micro-batches against 1",
+                {name: _difference(one.gradients[name], gradient) for name, gradient in many.gradients.items()},
+                loss=(one.loss, many.loss),
+                grad_norm=(one.norm, many.norm),
+                tolerance=tolerance,
+                advice=subject.advice,
+                others=_HOOKS,
+            )
+        )
+        comparisons += _compare_with_one_process(subject, rows, many, tolerance, make_model)
+    return InvarianceReport(tuple(comparisons), tolerance, what)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    loss: float
+    norm: float
+    gradients: dict[str, Tensor]
+    """Name without wrappers → this rank's part."""
+
+
+def _measure(subject: Subject, parts: list[Rows]) -> _Measured:
+    loss = subject.run(parts)
+    gradients = {}
+    for name, p in subject.model.named_parameters():
+        if p.requires_grad:
+            gradient = torch.zeros_like(p) if p.grad is None else in_placements_of(p, p.grad)
+            gradients[unwrapped_name(name)] = gradient.detach().clone()
+    norm = math.sqrt(math.fsum(_difference(g, g).want for g in gradients.values()))
+    discard_deferred(subject.model)
+    return _Measured(loss, norm, gradients)
+
+
+@torch.no_grad()
+def _difference(want: Tensor, got: Tensor) -> Difference:
+    """Collectives: for a DTensor, one all-reduce over its mesh for each number."""
+    a, b = want.to(torch.float64), got.to(torch.float64)
+    sums = [(b - a).square().sum(), a.square().sum(), (a * b).sum()]
+    return Difference(*(float(s.full_tensor() if isinstance(s, DTensor) else s) for s in sums))
+
+
+def _compare_copies(model: nn.Module) -> Comparison:
+    """Parameters that should be copies of each other, by their checksums."""
+    name = "copies of parameters"
+    try:
+        # A plan of its own: the model's may be kept from before they drifted apart.
+        fresh = nn.Module()
+        fresh._modules[""] = model  # under no name, so that parameters keep theirs
+        plan_for_model(fresh, trainable_parameters(fresh))
+    except ReplicaMismatchError as error:
+        return Comparison(name=name, problem=str(error))
+    return Comparison(name=name)
+
+
+def _compare_with_one_process(
+    subject: Subject, rows: Rows, many: _Measured, tolerance: float, make_model: MakeModel | None
+) -> list[Comparison]:
+    name = "this layout against one process"
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    try:
+        whole = whole_model(subject.model, make_model=make_model)
+    except InvalidArgumentError as error:
+        return [Comparison(name=name, not_compared=str(error))]
+    found: list[Any] = [None]
+    truth: _Measured | None = None
+    if is_first:
+        assert whole is not None
+        try:
+            truth, found[0] = _alone(subject, whole, rows, tolerance)
+        except Exception as error:  # told to the others, who would wait
+            found[0] = error
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    if isinstance(found[0], Exception):
+        raise found[0]
+    loss, norm, targets = found[0]
+    differences: dict[str, Difference] = {}
+    for parameter, gradient in many.gradients.items():
+        full = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+        if truth is not None:
+            want = truth.gradients.get(parameter)
+            if want is not None and want.shape == full.shape:
+                differences[parameter] = _difference(want.to(full.device), full)
+            else:  # a part that does not say so
+                differences[parameter] = Difference(1.0, 1.0, 0.0)
+    told: list[Any] = [differences]
+    if dist.is_initialized():
+        dist.broadcast_object_list(told)
+    row = compare_gradients(
+        name,
+        told[0],
+        loss=(loss, many.loss),
+        grad_norm=(norm, many.norm),
+        tolerance=tolerance,
+        advice=subject.advice,
+        others=_HOOKS,
+    )
+    return [row, targets]
+
+
+def _alone(
+    subject: Subject, whole: nn.Module, rows: Rows, tolerance: float
+) -> tuple[_Measured, tuple[float, float, Comparison]]:
+    """Gradient and loss of one process and one batch; and whether the loss is a mean over what is counted."""
+    batch = subject.batch(rows)
+    with in_evaluation_mode(whole), without_auxiliary(whole), _alone_in_the_world(whole):
+        counter = subject.counter(whole)
+        with torch.no_grad():
+            additivity = check_additivity(lambda part: subject.own_mean(whole, part), batch, counter)
+        if _fits_in_float64(whole):
+            try:
+                loss = _backward(subject, whole.double(), _in_float64(batch))
+            except RuntimeError:  # an attention kernel without float64
+                whole.to(next(subject.model.parameters()).dtype)
+                loss = _backward(subject, whole, batch)
+        else:
+            loss = _backward(subject, whole, batch)
+    gradients = {
+        n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in whole.named_parameters() if p.requires_grad
+    }
+    norm = math.sqrt(math.fsum(float(g.to(torch.float64).square().sum()) for g in gradients.values()))
+    name = "targets counted against the loss"
+    # Three forwards of different shapes round differently.
+    limit = max(20 * tolerance, 2e-4)
+    problem = ""
+    if additivity.relative_error > limit:
+        problem = (
+            f"L(AB)·n(AB) = {additivity.whole:.7g} but L(A)·n(A) + L(B)·n(B) = {sum(additivity.parts):.7g}, so that "
+            f"the loss is no mean over the {additivity.num_targets:.0f} targets counted; {subject.advice}"
+        )
+    unchecked = "the samples cannot be cut in two" if math.isnan(additivity.relative_error) else ""
+    row = Comparison(
+        name=name,
+        loss=(additivity.whole, sum(additivity.parts)),
+        problem=problem,
+        not_compared=unchecked,
+    )
+    return _Measured(loss, norm, gradients), (loss, norm, row)
+
+
+def _backward(subject: Subject, model: nn.Module, batch: Any) -> float:
+    model.zero_grad()
+    loss = subject.own_mean(model, batch)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return float(loss.detach())
+
+
+@contextlib.contextmanager
+def _alone_in_the_world(model: nn.Module) -> Iterator[None]:
+    """Detection losses ask accelerate for other ranks, of which none takes part here."""
+    with upstream.without_accelerate_state() if _counts_boxes(model) else contextlib.nullcontext():
+        yield
+
+
+def _counts_boxes(model: nn.Module) -> bool:
+    from hf_gradutils.known_heads import known_head
+
+    known = known_head(model)
+    return known is not None and known.loss_unit == "boxes"
+
+
+def _in_float64(batch: Any) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.double() if batch.is_floating_point() else batch
+    if isinstance(batch, Mapping):
+        return {name: _in_float64(value) for name, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(_in_float64(value) for value in batch)
+    return batch
+
+
+def _fits_in_float64(model: nn.Module) -> bool:
+    """Weights and gradients, and as much again for activations."""
+    from hf_gradutils.sync_auto import free_bytes
+
+    needed = 2 * 16 * sum(p.numel() for p in model.parameters())
+    return needed < free_bytes(next(model.parameters()).device)
+
+
+def _devices() -> list[int]:
+    return [torch.accelerator.current_device_index()] if torch.accelerator.is_available() else []

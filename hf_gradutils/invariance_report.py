@@ -1,0 +1,152 @@
+"""What a check of invariance has found, as a table and in words."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+MOST_NAMES = 3
+
+
+class Difference(NamedTuple):
+    """Of one parameter's gradient: squares and product, over all its elements."""
+
+    error: float
+    """Σ (b − a)²."""
+    want: float
+    """Σ a²."""
+    product: float
+    """Σ a·b."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One row: what should be the same, and by how much it is not."""
+
+    name: str
+    loss: tuple[float, float] = (math.nan, math.nan)
+    grad_norm: tuple[float, float] = (math.nan, math.nan)
+    gradient_error: float = math.nan
+    """‖b − a‖ / ‖a‖ over the whole model."""
+    worst: tuple[tuple[str, float], ...] = ()
+    """(Parameter, relative error) of those that are most wrong."""
+    problem: str = ""
+    """What is wrong and what to set; empty where all is well."""
+    not_compared: str = ""
+    """Why there is nothing to compare."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is the same; also where it could not be compared."""
+        return not self.problem
+
+
+@dataclass(frozen=True)
+class InvarianceReport:
+    """What :func:`hf_gradutils.check_invariance` has found; ``str()`` is the table. The same on all ranks."""
+
+    comparisons: tuple[Comparison, ...]
+    tolerance: float
+    what: str
+    """The layout, the samples and the arithmetic."""
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def passed(self) -> bool:
+        """Whether every comparison has."""
+        return all(row.passed for row in self.comparisons)
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, ...]] = [("", "loss", "", "gradient norm", "", "gradient", "")]
+        for row in self.comparisons:
+            if row.not_compared:
+                continue
+            numbers = [*(f"{x:.7g}" for x in row.loss), *(f"{x:.7g}" for x in row.grad_norm)]
+            error = "" if math.isnan(row.gradient_error) else f"off by {row.gradient_error:.1e}"
+            verdict = "ok" if row.passed else "WRONG"
+            rows.append((row.name, *("" if n == "nan" else n for n in numbers), error, verdict))
+        widths = [max(len(r[column]) for r in rows) for column in range(len(rows[0]))]
+        lines = [f"Invariance: {self.what}, tolerance {self.tolerance:.0e}"]
+        lines += ["  ".join(cell.ljust(width) for cell, width in zip(r, widths, strict=True)).rstrip() for r in rows]
+        for row in self.comparisons:
+            if row.not_compared:
+                lines.append(f"not compared: {row.name}: {row.not_compared}")
+            if row.problem:
+                lines.append(f"WRONG: {row.name}: {row.problem}")
+            if row.problem and row.worst:
+                lines.append("  most wrong: " + ", ".join(f"{name} ({error:.1e})" for name, error in row.worst))
+        return "\n".join([*lines, *self.notes, "passed" if self.passed else "FAILED"])
+
+
+def compare_gradients(
+    name: str,
+    differences: Mapping[str, Difference],
+    *,
+    loss: tuple[float, float],
+    grad_norm: tuple[float, float],
+    tolerance: float,
+    advice: str,
+    others: str = "",
+) -> Comparison:
+    """A row out of the parameters' differences.
+
+    Args:
+        name: Of the row.
+        differences: Parameter → how its gradient differs.
+        loss: What it should be, and is.
+        grad_norm: What it should be, and is.
+        tolerance: Largest relative error that passes.
+        advice: What to do where the whole gradient is wrong.
+        others: What to do where a few parameters' gradients are.
+    """
+    total = math.fsum(d.want for d in differences.values())
+    error = _root(math.fsum(d.error for d in differences.values()) / total) if total else math.nan
+    errors = {n: _root(d.error / d.want) if d.want else (math.inf if d.error else 0.0) for n, d in differences.items()}
+    # What is tiny beside the whole gradient is mostly rounding.
+    wrong = {
+        n: e for n, e in errors.items() if e > tolerance and _root(differences[n].error) > tolerance * _root(total) / 10
+    }
+    worst = sorted(wrong.items(), key=lambda item: -item[1])[:MOST_NAMES]
+    loss_error = abs(loss[1] - loss[0]) / max(abs(loss[0]), 1e-12)
+    problem = ""
+    if error > tolerance or math.isnan(error) or not math.isfinite(error):
+        problem = _in_words(differences, wrong, error, advice, others)
+    elif loss_error > tolerance:
+        problem = f"the gradient is right, but the loss is off by {loss_error:.1e}; {advice}"
+    return Comparison(
+        name=name,
+        loss=loss,
+        grad_norm=grad_norm,
+        gradient_error=error,
+        worst=tuple(worst),
+        problem=problem,
+    )
+
+
+def _in_words(
+    differences: Mapping[str, Difference], wrong: Mapping[str, float], error: float, advice: str, others: str
+) -> str:
+    total = math.fsum(d.want for d in differences.values())
+    if not total:
+        return f"the gradient is zero where it should be compared; {advice}"
+    if not math.isfinite(error):
+        return "the gradient is not finite; look at the samples, or lower the precision of nothing"
+    scale = math.fsum(d.product for d in differences.values()) / total
+    residue = _root(max(0.0, error**2 - (scale - 1.0) ** 2))
+    if residue < 1e-3 < abs(scale - 1.0):
+        return f"the gradient is {scale:.4g} times what it should be; {advice}"
+    if len(wrong) <= len(differences) / 2 and others:
+        return (
+            f"the gradients of {len(wrong)} of {len(differences)} parameters are wrong, the others are right; {others}"
+        )
+    return f"the gradient is off by {error:.1e}; {advice}"
+
+
+def _root(square: float) -> float:
+    return math.sqrt(square) if square >= 0 else math.nan
+
+
+def names_of(names: Sequence[str]) -> str:
+    """The first few."""
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(names[:MOST_NAMES]) + more

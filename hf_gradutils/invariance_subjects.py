@@ -1,0 +1,335 @@
+"""What a check of invariance is made on: the steps of a Trainer, ours or not, or of a loop with an Accelerator."""
+
+import contextlib
+import copy
+import itertools
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from hf_gradutils import upstream
+from hf_gradutils.accelerator import GradUtilsAccelerator, uses_exact_arithmetic
+from hf_gradutils.batches import count_rows
+from hf_gradutils.errors import InvalidArgumentError
+from hf_gradutils.loss_probe import in_evaluation_mode
+from hf_gradutils.reduction import reduce_packed, world_domain
+from hf_gradutils.sync import discard_deferred
+from hf_gradutils.targets import TargetCounter
+
+Rows: TypeAlias = list[Any]
+LossAndTargets: TypeAlias = Callable[[nn.Module, Any], tuple[Tensor, Tensor | int]]
+"""(model, batch) → its own mean loss, and the number of targets that is a mean over."""
+
+
+class Subject(Protocol):
+    """Something that turns micro-batches into a gradient."""
+
+    model: nn.Module
+    """Wrapped and sharded, ready to train."""
+    accelerator: Accelerator
+    num_data_ranks: int
+    data_rank: int
+    advice: str
+    """What to do where gradients are wrong."""
+
+    def rows(self, num_rows: int) -> Rows:
+        """The first samples of the dataset, the same on all ranks."""
+
+    def run(self, parts: Sequence[Rows]) -> float:
+        """Leave the gradient of a step with these micro-batches on this rank in ``.grad``; the loss that is logged."""
+
+    def batch(self, rows: Rows) -> Any:
+        """On this rank's device."""
+
+    def own_mean(self, model: nn.Module, batch: Any) -> Tensor:
+        """The loss of one batch on one process, without any wrapper's or rank's help."""
+
+    def counter(self, model: nn.Module) -> TargetCounter:
+        """Counts the targets of a batch as the training does."""
+
+    def as_it_was(self) -> contextlib.AbstractContextManager[None]:
+        """Afterwards everything is as before."""
+
+
+class TrainerSubject:
+    """A Trainer that is about to train."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self.model = trainer.model_wrapped
+        self.accelerator = trainer.accelerator
+        self._is_ours = isinstance(trainer.accelerator, GradUtilsAccelerator)
+        num_sharers = _size(trainer, "get_tp_size") * _size(trainer, "get_cp_size") * _size(trainer, "get_sp_size")
+        self.num_data_ranks = self.accelerator.num_processes // num_sharers
+        self.data_rank = self.accelerator.process_index // num_sharers
+        self.advice = (
+            "set GradUtilsPlugin(loss_unit=… or count_targets=…) to what the loss is a mean over"
+            if self._is_ours
+            else f"{type(trainer).__name__} does not divide by the targets of all micro-batches and ranks here; use "
+            "hf_gradutils.GradUtilsTrainer, or GradUtilsTrainerMixin in front of it"
+        )
+        self._loader = trainer.get_train_dataloader()
+
+    def rows(self, num_rows: int) -> Rows:
+        """The first samples of the dataset, the same on all ranks."""
+        rows = list(itertools.islice(iter(self._loader.dataset), num_rows))
+        if len(rows) < num_rows:
+            raise InvalidArgumentError(
+                f"expected a dataset of at least {num_rows} samples for {self.num_data_ranks} data ranks, got "
+                f"{len(rows)}; lower num_samples, or use fewer ranks"
+            )
+        return rows
+
+    def batch(self, rows: Rows) -> Any:
+        """As in :class:`Subject`."""
+        return self.trainer._prepare_inputs(self._loader.collate_fn(rows))
+
+    def run(self, parts: Sequence[Rows]) -> float:
+        """As in :class:`Subject`."""
+        trainer, model = self.trainer, self.model
+        discard_deferred(model)
+        if self._is_ours:
+            self.accelerator.forget_windows()
+            trainer._expects_first_batch = True
+        batches = [self._loader.collate_fn(rows) for rows in parts]
+        trainer.args.gradient_accumulation_steps = trainer.current_gradient_accumulation_steps = len(batches)
+        samples, num_items = trainer.get_batch_samples(iter(batches), len(batches), trainer.args.device)
+        total = torch.zeros((), dtype=torch.float64, device=trainer.args.device)
+        for index, inputs in enumerate(samples):
+            is_last = index == len(batches) - 1
+            self.accelerator.sync_gradients = is_last
+            waits = not is_last and not self._is_ours
+            with upstream.trainer_no_sync(trainer, model) if waits else contextlib.nullcontext():
+                total += trainer.training_step(model, inputs, num_items)
+        trainer._get_grad_norm(model)
+        if self._is_ours:
+            return _finish(self.accelerator, model)
+        return _mean_over_ranks(total)
+
+    def own_mean(self, model: nn.Module, batch: Any) -> Tensor:
+        """As in :class:`Subject`."""
+        trainer = self.trainer
+        before, trainer.args.average_tokens_across_devices = trainer.args.average_tokens_across_devices, False
+        count = self.counter(model)(batch).clamp(min=1) if trainer.compute_loss_func is not None else None
+        try:
+            with trainer.compute_loss_context_manager():
+                loss: Tensor = trainer.compute_loss(model, dict(batch), num_items_in_batch=count)
+        finally:
+            trainer.args.average_tokens_across_devices = before
+        return loss
+
+    def counter(self, model: nn.Module) -> TargetCounter:
+        """As in :class:`Subject`."""
+        if self._is_ours:
+            return self.trainer._counter  # type: ignore[no-any-return] # settled by the first run
+        return TargetCounter(count=self._stock_count)
+
+    def _stock_count(self, batch: Mapping[str, Any]) -> Tensor:
+        args = self.trainer.args
+        before, args.average_tokens_across_devices = args.average_tokens_across_devices, False
+        try:
+            count = self.trainer._get_num_items_in_batch([batch], args.device)
+        finally:
+            args.average_tokens_across_devices = before
+        return torch.as_tensor(count_rows(batch) if count is None else count)
+
+    @contextlib.contextmanager
+    def as_it_was(self) -> Iterator[None]:
+        """As in :class:`Subject`."""
+        trainer = self.trainer
+        attributes = dict(vars(trainer))
+        running_loss = trainer._tr_loss.clone() if hasattr(trainer, "_tr_loss") else None
+        logged = {name: copy.deepcopy(attributes[name]) for name in upstream.TRL_METRICS if name in attributes}
+        steps = trainer.args.gradient_accumulation_steps
+        try:
+            with _untouched(self.model, self.accelerator):
+                yield
+        finally:
+            trainer.args.gradient_accumulation_steps = steps
+            vars(trainer).clear()
+            vars(trainer).update(attributes | logged)
+            if running_loss is not None:
+                trainer._tr_loss.copy_(running_loss)
+
+
+class LoopSubject:
+    """A loop with an Accelerator, ours or accelerate's."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        rows: Sequence[Any],
+        collate: Callable[[Rows], Any],
+        loss_and_targets: LossAndTargets,
+    ):
+        self.accelerator = accelerator
+        self.model = model
+        self._rows = rows
+        self._collate = collate
+        self._loss_and_targets = loss_and_targets
+        self._is_ours = isinstance(accelerator, GradUtilsAccelerator)
+        config = accelerator.parallelism_config
+        num_sharers = 1 if config is None else config.tp_size * config.cp_size * getattr(config, "sp_size", 1)
+        self.num_data_ranks = accelerator.num_processes // num_sharers
+        self.data_rank = accelerator.process_index // num_sharers
+        self.advice = (
+            "num_targets is not what the loss is a mean over"
+            if self._is_ours
+            else "accelerate's Accelerator does not weigh micro-batches by their targets; use "
+            "hf_gradutils.GradUtilsAccelerator and backward(loss, num_targets=…)"
+        )
+
+    def rows(self, num_rows: int) -> Rows:
+        """The first samples of the dataset, the same on all ranks."""
+        if len(self._rows) < num_rows:
+            raise InvalidArgumentError(f"expected at least {num_rows} rows, got {len(self._rows)}; lower num_samples")
+        return [self._rows[index] for index in range(num_rows)]
+
+    def batch(self, rows: Rows) -> Any:
+        """As in :class:`Subject`."""
+        return send_to_device(self._collate(rows), self.accelerator.device)
+
+    def run(self, parts: Sequence[Rows]) -> float:
+        """As in :class:`Subject`."""
+        accelerator, model = self.accelerator, self.model
+        discard_deferred(model)
+        if isinstance(accelerator, GradUtilsAccelerator):
+            accelerator.forget_windows()
+        accelerator.gradient_accumulation_steps = len(parts)
+        total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+        for index, part in enumerate(parts):
+            is_last = index == len(parts) - 1
+            accelerator.sync_gradients = is_last
+            batch = self.batch(part)
+            with self._sync_context(is_last):
+                loss, num_targets = self._loss_and_targets(model, batch)
+                if isinstance(accelerator, GradUtilsAccelerator):
+                    accelerator.backward(loss, num_targets=num_targets, model=model)
+                else:
+                    accelerator.backward(loss)
+            total += loss.detach() / len(parts)
+        if isinstance(accelerator, GradUtilsAccelerator):
+            accelerator.close_window(model, step=1)
+            return _finish(accelerator, model)
+        return _mean_over_ranks(total)
+
+    def _sync_context(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
+        if not is_last:
+            return self.accelerator.no_sync(self.model)  # type: ignore[no-any-return]
+        if isinstance(self.accelerator, GradUtilsAccelerator):
+            return self.accelerator.sync_context(self.model)
+        return contextlib.nullcontext()
+
+    def own_mean(self, model: nn.Module, batch: Any) -> Tensor:
+        """As in :class:`Subject`."""
+        return self._loss_and_targets(model, batch)[0]
+
+    def counter(self, model: nn.Module) -> TargetCounter:
+        """As in :class:`Subject`."""
+        return TargetCounter(count=lambda batch: torch.as_tensor(self._loss_and_targets(model, batch)[1]))
+
+    @contextlib.contextmanager
+    def as_it_was(self) -> Iterator[None]:
+        """As in :class:`Subject`."""
+        steps, step = self.accelerator.gradient_accumulation_steps, self.accelerator.step
+        try:
+            with _untouched(self.model, self.accelerator):
+                yield
+        finally:
+            self.accelerator.gradient_accumulation_steps, self.accelerator.step = steps, step
+
+
+def _size(trainer: Any, name: str) -> int:
+    return int(getattr(trainer, name)()) if hasattr(trainer, name) else 1
+
+
+def _finish(accelerator: GradUtilsAccelerator, model: nn.Module) -> float:
+    """What a fused optimizer would have done on the way to the step; the loss."""
+    report = accelerator.report
+    assert report is not None
+    for optimizer in upstream.optimizers_of(accelerator):
+        order, optimizer.order = optimizer.order, None
+        if order is not None and order.divisor is not None:
+            for p in model.parameters():
+                if p.grad is not None:
+                    p.grad.mul_(report.multiplier.to(p.grad.dtype))
+            break
+    return float(report.loss)
+
+
+def _mean_over_ranks(loss: Tensor) -> float:
+    domain = world_domain()
+    return float(reduce_packed(domain, loss.view(1))[0] / domain.num_ranks)
+
+
+@contextlib.contextmanager
+def _untouched(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """Without dropout; gradients, buffers, modes and random states are as before afterwards."""
+    gradients = [(p, p.grad) for p in model.parameters()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    sync, numpy = accelerator.sync_gradients, sys.modules.get("numpy")
+    state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
+    for p, _ in gradients:
+        p.grad = None
+    try:
+        with in_evaluation_mode(model), without_auxiliary(model), _staying_in_its_mode(model):
+            yield
+    finally:
+        random.setstate(state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
+        accelerator.sync_gradients = sync
+        if isinstance(accelerator, GradUtilsAccelerator):
+            accelerator.forget_windows()
+            accelerator.report = None
+            for optimizer in upstream.optimizers_of(accelerator):
+                optimizer.order = None
+        discard_deferred(model)
+        with torch.no_grad():
+            for b, value in buffers:
+                b.copy_(value)
+        for p, gradient in gradients:
+            p.grad = gradient
+
+
+@contextlib.contextmanager
+def _staying_in_its_mode(model: nn.Module) -> Iterator[None]:
+    """A Trainer switches to training mode in every micro-batch."""
+    vars(model)["train"] = lambda mode=True: model
+    try:
+        yield
+    finally:
+        del vars(model)["train"]
+
+
+@contextlib.contextmanager
+def without_auxiliary(model: nn.Module) -> Iterator[bool]:
+    """Leave a mixture's auxiliary loss out, which is no mean over targets; whether there is one."""
+    with contextlib.ExitStack() as stack:
+        found = False
+        for module in model.modules():
+            config: Any = getattr(module, "config", None)
+            for place in (module, config, config.get_text_config() if hasattr(config, "get_text_config") else None):
+                for name in ("router_aux_loss_coef", "aux_loss_coef"):
+                    if isinstance(getattr(place, name, None), int | float) and getattr(place, name):
+                        stack.callback(setattr, place, name, getattr(place, name))
+                        setattr(place, name, 0.0)
+                        found = True
+        yield found
+
+
+def describe(subject: Subject, num_rows: int) -> str:
+    """The layout, the samples and the arithmetic."""
+    kinds = sorted({str(p.dtype).removeprefix("torch.") for p in subject.model.parameters()})
+    exact = "" if uses_exact_arithmetic(subject.accelerator, subject.model) else ", rounded arithmetic"
+    return (
+        f"{num_rows} samples, {subject.accelerator.num_processes} ranks of which {subject.num_data_ranks} with data of "
+        f"their own, {type(subject.model).__name__}, {'/'.join(kinds)}{exact}"
+    )
