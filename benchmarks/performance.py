@@ -263,7 +263,7 @@ def _targets(windows: Windows, times: Times) -> str:
     text = f"Judged by the median: {met} met, {missed} not met"
     text += f", {len(rows) - met - missed} not measured." if met + missed < len(rows) else "."
     if any(verdict == MISSED and collectives == "1 / 1" for *_, collectives, verdict in rows):
-        text += " Where others make do with one collective, as ours does, only what is around it can be faster."
+        text += "\nWhere others make do with one collective, as ours does, only what is around it can be faster."
     return f"{text}\n\n{_table([('target', 'measured', 'collectives, theirs / ours', ''), *rows])}"
 
 

@@ -82,7 +82,7 @@ def test_the_page_says_which_targets_are_met():
     slower = {"ours": steps["stock"], "stock": StepTimes((1.0,) * 3, (1.0,) * 3)}
     times = {("1 rank", 1): steps, ("1 rank", 8): slower}
     lines = performance.page(windows, {}, times, ["none"], load=1.0).splitlines()
-    assert any(line.startswith("Judged by the median: 1 met, 3 not met, 6 not measured. Where") for line in lines)
+    assert "Judged by the median: 1 met, 3 not met, 6 not measured." in lines
     step = "our Trainer's step takes ≤ 1 × the stock Trainer's"
     assert f"| 1 rank, accumulation 1: {step} | 1.00 |  | met |" in lines
     assert f"| 1 rank, accumulation 8: {step} | 2.00 |  | **not met** |" in lines
