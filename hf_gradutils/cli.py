@@ -1,0 +1,174 @@
+"""The command ``hf-gradutils``: what the ranks see, a recipe's check, and pictures of runs."""
+
+import argparse
+import os
+import platform
+import runpy
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from hf_gradutils import environment
+from hf_gradutils.channel import Channel
+from hf_gradutils.errors import GradUtilsError, InvalidArgumentError
+from hf_gradutils.plots import plot_runs, read_run
+from hf_gradutils.store import leave, open_channel
+from hf_gradutils.topology import current_ranks
+
+PACKAGES = ("hf-gradutils", "torch", "accelerate", "transformers", "datasets", "trl", "peft", "matplotlib")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code: 0, 1 if a check fails, 2 for what the user can put right."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.run is None:
+        parser.print_help()
+        return 2
+    try:
+        return int(options.run(options))
+    except GradUtilsError as error:
+        print(f"hf-gradutils: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-gradutils",
+        description="Exact gradients in every parallel layout: look at the set-up, check a recipe, plot its runs.",
+    )
+    parser.set_defaults(run=None)
+    commands = parser.add_subparsers(title="commands", metavar="{env,check,plot}")
+
+    env = commands.add_parser(
+        "env",
+        help="versions, launcher, ranks and nodes as they are seen",
+        description="Print versions, launcher, ranks and nodes as they are seen. Under a launcher every rank must run "
+        "it: torchrun --nproc-per-node 2 -m hf_gradutils.cli env",
+    )
+    env.add_argument("--timeout_s", type=float, default=60.0, help="how long to wait for the other ranks (60)")
+    env.set_defaults(run=_env)
+
+    check = commands.add_parser(
+        "check",
+        help="run a recipe's check of invariance instead of its training",
+        description="Run a training script with --check_invariance: it compares its gradient, on its own samples and "
+        "in its own layout, with one process and one batch, and ends with code 1 if they differ. Under a launcher: "
+        "accelerate launch --multi_gpu --num_processes 2 -m hf_gradutils.cli check recipes/finetune.py FILE.yaml",
+    )
+    check.add_argument("script", type=Path, help="a recipe, or a script of yours that takes --check_invariance")
+    check.add_argument("arguments", nargs=argparse.REMAINDER, help="what the script is told")
+    check.set_defaults(run=_check)
+
+    plot = commands.add_parser(
+        "plot",
+        help="draw the runs of one or several output folders",
+        description="Draw loss, gradient norm, targets per step, skipped steps and the norms of groups out of "
+        "trainer_state.json, several runs over one another.",
+    )
+    plot.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="output folder of a training")
+    plot.add_argument("--out", type=Path, default=None, help="the PNG (training.png in the first folder)")
+    plot.add_argument("--max_grad_norm", type=float, default=None, help="where the line of the clip goes")
+    plot.set_defaults(run=_plot)
+    return parser
+
+
+# ---- env ----
+
+
+def _env(options: argparse.Namespace) -> int:
+    ranks = current_ranks()
+    channel = open_channel() if ranks.world_size > 1 else None
+    try:
+        lines = _ranks_of(channel, options.timeout_s) if channel is not None else ["ranks        1, no launcher"]
+        if ranks.global_rank == 0:
+            print("\n".join([*_machine(), *_settings(), *lines]))
+    finally:
+        if channel is not None:
+            leave()
+    return 0
+
+
+def _machine() -> list[str]:
+    lines = [f"python       {platform.python_version()} on {platform.platform()}"]
+    for package in PACKAGES:
+        try:
+            lines.append(f"{package:<12} {version(package)}")
+        except PackageNotFoundError:
+            lines.append(f"{package:<12} not installed")
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        lines.append(f"GPUs         {len(names)}: {', '.join(dict.fromkeys(names))}, CUDA {torch.version.cuda}")
+    else:
+        lines.append(f"GPUs         none that torch can see; {os.cpu_count()} CPUs")
+    return lines
+
+
+def _settings() -> list[str]:
+    """Variables that set fields of the plugin, checked."""
+    from hf_gradutils.plugin import GradUtilsPlugin
+
+    GradUtilsPlugin()  # says so if one means nothing
+    values = environment.read_settings()
+    return [f"{environment.SETTING}{name.upper()}={value}" for name, value in values.items()]
+
+
+def _ranks_of(channel: Channel, timeout_s: float) -> list[str]:
+    """What every rank has written down about itself."""
+    world = channel.ranks.world_size
+    deadline = time.monotonic() + timeout_s
+    channel.write(f"env/{channel.ranks.global_rank}", f"{channel.ranks.node} {channel.ranks.local_rank}")
+    while missing := [rank for rank in range(world) if channel.read(f"env/{rank}") is None]:
+        if time.monotonic() > deadline:
+            raise InvalidArgumentError(
+                f"expected {world} ranks, got {world - len(missing)} after {timeout_s:g} s: ranks {missing} are "
+                "missing; start all of them, or raise --timeout_s"
+            )
+        time.sleep(0.05)
+    launched = environment.read_launched_rank()
+    lines = [
+        f"launcher     {'none, a process group' if launched is None else launched.launcher}",
+        f"store        {channel.origin}",
+        f"ranks        {world}",
+    ]
+    for rank in range(world):
+        node, local_rank = (channel.read(f"env/{rank}") or "").rsplit(" ", 1)
+        is_first = " (first of its node)" if local_rank == "0" else ""
+        lines.append(f"  rank {rank}: {channel.process_of(rank)}, node {node}, local rank {local_rank}{is_first}")
+    return lines
+
+
+# ---- check ----
+
+
+def _check(options: argparse.Namespace) -> int:
+    if not options.script.is_file():
+        raise InvalidArgumentError(
+            f"expected a script that takes --check_invariance, got no file {str(options.script)!r}"
+        )
+    sys.argv = [str(options.script), *options.arguments, "--check_invariance"]
+    sys.path.insert(0, str(options.script.resolve().parent))  # as when the script is run itself
+    try:
+        runpy.run_path(str(options.script), run_name="__main__")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    return 0
+
+
+# ---- plot ----
+
+
+def _plot(options: argparse.Namespace) -> int:
+    runs = [read_run(folder) for folder in options.runs]
+    first = options.runs[0]
+    path = options.out or (first.parent if first.is_file() else first) / "training.png"
+    print(f"wrote {plot_runs(runs, path, max_grad_norm=options.max_grad_norm)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

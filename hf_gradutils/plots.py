@@ -1,0 +1,164 @@
+"""Pictures of training runs, out of the ``trainer_state.json`` that a Trainer writes."""
+
+import json
+import math
+import pickletools
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_gradutils.errors import InvalidArgumentError
+
+_GROUP = "grad_norm/"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run."""
+
+    name: str
+    log: list[dict[str, Any]]
+    max_grad_norm: float | None
+    """What gradients were clipped to; None where nothing says."""
+
+    def series(self, key: str) -> tuple[list[float], list[float]]:
+        """Steps and values of one number in the log."""
+        points = [(entry["step"], entry[key]) for entry in self.log if key in entry]
+        return [step for step, _ in points], [math.nan if v is None else float(v) for _, v in points]
+
+    def groups(self) -> list[str]:
+        """Norm groups, in the order of the model."""
+        return list(dict.fromkeys(key for entry in self.log for key in entry if key.startswith(_GROUP)))
+
+
+def read_run(folder: Path) -> Run:
+    """A run's log: from the folder itself, else from its newest checkpoint.
+
+    Raises:
+        InvalidArgumentError: there is none, or it is not what a Trainer writes.
+    """
+    if not folder.exists():
+        raise InvalidArgumentError(
+            f"expected the output folder of a training, got {str(folder)!r}, which does not exist"
+        )
+    checkpoints = sorted(
+        folder.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.split("-")[-1])
+    )
+    candidates = [folder] if folder.is_file() else [folder / "trainer_state.json", *reversed(checkpoints)]
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if path is None:
+        raise InvalidArgumentError(
+            f"expected trainer_state.json in {str(folder)!r} or in its checkpoints, got none; it is written with every "
+            "checkpoint, and by trainer.save_state()"
+        )
+    try:
+        log = json.loads(path.read_text())["log_history"]
+        steps = [entry["step"] for entry in log]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidArgumentError(f"{path} is not what a Trainer writes: {error!r}") from None
+    if not any("loss" in entry for entry in log):
+        raise InvalidArgumentError(f"{path} has {len(steps)} log entries and none with a loss; set logging_steps lower")
+    name = path.parent.parent.name if path.parent.name.startswith("checkpoint-") else path.parent.name
+    return Run(name=name or str(folder), log=log, max_grad_norm=_read_max_grad_norm(path.parent))
+
+
+_NUMBERS = ("BINFLOAT", "FLOAT", "BININT", "BININT1", "BININT2", "INT")
+
+
+def _read_max_grad_norm(folder: Path) -> float | None:
+    """From the arguments that a Trainer pickles beside its model, without unpickling what may be anybody's."""
+    try:
+        with zipfile.ZipFile(folder / "training_args.bin") as archive:
+            (name,) = (n for n in archive.namelist() if n.endswith("data.pkl"))
+            operations = [(kind.name, value) for kind, value, _ in pickletools.genops(archive.read(name))]
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return None
+    places = [place for place, (_, value) in enumerate(operations) if value == "max_grad_norm"]
+    # What follows the name in a pickled dictionary is its value, or notes about what has been seen before.
+    following = operations[places[0] + 1 : places[0] + 4] if places else []
+    return next((float(value) for kind, value in following if kind in _NUMBERS and value is not None), None)
+
+
+def plot_runs(runs: Sequence[Run], path: Path, *, max_grad_norm: float | None = None) -> Path:
+    """Draw runs over one another into a PNG: loss, gradient norm, targets and skipped steps, norms of groups.
+
+    Args:
+        runs: At least one. Norms of groups are drawn for the first that has them.
+        path: The file.
+        max_grad_norm: Where the line of the clip goes; default: what each run was clipped to.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        InvalidArgumentError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise InvalidArgumentError("expected matplotlib for plots; pip install 'hf-gradutils[plot]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels: list[Any] = [_draw_loss, _draw_norm]
+    panels += [_draw_targets] if any("num_targets" in e for run in runs for e in run.log) else []
+    panels += [_draw_skipped] if any(e.get("skipped_steps") for run in runs for e in run.log) else []
+    grouped = next((run for run in runs if run.groups()), None)
+    heights = [3, 2, *[1.5] * (len(panels) - 2), *([max(2, len(grouped.groups()) / 4)] if grouped else [])]
+    figure, axes = pyplot.subplots(
+        len(heights), 1, figsize=(9, 1.6 * sum(heights)), height_ratios=heights, layout="constrained", squeeze=False
+    )
+    for axis, draw in zip(axes[:, 0], panels, strict=False):
+        for index, run in enumerate(runs):
+            draw(axis, run, f"C{index}", run.max_grad_norm if max_grad_norm is None else max_grad_norm)
+        axis.grid(alpha=0.3)
+        axis.legend(loc="best", fontsize="small")
+    if grouped is not None:
+        _draw_groups(axes[-1, 0], grouped)
+    axes[-1, 0].set_xlabel("optimizer step")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path
+
+
+def _draw_loss(axis: Any, run: Run, color: str, limit: float | None) -> None:
+    axis.plot(*run.series("loss"), color=color, label=f"{run.name}, training")
+    steps, values = run.series("eval_loss")
+    if steps:
+        axis.plot(steps, values, color=color, linestyle="--", marker="o", markersize=3, label=f"{run.name}, evaluation")
+    axis.set_ylabel("loss per target")
+
+
+def _draw_norm(axis: Any, run: Run, color: str, limit: float | None) -> None:
+    axis.plot(*run.series("grad_norm"), color=color, label=run.name)
+    if limit:
+        axis.axhline(limit, color=color, linestyle=":", linewidth=1, label=f"clipped to {limit:g}")
+    axis.set_ylabel("gradient norm")
+    axis.set_yscale("log")
+
+
+def _draw_targets(axis: Any, run: Run, color: str, limit: float | None) -> None:
+    axis.plot(*run.series("num_targets"), color=color, label=run.name, drawstyle="steps-mid")
+    axis.set_ylabel("targets")
+
+
+def _draw_skipped(axis: Any, run: Run, color: str, limit: float | None) -> None:
+    axis.plot(*run.series("skipped_steps"), color=color, label=run.name, drawstyle="steps-post")
+    axis.set_ylabel("skipped steps")
+
+
+def _draw_groups(axis: Any, run: Run) -> None:
+    groups = run.groups()
+    steps = sorted({entry["step"] for entry in run.log if groups[0] in entry})
+    columns = {step: index for index, step in enumerate(steps)}
+    values = [[math.nan] * len(steps) for _ in groups]
+    for row, group in enumerate(groups):
+        for step, value in zip(*run.series(group), strict=True):
+            values[row][columns[step]] = math.log10(value) if value > 0 else math.nan
+    extent = (steps[0] - 0.5, steps[-1] + 0.5, len(groups) - 0.5, -0.5)
+    picture = axis.imshow(values, aspect="auto", interpolation="nearest", cmap="viridis", extent=extent)
+    axis.set_yticks(range(len(groups)), [group.removeprefix(_GROUP) for group in groups], fontsize="small")
+    axis.figure.colorbar(picture, ax=axis, label=f"log10 of the norm, {run.name}")

@@ -1,0 +1,140 @@
+"""The command line: what it prints, its exit codes, and no traceback for what the user can put right."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from ranks import run_ranks
+from transformers import TrainingArguments
+
+from hf_gradutils import __version__
+from hf_gradutils.cli import main
+from hf_gradutils.plots import read_run
+
+
+def test_without_a_command_it_helps(capsys):
+    assert main([]) == 2
+    out = capsys.readouterr().out
+    assert all(command in out for command in ("env", "check", "plot"))
+    with pytest.raises(SystemExit) as end:
+        main(["plot", "--help"])
+    assert end.value.code == 0
+    assert "RUN_DIR" in capsys.readouterr().out
+
+
+def test_env_of_one_process(capsys, monkeypatch):
+    monkeypatch.setenv("HF_GRADUTILS_SYNC", "auto")
+    assert main(["env"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(rf"^hf-gradutils +{re.escape(__version__)}$", out, re.M)
+    assert re.search(rf"^torch +{re.escape(torch.__version__)}$", out, re.M)
+    assert "HF_GRADUTILS_SYNC=auto" in out
+    assert "ranks        1, no launcher" in out
+    monkeypatch.setenv("HF_GRADUTILS_SYNC", "never")
+    assert main(["env"]) == 2
+    assert "hf-gradutils: error: HF_GRADUTILS_SYNC: sync must be one of" in capsys.readouterr().err
+
+
+def test_env_of_two_nodes():
+    first, *others = run_ranks(_env, 4, nodes=2, init=False)
+    assert others == [""] * 3
+    assert "launcher     torchrun" in first
+    assert "ranks        4" in first
+    for rank, node, local in ((0, 0, 0), (1, 0, 1), (2, 1, 0), (3, 1, 1)):
+        line = next(line for line in first.splitlines() if f"rank {rank}:" in line)
+        assert f"node {node}, local rank {local}" in line
+        assert ("first of its node" in line) == (local == 0)
+
+
+def _env():
+    import contextlib
+    import io
+
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main(["env"]) == 0
+    return out.getvalue()
+
+
+SCRIPT = """
+import sys
+assert sys.argv[1:] == ["--steps", "3", "--check_invariance"], sys.argv
+import helper_beside_it
+sys.exit(helper_beside_it.code)
+"""
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_check_runs_the_script_and_passes_its_exit_code_on(code, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "helper_beside_it.py").write_text(f"code = {code}")
+    command = [sys.executable, "-m", "hf_gradutils.cli", "check", str(tmp_path / "script.py"), "--steps", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
+    assert (done.returncode, done.stderr) == (code, "")
+
+
+def test_check_of_no_script_is_an_error(capsys):
+    assert main(["check", "nowhere.py"]) == 2
+    assert "got no file 'nowhere.py'" in capsys.readouterr().err
+
+
+def _write_run(folder, *, groups=False, checkpoint=""):
+    log = [
+        {
+            "step": step,
+            "loss": 4.0 / step,
+            "grad_norm": 1.0 / step,
+            "num_targets": 10 * step,
+            "skipped_steps": step // 3,
+        }
+        | ({"grad_norm/a": 0.5 / step, "grad_norm/b": 0.1} if groups else {})
+        for step in range(1, 6)
+    ]
+    log.append({"step": 5, "eval_loss": 1.0})
+    target = folder / checkpoint if checkpoint else folder
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    torch.save(TrainingArguments(str(folder), max_grad_norm=0.25, use_cpu=True), target / "training_args.bin")
+    return folder
+
+
+def test_plot_draws_several_runs_over_one_another(tmp_path, capsys):
+    runs = [_write_run(tmp_path / "one", groups=True), _write_run(tmp_path / "two", checkpoint="checkpoint-5")]
+    assert main(["plot", *map(str, runs)]) == 0
+    picture = tmp_path / "one" / "training.png"
+    assert f"wrote {picture}" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert main(["plot", str(runs[1]), "--out", str(tmp_path / "new" / "x.png"), "--max_grad_norm", "2"]) == 0
+    smaller = (tmp_path / "new" / "x.png").stat().st_size
+    assert 0 < smaller < picture.stat().st_size, "one run without groups has less to draw"
+
+
+def test_a_run_is_read_from_its_newest_checkpoint_and_nothing_is_unpickled(tmp_path):
+    for step in (9, 10):
+        _write_run(tmp_path / "run", checkpoint=f"checkpoint-{step}")
+    state = tmp_path / "run" / "checkpoint-10" / "trainer_state.json"
+    state.write_text(state.read_text().replace('"eval_loss": 1.0', '"eval_loss": 7.0'))
+    run = read_run(tmp_path / "run")
+    assert (run.name, run.max_grad_norm) == ("run", 0.25)
+    assert run.series("eval_loss") == ([5], [7.0])
+    assert run.series("num_targets")[1] == [10, 20, 30, 40, 50]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "expected trainer_state.json in"),
+        ("{", "is not what a Trainer writes"),
+        ('{"log_history": [{"step": 1, "epoch": 1}]}', "none with a loss; set logging_steps lower"),
+    ],
+)
+def test_plot_of_something_else_says_what_is_wrong(content, message, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / "trainer_state.json").write_text(content)
+    assert main(["plot", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+    assert main(["plot", str(tmp_path / "nowhere")]) == 2
+    assert "which does not exist" in capsys.readouterr().err
