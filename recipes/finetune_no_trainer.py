@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, LoggerType
 from arguments import LoopArguments, RecipeArguments, parse_arguments
 from checkpoints import drop_old_checkpoints, find_checkpoint, read_state, write_state
 from data import load_texts, load_tokenizer
@@ -45,6 +45,8 @@ def main() -> None:
     check_targets(recipe, training=(train_texts, train), held_out=(held_out_texts, held_out))
     model = split_over_ranks(model, Path(training.output_dir) / "whole")
 
+    if training.report_to not in ("none", *LoggerType.list()):
+        raise UserError(f"report_to must be none or one of {', '.join(LoggerType.list())}, got {training.report_to!r}")
     accelerator = GradUtilsAccelerator(
         cpu=not torch.accelerator.is_available(),
         gradient_accumulation_plugin=GradUtilsPlugin(num_steps=training.gradient_accumulation_steps),
@@ -59,7 +61,9 @@ def main() -> None:
     else:
         collator = DataCollatorForSeq2Seq(tokenizer, model=model, label_pad_token_id=MASKED)
     size = training.per_device_train_batch_size
-    loader = accelerator.prepare(DataLoader(train, size, shuffle=True, drop_last=True, collate_fn=collator))
+    own_random = torch.Generator()  # else a loader that is made anew draws a number of which dropout knows nothing
+    loader = DataLoader(train, size, shuffle=True, drop_last=True, collate_fn=collator, generator=own_random)
+    loader = accelerator.prepare(loader)
     if len(loader) == 0:
         raise UserError(f"{len(train)} training examples are too few for {accelerator.num_processes} × {size}")
     steps_per_epoch = math.ceil(len(loader) / training.gradient_accumulation_steps)  # the last window may be short
@@ -75,7 +79,10 @@ def main() -> None:
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
 
     if training.report_to != "none":
-        accelerator.init_trackers("finetune_no_trainer", config=vars(recipe) | vars(training))
+        if not accelerator.log_with:
+            raise UserError(f"report_to {training.report_to} needs it: pip install {training.report_to}")
+        settings = {name: value for name, value in (vars(recipe) | vars(training)).items() if value is not None}
+        accelerator.init_trackers("finetune_no_trainer", config=settings)
     accelerator.print(
         f"{recipe.task}: {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f}M parameters, "
         f"{len(train)} training and {len(held_out)} held-out examples, {accelerator.num_processes} × "

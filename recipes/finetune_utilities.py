@@ -203,7 +203,9 @@ def epoch_of(train, collator, training, epoch, num_steps_done=0) -> DataLoader:
     sampler.set_epoch(epoch)
     size = training.per_device_train_batch_size
     order = list(sampler)[num_steps_done * training.gradient_accumulation_steps * size :]
-    return DataLoader(train, size, sampler=order, collate_fn=collator, pin_memory=torch.accelerator.is_available())
+    own_random = torch.Generator()  # else a loader that is made anew draws a number of which dropout knows nothing
+    pin = torch.accelerator.is_available()
+    return DataLoader(train, size, sampler=order, collate_fn=collator, generator=own_random, pin_memory=pin)
 
 
 @torch.no_grad()

@@ -85,11 +85,14 @@ def run_in_ranks(
     return run_ranks(_run, num_ranks, recipe, own, killed, env=env or {}, init=False)
 
 
+def log_of(folder: Path) -> list[dict[str, float]]:
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
 def steps_of(folder: Path) -> list[dict[str, float]]:
     """The log of a run's optimizer steps, without the times."""
-    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     names = ("step", "loss", "grad_norm", "num_targets", "learning_rate")
-    return [{name: entry[name] for name in names} for entry in log if "loss" in entry]
+    return [{name: entry[name] for name in names} for entry in log_of(folder) if "loss" in entry]
 
 
 def _run(recipe: str, arguments: list[str], killed: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from recipe_cases import ROOT, SMALL, launch, run_in_ranks, steps_of
+from trainer_cases import IS_OLD
 
 CONFIGS = ROOT / "configs" / "accelerate"
 ARGUMENTS = ["configs/causal_lm.yaml", *SMALL, "--max_steps", "2", "--save_strategy", "no"]
@@ -93,6 +94,8 @@ SPREAD = {
 @pytest.mark.parametrize("name", SPREAD)
 def test_the_model_is_spread_as_the_configuration_says_and_reduced_in_float32(name, home, tmp_path):
     recipe, num_ranks, sizes, wrapper, meshes = SPREAD[name]
+    if IS_OLD and name == "tp2_fsdp2_4":
+        pytest.skip("transformers 5.17 spreads a model by tensor parallelism only")
     _, env = told(name)
     assert env["ACCELERATE_MIXED_PRECISION"] == "bf16"
     env |= {f"PARALLELISM_CONFIG_{axis}_SIZE": str(size) for axis, size in sizes.items()}

@@ -1,14 +1,11 @@
-"""The recipe as a user launches it: default data, the user's own, and bad input."""
+"""finetune.py as a user launches it: default data, the user's own, and bad input."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from ranks import RankFailure
+from recipe_cases import TWO_RANKS, launch, log_of, run_in_ranks, steps_of
 
-ROOT = Path(__file__).parent.parent
 SMALL = ["--hidden_size", "24", "--num_heads", "2", "--num_layers", "1", "--vocab_size", "600", "--max_length", "48"]
 FEW = ["--max_examples", "64", "--max_eval_examples", "16", "--max_steps", "2", "--logging_steps", "1"]
 FEW += ["--eval_strategy", "no", "--save_strategy", "no"]
@@ -16,47 +13,28 @@ FEW += ["--eval_strategy", "no", "--save_strategy", "no"]
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Prepared data is kept for the module, as it is for a user."""
-    return tmp_path_factory.mktemp("hf_home")
-
-
-def finetune(home, *arguments, ranks=1, timeout_s=150):
-    if ranks > 1:
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(ranks)]
-        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        command += ["--main_process_port", "0"]
-    else:
-        command = [sys.executable]
-    kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "HF_HUB_OFFLINE", "TMPDIR")}
-    result = subprocess.run(
-        [*command, "recipes/finetune.py", *map(str, arguments)],
-        cwd=ROOT,
-        env=kept | {"HF_HOME": str(home), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-    )
-    return result.returncode, result.stdout, result.stderr
+    """Prepared data, shared by the tests of all recipes."""
+    folder = tmp_path_factory.getbasetemp() / "hf_home"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def trained(home, tmp_path_factory):
     """A causal LM trained on two ranks; its folder and what was printed."""
     folder = tmp_path_factory.mktemp("runs") / "causal"
-    arguments = ["configs/causal_lm.yaml", *SMALL, *FEW, "--max_steps", "6", "--output_dir", folder]
-    code, out, err = finetune(home, *arguments, "--learning_rate", "1e-2", ranks=2)
-    assert code == 0, err[-3000:]
-    return folder, out
+    arguments = ["configs/causal_lm.yaml", *SMALL, *FEW, "--max_steps", "6", "--learning_rate", "1e-2"]
+    run = launch(home, *TWO_RANKS, "recipes/finetune.py", *arguments, "--output_dir", folder)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return folder, run.stdout
 
 
 def test_two_ranks_train_on_docstrings_and_leave_everything_behind(trained):
     folder, out = trained
-    state = json.loads((folder / "trainer_state.json").read_text())
-    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-    assert len(losses) == 6
-    assert losses[-1] < losses[0]
-    assert all(entry["num_targets"] > 0 for entry in state["log_history"] if "loss" in entry)
+    steps = steps_of(folder)
+    assert len(steps) == 6
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert all(step["num_targets"] > 0 for step in steps)
     assert (folder / "model.safetensors").stat().st_size > 10_000
     assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
     for line in ("first loss", "last loss", "evaluation loss", "targets trained on", "targets per second"):
@@ -66,43 +44,38 @@ def test_two_ranks_train_on_docstrings_and_leave_everything_behind(trained):
 
 @pytest.mark.parametrize("task", ["seq2seq", "sequence_classification"])
 def test_the_other_tasks_train_too(task, home, tmp_path):
-    arguments = [f"configs/{task}.yaml", *SMALL, *FEW, "--output_dir", tmp_path]
-    code, out, err = finetune(home, *arguments)
-    assert code == 0, err[-3000:]
-    assert "evaluation loss" in out
-    assert ("evaluation accuracy" in out) == (task == "sequence_classification")
+    run_in_ranks(home, "finetune.py", [f"configs/{task}.yaml", *SMALL, *FEW, "--output_dir", tmp_path], 1)
+    evaluation = next(entry for entry in log_of(tmp_path) if "eval_loss" in entry)
+    assert ("eval_accuracy" in evaluation) == (task == "sequence_classification")
 
 
-def test_a_model_and_data_of_ones_own_with_a_text_column(trained, home, tmp_path):
+def test_a_model_and_data_of_ones_own_with_a_text_column(trained, home, tmp_path, capsys):
     rows = [{"text": f"number {i} is followed by number {i + 1}"} for i in range(40)]
-    data = _json_lines(tmp_path / "data.jsonl", rows)
-    own = ["--model_name_or_path", trained[0], "--dataset_name", data]
-    code, out, err = finetune(home, "configs/causal_lm.yaml", *own, *FEW, "--output_dir", tmp_path / "run")
-    assert code == 0, err[-3000:]
-    assert "38 training and 2 held-out examples" in out
+    own = ["--model_name_or_path", trained[0], "--dataset_name", _json_lines(tmp_path / "data.jsonl", rows)]
+    arguments = ["configs/causal_lm.yaml", *own, *FEW, "--output_dir", tmp_path / "run"]
+    run_in_ranks(home, "finetune.py", arguments, 1)
+    assert "38 training and 2 held-out examples" in capsys.readouterr().out
 
 
 def test_chats_are_trained_on_what_the_assistant_says(trained, home, tmp_path):
     chat = [{"role": "user", "content": "What follows 3?"}, {"role": "assistant", "content": "4"}]
     data = _json_lines(tmp_path / "chat.jsonl", [{"messages": chat}] * 40)
-    settings = json.loads((trained[0] / "tokenizer_config.json").read_text())
     model = tmp_path / "model"
     model.mkdir()
     for path in trained[0].iterdir():
         if path.is_file():
             (model / path.name).write_bytes(path.read_bytes())
-    settings["chat_template"] = (
+    (model / "chat_template.jinja").write_text(  # without {% generation %}: the last answer is what is learnt
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    (model / "tokenizer_config.json").write_text(json.dumps(settings))
-    own = ["--model_name_or_path", model, "--dataset_name", data, "--messages_column", "messages"]
-    run = tmp_path / "run"
-    code, _, err = finetune(home, "configs/causal_lm.yaml", *own, *FEW, "--output_dir", run)
-    assert code == 0, err[-3000:]
-    log = json.loads((run / "trainer_state.json").read_text())["log_history"]
-    # 8 × 4 chats a step; the answer is "4" and the end of its line, the question is no target
-    assert 32 <= log[0]["num_targets"] <= 32 * 3
+    for name, answer in (("model", {2, 3}), ("", {2})):  # "4" and the end of its line, or "4" and <eos>
+        own = ["--dataset_name", data, "--messages_column", "messages"]
+        own += ["--model_name_or_path", model] if name else SMALL
+        run = tmp_path / f"run-{name}"
+        run_in_ranks(home, "finetune.py", ["configs/causal_lm.yaml", *own, *FEW, "--output_dir", run], 1)
+        # 8 × 4 chats a step; the question is no target
+        assert steps_of(run)[0]["num_targets"] / 32 in answer
 
 
 def _json_lines(path, rows):
@@ -121,8 +94,9 @@ def _json_lines(path, rows):
         (["--dataset_name", "EMPTY"], "needs rows to train on"),
         (["--dataset_name", "MASKED", "--prompt_column", "prompt"], "has a target left"),
         (["--dataset_name", "MASKED", "--text_column", "words"], "has no column 'words'"),
+        (["--resume_from_checkpoint", "last"], "no checkpoint to resume from"),
     ],
-    ids=["negative clip", "unknown key", "empty data set", "all masked", "missing column"],
+    ids=["negative clip", "unknown key", "empty data set", "all masked", "missing column", "no checkpoint"],
 )
 def test_bad_input_is_one_line_and_no_traceback(arguments, message, home, tmp_path):
     files = {
@@ -130,28 +104,31 @@ def test_bad_input_is_one_line_and_no_traceback(arguments, message, home, tmp_pa
         "MASKED": _json_lines(tmp_path / "masked.jsonl", [{"prompt": "long " * 80, "text": "never reached"}] * 30),
     }
     arguments = [str(files.get(a, a)) for a in arguments]
-    code, _, err = finetune(home, "configs/causal_lm.yaml", *SMALL, *FEW, *arguments, "--output_dir", tmp_path / "run")
-    assert code == 1
-    lines = [line for line in err.splitlines() if "rank 0: error:" in line]
+    command = ["configs/causal_lm.yaml", *SMALL, *FEW, *arguments, "--output_dir", tmp_path / "run"]
+    with pytest.raises(RankFailure) as failure:
+        run_in_ranks(home, "finetune.py", command, 1)
+    output = failure.value.reports[0].output
+    lines = [line for line in output.splitlines() if "rank 0: error:" in line]
     assert len(lines) == 1
     assert message in lines[0]
-    assert "Traceback" not in err
+    assert "Traceback" not in output
 
 
 def test_an_unknown_key_in_the_configuration_is_named(home, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("task: causal-lm\nlerning_rate: 1.0e-3\n")
-    code, _, err = finetune(home, config)
-    assert code == 1
-    assert "unknown configuration key or flag 'lerning_rate'; did you mean 'learning_rate'?" in err
+    run = launch(home, "recipes/finetune.py", config)
+    assert run.returncode == 1
+    assert "unknown configuration key or flag 'lerning_rate'; did you mean 'learning_rate'?" in run.stderr
+    assert "Traceback" not in run.stderr
 
 
 def test_bad_input_ends_two_ranks_with_a_line_each(home, tmp_path):
     data = _json_lines(tmp_path / "masked.jsonl", [{"prompt": "long " * 80, "text": "never reached"}] * 30)
     own = ["--dataset_name", data, "--prompt_column", "prompt", "--output_dir", tmp_path / "run"]
-    code, _, err = finetune(home, "configs/causal_lm.yaml", *SMALL, *FEW, *own, ranks=2)
-    assert code != 0
+    run = launch(home, *TWO_RANKS, "recipes/finetune.py", "configs/causal_lm.yaml", *SMALL, *FEW, *own)
+    assert run.returncode != 0
     for rank in (0, 1):
-        own_lines = [line for line in err.splitlines() if line.startswith(f"rank {rank}: error:")]
-        assert len(own_lines) == 1, err[-3000:]
+        own_lines = [line for line in run.stderr.splitlines() if line.startswith(f"rank {rank}: error:")]
+        assert len(own_lines) == 1, run.stderr[-3000:]
         assert "has a target left" in own_lines[0]
