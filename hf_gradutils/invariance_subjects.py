@@ -328,8 +328,9 @@ def without_auxiliary(model: nn.Module) -> Iterator[bool]:
 def describe(subject: Subject, num_rows: int) -> str:
     """The layout, the samples and the arithmetic."""
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in subject.model.parameters()})
-    exact = "" if uses_exact_arithmetic(subject.accelerator, subject.model) else ", rounded arithmetic"
-    return (
-        f"{num_rows} samples, {subject.accelerator.num_processes} ranks of which {subject.num_data_ranks} with data of "
-        f"their own, {type(subject.model).__name__}, {'/'.join(kinds)}{exact}"
+    rounds = "" if uses_exact_arithmetic(subject.accelerator, subject.model) else ", rounded arithmetic"
+    num_ranks = subject.accelerator.num_processes
+    ranks = (
+        "1 rank" if num_ranks == 1 else f"{num_ranks} ranks, {subject.num_data_ranks} of them with data of their own"
     )
+    return f"{num_rows} samples, {ranks}, {type(subject.model).__name__}, {'/'.join(kinds)}{rounds}"

@@ -141,8 +141,11 @@ def _draw_norm(axis: Any, run: Run, color: str, limit: float | None) -> None:
 
 
 def _draw_targets(axis: Any, run: Run, color: str, limit: float | None) -> None:
-    axis.plot(*run.series("num_targets"), color=color, label=run.name, drawstyle="steps-mid")
-    axis.set_ylabel("targets")
+    steps, totals = run.series("num_targets")
+    # An entry has the targets of all steps since the one before.
+    per_step = [total / max(step - last, 1) for step, last, total in zip(steps, [0, *steps], totals, strict=False)]
+    axis.plot(steps, per_step, color=color, label=run.name, drawstyle="steps-mid")
+    axis.set_ylabel("targets per step")
 
 
 def _draw_skipped(axis: Any, run: Run, color: str, limit: float | None) -> None:
