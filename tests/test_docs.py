@@ -10,7 +10,7 @@ import transformers.models.llama.modeling_llama
 import transformers.trainer  # noqa: F401
 from ranks import run_ranks
 
-import hf_gradutils.trainer  # noqa: F401 - what is imported here is loaded in the process that the examples start from
+import hf_gradutils.trainer  # what is imported here is loaded in the process that the examples start from
 
 DOCS = Path(__file__).parent.parent / "docs"
 BLOCK = re.compile(r"^(?P<not_run><!-- not run -->\s*)?^```python\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
@@ -40,3 +40,19 @@ def test_examples_are_found_and_those_marked_so_are_not_run():
     found = {block["code"]: bool(block["not_run"]) for block in BLOCK.finditer(text)}
     assert found == {"run()\n": False, "left_out()\n": True}
     assert any("sync.md" in parameter.id for parameter in examples())
+
+
+def test_the_errors_of_the_page_on_errors_exist():
+    package = Path(hf_gradutils.trainer.__file__).parent
+    sources = " ".join(path.read_text() for path in package.glob("*.py"))
+    # A message may be broken into several literals.
+    sources = re.sub(r'"\s*f?"', "", sources)
+    wanted = re.findall(r'^### "(.*)"$', (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(wanted) > 10
+    assert [text for text in wanted if text not in sources] == []
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in (*DOCS.glob("*.md"), DOCS.parent / "README.md"):
+        for target in re.findall(r"\]\(([^)#]+\.md)\)", page.read_text()):
+            assert (page.parent / target).is_file(), f"{page.name} → {target}"
