@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +18,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 PREPARE_S = 0.3
+
+BEAT_S = 0.01
+"""Of a :class:`Metronome`."""
 
 
 def rank() -> int:
@@ -29,7 +33,7 @@ def is_node_first() -> bool:
 
 def note(folder: Path, event: str, text: str = "") -> None:
     with (folder / f"{rank()}.jsonl").open("a") as lines:
-        lines.write(json.dumps({"rank": rank(), "event": event, "time_s": time.time(), "text": text}) + "\n")
+        lines.write(json.dumps({"rank": rank(), "event": event, "time_s": time.monotonic(), "text": text}) + "\n")
 
 
 def ours():
@@ -82,6 +86,13 @@ def data_file(folder: Path) -> Path:
     return folder / f"data-{os.environ.get('GROUP_RANK', '0')}"
 
 
+def wait_for(paths: list[Path], *, limit_s: float = 60.0) -> None:
+    """Return when all the files are there, or after ``limit_s``."""
+    until_s = time.monotonic() + limit_s
+    while not all(path.exists() for path in paths) and time.monotonic() < until_s:
+        time.sleep(0.01)
+
+
 def prepare(folder: Path, fault=None, *, seconds: float = PREPARE_S) -> None:
     data_file(folder).write_text("half")
     time.sleep(seconds)
@@ -114,8 +125,9 @@ def fault_in_first(folder: Path, tool: str, fault: str, *, goes_on: bool = False
         if not (goes_on and rank() == 0):
             raise
     if goes_on:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whoever waits for the others now may be ended
         if tool == "ours":
-            dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+            dist.init_process_group("gloo", timeout=timedelta(seconds=1))
         dist.barrier()
     note(folder, "left")
 
@@ -169,18 +181,21 @@ def nested(folder: Path, tool: str) -> None:
 
 
 def waiting_rank_is_interrupted(folder: Path, tool: str, *, prepare_s: float) -> None:
-    """SIGINT to rank 1 while rank 0 prepares."""
-    (folder / f"pid-{rank()}").write_text(str(os.getpid()))
+    """SIGINT to rank 1 while rank 0 prepares: for as long as that takes, or until rank 1 is out."""
+    part = folder / f"pid-{rank()}.part"
+    part.write_text(str(os.getpid()))
+    part.rename(folder / f"pid-{rank()}")
     try:
         with TOOLS[tool]():
             if is_node_first():
                 if rank() == 0:
-                    while not (folder / "pid-1").exists():
-                        time.sleep(0.01)
+                    wait_for([folder / "pid-1"])
                     time.sleep(0.5)
                     note(folder, "fault")
                     os.kill(int((folder / "pid-1").read_text()), signal.SIGINT)
-                prepare(folder, seconds=prepare_s)
+                data_file(folder).write_text("half")
+                wait_for([folder / "1.jsonl"], limit_s=prepare_s - PREPARE_S)
+                prepare(folder)
             else:
                 note(folder, "entered", data_file(folder).read_text())
     except BaseException as error:
@@ -212,10 +227,41 @@ class Event:
     text: str
 
 
+class Metronome:
+    """Seconds as this machine lets a process have them.
+
+    A thread beats every 10 ms, or later when the machine is too busy to wake it. A bar on the time between two ranks is
+    in seconds on a quiet machine; counted in beats it moves away elsewhere, by as much as a process is kept waiting
+    that does nothing but sleep and wake, as a waiting rank does.
+    """
+
+    def __init__(self) -> None:
+        self._beats: list[float] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat)
+
+    def __enter__(self) -> "Metronome":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(BEAT_S):
+            self._beats.append(time.monotonic())
+
+    def seconds(self, begin_s: float, end_s: float) -> float:
+        """Between two times of ``time.monotonic()``, from whichever process."""
+        return BEAT_S * sum(begin_s < beat_s < end_s for beat_s in self._beats)
+
+
 class Story:
     """What the ranks wrote into a folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, clock: Metronome | None = None) -> None:
+        self._clock = clock
         self.events: list[Event] = []
         for path in sorted(folder.glob("*.jsonl")):
             for line in path.read_text().splitlines():
@@ -233,7 +279,11 @@ class Story:
         """Ranks that entered before the data was whole."""
         return sum(e.text != "whole" for e in self.of("entered"))
 
+    def seconds(self, begin_s: float, end_s: float) -> float:
+        """Between two events."""
+        return end_s - begin_s if self._clock is None else self._clock.seconds(begin_s, end_s)
+
     def told(self, *, but: int = 0) -> dict[int, tuple[float, str]]:
         """Rank → (seconds after the fault, error), but for the rank at fault."""
         fault_s = self.fault_s()
-        return {e.rank: (e.time_s - fault_s, e.text) for e in self.of("told") if e.rank != but}
+        return {e.rank: (self.seconds(fault_s, e.time_s), e.text) for e in self.of("told") if e.rank != but}
