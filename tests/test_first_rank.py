@@ -11,6 +11,7 @@ from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
+from first_rank_cases import Metronome, wait_for
 from ranks import RankFailure, ranks, run_ranks
 
 from hf_gradutils import FirstRankPerNode
@@ -106,32 +107,37 @@ def test_bootstrap_says_whether_it_set_something_up():
 
 
 @pytest.mark.parametrize("launch", LAUNCHES)
-@pytest.mark.parametrize("kind", [RuntimeError, SystemExit, KeyboardInterrupt])
-def test_an_exception_in_the_first_reaches_all_others(launch, kind, tmp_path):
-    results = run_ranks(_fail_in_first, 4, kind, tmp_path, **launch)
-    raised_at = results[0][1]
-    assert results[0][0] == kind.__name__, "the first keeps its own exception"
-    for name, told_at, message in results[1:]:
-        assert name == "FirstRankError"
-        assert told_at - raised_at < 1.0
-        assert "rank 0 of 4 on host" in message
-        assert "disk full" in message
-        assert "_fail_in_first" in message, "the original traceback"
+def test_an_exception_in_the_first_reaches_all_others(launch, tmp_path):
+    kinds = (RuntimeError, SystemExit, KeyboardInterrupt)
+    with Metronome() as clock:
+        results = run_ranks(_fail_in_first, 4, kinds, tmp_path, **launch)
+    for kind, (first, *others) in zip(kinds, zip(*results, strict=True), strict=True):
+        name, raised_at, _ = first
+        assert name == kind.__name__, "the first keeps its own exception"
+        for name, told_at, message in others:
+            assert name == "FirstRankError"
+            assert clock.seconds(raised_at, told_at) < 1.0
+            assert "rank 0 of 4 on host" in message
+            assert "disk full" in message
+            assert "_fail_in_first" in message, "the original traceback"
 
 
-def _fail_in_first(kind, folder):
-    try:
-        with FirstRankPerNode() as is_first:
-            if not is_first:
-                raise AssertionError("a follower got in")
-            (folder / "data").write_text("half")
-            time.sleep(PREPARE_S)
-            raised_at = time.time()
-            raise kind("disk full")
-    except FirstRankError as error:
-        return type(error).__name__, time.time(), str(error)
-    except BaseException as error:
-        return type(error).__name__, raised_at, ""
+def _fail_in_first(kinds, folder):
+    outcomes = []
+    for kind in kinds:
+        try:
+            with FirstRankPerNode() as is_first:
+                if not is_first:
+                    raise AssertionError("a follower got in")
+                (folder / "data").write_text("half")
+                time.sleep(PREPARE_S)
+                raised_at = time.monotonic()
+                raise kind("disk full")
+        except FirstRankError as error:
+            outcomes.append((type(error).__name__, time.monotonic(), str(error)))
+        except BaseException as error:
+            outcomes.append((type(error).__name__, raised_at, ""))
+    return outcomes
 
 
 DEATHS = [
@@ -143,12 +149,12 @@ DEATHS = [
 
 @pytest.mark.parametrize("launch", DEATHS)
 def test_the_death_of_the_first_reaches_all_others(launch, tmp_path):
-    with pytest.raises(RankFailure, match="rank 0 of 3 died"):
+    with Metronome() as clock, pytest.raises(RankFailure, match="rank 0 of 3 died"):
         run_ranks(_kill_first, 3, tmp_path, grace_s=3, **launch)
     died_at = float((tmp_path / "died").read_text())
     for follower in (1, 2):
         told_at, told = (tmp_path / str(follower)).read_text().split(maxsplit=1)
-        assert float(told_at) - died_at < 2.0
+        assert clock.seconds(died_at, float(told_at)) < 2.0
         assert told.startswith("rank 0 of 3 on host")
         assert "has ended (killed, or left early) before it was done" in told
 
@@ -158,11 +164,11 @@ def _kill_first(folder):
         with FirstRankPerNode(poll_s=0.1) as is_first:
             if is_first:
                 time.sleep(0.2)
-                (folder / "died").write_text(str(time.time()))
+                (folder / "died").write_text(str(time.monotonic()))
                 os.kill(os.getpid(), signal.SIGKILL)
             (folder / str(rank())).write_text("0 entered")
     except FirstRankError as error:
-        (folder / str(rank())).write_text(f"{time.time()} {error}")
+        (folder / str(rank())).write_text(f"{time.monotonic()} {error}")
 
 
 def test_a_first_that_ends_without_reaching_the_block_is_noticed(tmp_path):
@@ -186,6 +192,8 @@ def _never_come_back(folder):
 
 @ranks(2, init=False)
 def test_no_process_group_timeout_limits_the_preparation(tmp_path):
+    (tmp_path / f"here{rank()}").touch()
+    wait_for([tmp_path / "here0", tmp_path / "here1"])  # the group does not wait for who starts late
     dist.init_process_group("gloo", timeout=timedelta(seconds=0.6))
     with FirstRankPerNode() as is_first:
         if is_first:
@@ -229,27 +237,30 @@ def test_threads_keep_their_blocks_apart(tmp_path):
 
 
 def test_ctrl_c_ends_a_waiting_rank_at_once(tmp_path):
-    results = run_ranks(_interrupt_follower, 2, tmp_path)
-    assert results[1][0] == "KeyboardInterrupt"
-    assert results[1][1] < 1.0
+    with Metronome() as clock:
+        sent_at, (name, ended_at) = run_ranks(_interrupt_follower, 2, tmp_path)
+    assert name == "KeyboardInterrupt"
+    assert clock.seconds(sent_at, ended_at) < 1.0
 
 
 def _interrupt_follower(folder):
-    pid_file = folder / "pid"
+    pid, is_out = folder / "pid", folder / "out"
     if rank() == 1:
-        pid_file.write_text(str(os.getpid()))
+        (folder / "part").write_text(str(os.getpid()))
+        (folder / "part").rename(pid)
     try:
         with FirstRankPerNode() as is_first:
-            if is_first:
-                while not pid_file.exists() or not pid_file.read_text():
-                    time.sleep(0.01)
-                time.sleep(0.2)
-                (folder / "sent").write_text(str(time.time()))
-                os.kill(int(pid_file.read_text()), signal.SIGINT)
-                time.sleep(1.5)
+            if not is_first:
+                return "entered", 0.0
+            wait_for([pid])
+            time.sleep(0.2)
+            sent_at = time.monotonic()
+            os.kill(int(pid.read_text()), signal.SIGINT)
+            wait_for([is_out])
+            return sent_at
     except KeyboardInterrupt:
-        return "KeyboardInterrupt", time.time() - float((folder / "sent").read_text())
-    return "none", 0.0
+        is_out.touch()
+        return "KeyboardInterrupt", time.monotonic()
 
 
 @ranks(3)
@@ -301,8 +312,8 @@ def test_an_exit_stack_tells_blocks_apart_by_their_own_line(tmp_path):
         assert stack.enter_context(FirstRankPerNode()) == (rank() == 0)
 
 
-def test_waiting_is_logged_and_may_be_limited():
-    lines = run_ranks(_wait_with_log, 2)[1]
+def test_waiting_is_logged_and_may_be_limited(tmp_path):
+    lines = run_ranks(_wait_with_log, 2, tmp_path)[1]
     running = re.compile(
         r"rank 1 waits for rank 0 on host \S+, running for \d+ s \(test_first_rank\._wait_with_log:\d+\)"
     )
@@ -310,17 +321,22 @@ def test_waiting_is_logged_and_may_be_limited():
     assert "gave up after 0.6 s" in lines[-1]
 
 
-def _wait_with_log():
+def _wait_with_log(folder):
     lines = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
     logging.getLogger("hf_gradutils").addHandler(handler)
+    runs, has_given_up = folder / "runs", folder / "given up"
+    if rank() == 1:
+        wait_for([runs])
     try:
-        with FirstRankPerNode(log_every_s=0.2, timeout_s=0.6) as is_first:
+        with FirstRankPerNode(log_every_s=0.1, timeout_s=0.6) as is_first:
             assert is_first
-            time.sleep(1.2)
+            runs.touch()
+            wait_for([has_given_up])
     except FirstRankError as error:
         lines.append(str(error))
+        has_given_up.touch()
     return lines
 
 

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch.distributed as dist
+from first_rank_cases import Metronome, wait_for
 from ranks import RankFailure, ranks, run_ranks
 
 from hf_gradutils import FirstRankPerNode, heartbeat
@@ -33,12 +34,24 @@ def _run_in_scope(folder, scope, seconds=0.15):
 
 
 def test_in_the_world_rank_0_comes_first_then_the_firsts_of_the_nodes_then_the_rest(tmp_path):
-    firsts, starts, ends = zip(*run_ranks(_run_in_scope, 6, tmp_path, "world", nodes=3, init=False), strict=True)
+    results = run_ranks(_run_in_world, 6, tmp_path, nodes=3, init=False)
+    firsts, starts, ends = zip(*results, strict=True)
     assert firsts == (True, False, False, False, False, False)
     assert ends[0] <= min(starts[1:])
     for first, follower in ((2, 3), (4, 5)):
         assert ends[first] <= starts[follower]
     assert starts[4] < ends[2], "the other nodes' firsts do not wait for each other"
+
+
+def _run_in_world(folder):
+    """The first ranks of the other two nodes stay until both are in."""
+    with FirstRankPerNode(scope="world") as is_first:
+        start = time.monotonic()
+        (folder / str(rank())).touch()
+        if rank() in (2, 4):
+            wait_for([folder / "2", folder / "4"])
+        time.sleep(0.05)
+        return is_first, start, time.monotonic()
 
 
 @pytest.mark.parametrize("init", [True, False])
@@ -61,10 +74,12 @@ def test_auto_on_one_node_is_that_node(tmp_path):
 
 
 def test_a_failure_of_rank_0_ends_the_world(tmp_path):
-    for told_after_s, error in run_ranks(_fail_in_the_world, 4, tmp_path, nodes=2, init=False)[1:]:
+    with Metronome() as clock:
+        (raised_at, _), *others = run_ranks(_fail_in_the_world, 4, tmp_path, nodes=2, init=False)
+    for told_at, error in others:
         assert "rank 0 of 4 on host" in error
         assert "disk full" in error
-        assert told_after_s < 1.0
+        assert clock.seconds(raised_at, told_at) < 1.0
 
 
 def _fail_in_the_world(folder):
@@ -72,10 +87,12 @@ def _fail_in_the_world(folder):
         with FirstRankPerNode(scope="world"):
             assert rank() == 0
             time.sleep(0.2)
-            (folder / "raised").write_text(str(time.time()))
+            raised_at = time.monotonic()
             raise RuntimeError("disk full")
-    except (RuntimeError, FirstRankError) as error:
-        return time.time() - float((folder / "raised").read_text()), str(error)
+    except FirstRankError as error:
+        return time.monotonic(), str(error)
+    except RuntimeError as error:
+        return raised_at, str(error)
 
 
 @ranks(4, nodes=2, init=False)
@@ -91,26 +108,34 @@ def test_a_block_for_some_nodes_only_need_not_wait_for_the_others():
             assert is_first == (rank() == 0)
 
 
-def test_the_rank_that_a_node_waits_for_is_logged():
-    lines = run_ranks(_come_late, 4, nodes=2, init=False)
-    assert re.search(r"rank 1 waits for rank 0 on host \S+, running for \d+ s \(\S+:\d+\)", "\n".join(lines[1]))
-    assert re.search(r"rank 1 waits for rank 0 on host \S+, which has not reached it", "\n".join(lines[1]))
-    assert re.search(
-        r"rank 2 has finished \S+: rank 2 waits for rank 0 on host \S+, running for \d+ s", "\n".join(lines[2])
-    )
+RUNNING = r"rank 1 waits for rank 0 on host \S+, running for \d+ s \(\S+:\d+\)"
+MISSING = r"rank 1 waits for rank 0 on host \S+, which has not reached it"
+OTHER_NODE = r"rank 2 has finished \S+: rank 2 waits for rank 0 on host \S+, running for \d+ s"
 
 
-def _come_late():
-    lines = []
+def test_the_rank_that_a_node_waits_for_is_logged(tmp_path):
+    run_ranks(_come_late, 4, tmp_path, nodes=2, init=False)  # ends when all has been logged, or hangs
+
+
+def _come_late(folder):
+    awaited = {"running": (1, RUNNING), "other node": (2, OTHER_NODE), "missing": (1, MISSING)}
+
+    def look_for(record):
+        for name, (who, pattern) in awaited.items():
+            if rank() == who and re.search(pattern, record.getMessage()):
+                (folder / name).touch()
+
     handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
+    handler.emit = look_for
     logging.getLogger("hf_gradutils").addHandler(handler)
-    for is_late in (False, True):
-        time.sleep(0.5 if is_late and rank() == 0 else 0)
-        with FirstRankPerNode(log_every_s=0.2) as is_first:
-            if is_first and not is_late and rank() == 0:
-                time.sleep(0.5)
-    return lines
+    with FirstRankPerNode(log_every_s=0.1):
+        if rank() == 0:
+            wait_for([folder / "running", folder / "other node"])
+    if rank() == 0:
+        wait_for([folder / "missing"])
+    with FirstRankPerNode(log_every_s=0.1):
+        pass
+    assert all((folder / name).exists() for name in awaited)
 
 
 def test_a_rank_alone_on_its_node_is_given_up_after_a_long_silence(tmp_path):
@@ -186,21 +211,23 @@ def test_where_no_sizes_are_known_nobody_waits_for_a_node_that_never_comes():
         leave(grace_s=0)  # the other one never comes
 
 
-def test_a_waiting_rank_needs_next_to_no_processor_time():
-    for waited_s, used_s in run_ranks(_wait_and_measure, 4, nodes=2, init=False):
+def test_a_waiting_rank_needs_next_to_no_processor_time(tmp_path):
+    for waited_s, used_s in run_ranks(_wait_and_measure, 4, tmp_path, nodes=2, init=False):
         assert waited_s > 1.4
         assert used_s < 0.02 * waited_s
 
 
-def _wait_and_measure():
+def _wait_and_measure(folder):
     with FirstRankPerNode():
         pass
     start, used = time.monotonic(), time.process_time()
-    with FirstRankPerNode() as is_first:
+    (folder / str(rank())).touch()
+    if rank() == 0:
+        while len(list(folder.iterdir())) < 4:
+            time.sleep(0.1)
+    with FirstRankPerNode():
         if rank() == 0:
             time.sleep(1.5)
-        elif is_first:
-            pass
     return time.monotonic() - start, time.process_time() - used
 
 
