@@ -107,6 +107,7 @@ class GradUtilsAccelerator(WindowedAccelerator):
 
     def prepare(self, *args: Any, **kwargs: Any) -> Any:
         """As in accelerate."""
+        self._wrappers, self._prepared_as = {}, {}
         prepared = super().prepare(*args, **kwargs)
         for model in self._models:
             sum_increments(model)

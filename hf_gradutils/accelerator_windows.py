@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from hf_gradutils import upstream
 from hf_gradutils.errors import InvalidArgumentError, NonfiniteGradientError
 from hf_gradutils.model_windows import ModelWindow, ModelWindows
-from hf_gradutils.optimizer import GradUtilsOptimizer, StepOrder, as_flag, why_not_on_device
+from hf_gradutils.optimizer import GradUtilsOptimizer, StepOrder, as_flag, innermost, why_not_on_device
 from hf_gradutils.plugin import GradUtilsPlugin
 from hf_gradutils.steps import Counters
 from hf_gradutils.sync import discard_deferred
@@ -36,7 +36,9 @@ class WindowedAccelerator(Accelerator):  # type: ignore[misc]
     """Stands for the ``accumulate`` that is open."""
     _policy_choice: PolicyChoice
     _wrappers: dict[nn.Module, list[tuple[str, nn.Module]]]
-    """Of each model, for the window that is open: looking for them takes a walk over all modules."""
+    """Of each model; looking for them takes a walk over all modules. Until something is prepared."""
+    _prepared_as: dict[nn.Module, nn.Module]
+    """A model as the loop has it, wrapped or not → what accelerate has prepared. Until something is prepared."""
     _unscaled: list[Optimizer]
     """Optimizers whose gradients have lost fp16's scale in this step."""
     _counters: list[tuple[Any, Counters]]
@@ -46,7 +48,7 @@ class WindowedAccelerator(Accelerator):  # type: ignore[misc]
         self.report = None
         self._plugin = plugin
         self._current, self._micro_batch = None, None
-        self._wrappers, self._unscaled, self._counters = {}, [], []
+        self._unscaled, self._counters = [], []
         each_batch = self.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         self._policy_choice = PolicyChoice(plugin.effective_sync(each_batch=each_batch), self.device)
         self.forget_windows()
@@ -55,8 +57,15 @@ class WindowedAccelerator(Accelerator):  # type: ignore[misc]
         """As in accelerate; the optimizer takes its steps the way the windows were closed.
 
         Raises:
-            InvalidArgumentError: the scaling is to be folded into an optimizer that cannot do it.
+            InvalidArgumentError: the scaling is to be folded into an optimizer that cannot do it; or it steps inside
+                of ``backward``, before the window has ended.
         """
+        kind = type(innermost(optimizer))
+        if kind.__module__.partition(".")[0] == "lomo_optim":
+            raise InvalidArgumentError(
+                f"expected an optimizer that steps after the backward of a whole window, got {kind.__name__}, which "
+                "steps inside of it; use another one"
+            )
         self._check_folding([optimizer])
         prepared = super().prepare_optimizer(optimizer, device_placement)
         return GradUtilsOptimizer.adopt(prepared, self._before_step)
@@ -84,6 +93,7 @@ class WindowedAccelerator(Accelerator):  # type: ignore[misc]
     def forget_windows(self) -> None:
         """Start over: forget the micro-batches so far, together with the gradients that the caller drops."""
         self._windows = ModelWindows(self._make_window)
+        self._wrappers, self._prepared_as = {}, {}
 
     def discard_window(self, model: nn.Module | Sequence[nn.Module] | None = None) -> None:
         """Give up the micro-batches of a window, after an exception say: their gradients, sent or not, and their sums.
@@ -97,7 +107,6 @@ class WindowedAccelerator(Accelerator):  # type: ignore[misc]
         discard_deferred(window.whole)
         window.sums.discard()
         window.is_open = False
-        self._wrappers.clear()
         self.step = 0
 
     def _make_window(self, models: tuple[nn.Module, ...]) -> ModelWindow:
@@ -127,9 +136,10 @@ class WindowedAccelerator(Accelerator):  # type: ignore[misc]
 
     def _prepared(self, model: nn.Module) -> nn.Module:
         """The model as it was prepared, if this is what is inside."""
-        if any(model is prepared for prepared in self._models):
-            return model
-        return next((p for p in self._models if _inside(p) is _inside(model)), model)
+        if model not in self._prepared_as:  # asked in every micro-batch, and slow to find out
+            inside = _inside(model)
+            self._prepared_as[model] = next((p for p in self._models if _inside(p) is inside), model)
+        return self._prepared_as[model]
 
     # ---- The end of a window ----
 
@@ -173,7 +183,6 @@ class WindowedAccelerator(Accelerator):  # type: ignore[misc]
         self.settle()
         folds = folds and plugin.fold_into_optimizer
         self._policy_choice.window_closed()
-        self._wrappers.clear()
         self.unscale_gradients(optimizers)
         self.report = report = window.sums.close(
             window.whole,

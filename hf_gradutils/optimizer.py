@@ -93,16 +93,23 @@ class GradUtilsOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
         given = {name: value for name, value in given.items() if value is not None}
         for name, value in given.items():
             setattr(optimizer, name, value)
+        try:
+            self._take_step()
+        finally:
+            for name in given:
+                delattr(optimizer, name)
+
+    def _take_step(self) -> None:
         scaler = self.scaler
-        if scaler is not None:
-            self.scaler = _WithoutUpdate(scaler)
-            self.awaits_update = True
+        if scaler is None:
+            self.optimizer.step()  # as accelerate would, after looking for lomo's installation on the disk
+            return
+        self.scaler = _WithoutUpdate(scaler)
+        self.awaits_update = True
         try:
             super().step()
         finally:
             self.scaler = scaler
-            for name in given:
-                delattr(optimizer, name)
 
     @property
     def step_was_skipped(self) -> bool:

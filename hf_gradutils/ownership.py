@@ -93,8 +93,19 @@ class _Known:
     settings: object
     plan: Plan
 
+    def fits(self, parameters: Sequence[nn.Parameter], layouts: list[object], settings: object) -> bool:
+        """Whether it was made for these."""
+        return (
+            (self.parameters is parameters or _are_same(self.parameters, parameters))
+            and self.layouts == layouts
+            and self.settings == settings
+        )
 
-_plans: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+
+_MOST_PLANS = 8
+"""Of one model: of all its parameters, and of some that are clipped on their own."""
+
+_plans: WeakKeyDictionary[nn.Module, list[_Known]] = WeakKeyDictionary()
 
 
 def _are_same(one: Sequence[object], other: Sequence[object]) -> bool:
@@ -113,7 +124,7 @@ def plan_for_model(
 
     Args:
         model: What the plan is kept for.
-        parameters: ``trainable_parameters(model)``.
+        parameters: ``trainable_parameters(model)``, or some of them, in that order.
         group: All ranks that train the model; None is the default group, or one process without any.
         ownership: Declares plain parameters that are shards although they carry no placements (experts).
         norm_groups: Groups whose norms are wanted beside the total; None is one group of all.
@@ -130,18 +141,19 @@ def plan_for_model(
     layouts = upstream.layouts(parameters)
     grouping = norm_groups if norm_groups is None or isinstance(norm_groups, str) else tuple(norm_groups.items())
     settings = (domain.groups, tuple(ownership.items()), grouping)
-    known = _plans.get(model)
-    if (
-        known is not None
-        and (known.parameters is parameters or _are_same(known.parameters, parameters))
-        and known.layouts == layouts
-        and known.settings == settings
-    ):
-        return known.plan
+    plans = _plans.setdefault(model, [])
+    for known in plans:
+        if known.fits(parameters, layouts, settings):
+            return known.plan
+    every = dict(model.named_parameters())
     identities = {id(p) for p in parameters}
-    named = {name: p for name, p in model.named_parameters() if id(p) in identities}
+    named = {name: p for name, p in every.items() if id(p) in identities}
     plan = _build_plan(named, domain, _declared_shards(model, named, ownership), norm_groups)
-    _plans[model] = _Known(parameters, layouts, settings, plan)
+    # Parameters that the model has no more, such as whole ones from before it was sharded, are not to be kept alive.
+    current = {id(p) for p in every.values()}
+    plans[:] = [known for known in plans if all(id(p) in current for p in known.parameters)]
+    plans[_MOST_PLANS - 1 :] = []
+    plans.insert(0, _Known(parameters, layouts, settings, plan))
     return plan
 
 

@@ -82,6 +82,11 @@ class GradUtilsTrainerMixin(EvaluationMixin):
                 "expected DDP, FSDP2, tensor or context parallelism, got DeepSpeed, whose engine scales and clips "
                 "gradients itself; use FSDP2 (fsdp=True, fsdp_config={'version': 2}), which shards what ZeRO-3 shards"
             )
+        if self.accelerator.distributed_type == DistributedType.XLA:
+            raise InvalidArgumentError(
+                "expected CPU or a device that torch drives itself, got XLA, which reduces gradients in its own step; "
+                "use transformers.Trainer there"
+            )
         if reason := trl_trainers.why_not_exact(self):
             name = trl_trainers.trl_name(self)
             raise InvalidArgumentError(
@@ -103,7 +108,7 @@ class GradUtilsTrainerMixin(EvaluationMixin):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer.train``; a non-finite loss is logged as it is, not replaced by an average of earlier ones."""
-        self._expects_first_batch, self._logged = True, None
+        self._expects_first_batch, self._logged, self._operations_per_token = True, None, None
         self.accelerator.forget_windows()
         if self.grad_plugin.fold_into_optimizer:
             self._check_nobody_reads_gradients()
@@ -259,6 +264,18 @@ class GradUtilsTrainerMixin(EvaluationMixin):
         )
         self.accelerator.window_of(model).start(sums)
         self._expects_first_batch = False
+
+    _operations_per_token: int | None = None
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        """As in Trainer, but its parameters are counted once a training, not in every micro-batch."""
+        is_trainers = super().floating_point_ops.__func__ is Trainer.floating_point_ops
+        main_input = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
+        if not (is_trainers and isinstance(main_input, Tensor) and hasattr(self.model, "num_parameters")):
+            return int(super().floating_point_ops(inputs))
+        if self._operations_per_token is None:
+            self._operations_per_token = 6 * self.model.num_parameters(exclude_embeddings=True)
+        return main_input.numel() * self._operations_per_token
 
     # ---- Training: the window's end ----
 

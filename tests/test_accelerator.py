@@ -419,6 +419,27 @@ def test_values_can_be_clipped_wherever_they_are(layout):
     run(_clip_values, layout)
 
 
+@pytest.mark.parametrize("layout", ["ddp2", "fsdp2x2"])
+def test_clipping_some_parameters_plans_once(layout):
+    run(_plans_once, layout)
+
+
+def _plans_once(layout):
+    gathers = []
+
+    def clip(loop):
+        def end():
+            named = loop.model.named_parameters()
+            loop.accelerator.clip_grad_norm_([p for n, p in named if "mlp" in n], 1.0)
+            loop.accelerator.clip_grad_norm_(loop.model.parameters(), 1.0)
+
+        gathers.append(sum(collectives(events_of(end)).values()))
+
+    run_loop(HEAD, layout, 1, batch_size=2, after_backward=clip)
+    assert set(gathers[1:]) == {3}, "one for the window, one for each that is clipped apart"
+    assert gathers[0] > 3, "control: plans are made in the first step"
+
+
 def _clip_values(layout):
     want, _ = truth(HEAD, make_data(HEAD))
     limit = float(torch.cat([g.abs().flatten() for g in want.values()]).quantile(0.9))
@@ -606,6 +627,13 @@ def test_what_scales_gradients_itself_is_refused(kind, monkeypatch):
     monkeypatch.setattr(GradUtilsAccelerator, "distributed_type", kind)
     with pytest.raises(InvalidArgumentError, match=f"got {kind.value}.*use FSDP2"):
         GradUtilsAccelerator(cpu=True)
+
+
+def test_an_optimizer_that_steps_inside_backward_is_refused():
+    reset_accelerate()
+    kind = type("Lomo", (torch.optim.SGD,), {"__module__": "lomo_optim.lomo"})
+    with pytest.raises(InvalidArgumentError, match="got Lomo, which steps inside of it"):
+        GradUtilsAccelerator(cpu=True).prepare(kind(Regression(0).parameters(), lr=0.1))
 
 
 def test_fields_come_from_keywords_then_variables_then_defaults(monkeypatch):
