@@ -55,6 +55,8 @@ def main() -> None:
         log_with=None if training.report_to == "none" else training.report_to,
         project_dir=training.output_dir,
     )
+    if accelerator.parallelism_config and accelerator.parallelism_config.cp_enabled:
+        raise UserError("context parallelism cuts up the batch, which recipes/finetune.py does and this loop does not")
     keep_sums_in_float32(accelerator)
     if recipe.task == "sequence-classification":
         collator = DataCollatorWithPadding(tokenizer)

@@ -15,10 +15,12 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from ranks import run_ranks
 from torch.distributed.fsdp import FSDPModule
@@ -83,6 +85,11 @@ def run_in_ranks(
     """Run a recipe in ranks that are forked with everything loaded; how each had spread the model."""
     own = [*map(str, arguments), "--cache_dir", str(home / "datasets")]
     return run_ranks(_run, num_ranks, recipe, own, killed, env=env or {}, init=False)
+
+
+def skip_without_trl(recipe: str) -> None:
+    if "trl" in recipe and find_spec("trl") is None:
+        pytest.skip("trl is optional")
 
 
 def log_of(folder: Path) -> list[dict[str, float]]:

@@ -4,7 +4,8 @@ import json
 
 import pytest
 from ranks import RankFailure
-from recipe_cases import FSDP2, SMALL, run_in_ranks, steps_of
+from recipe_cases import FSDP2, SMALL, run_in_ranks, skip_without_trl, steps_of
+from trainer_cases import IS_OLD
 
 NUM_STEPS = 6
 SAVING = ["--max_examples", "80", "--save_strategy", "steps", "--save_steps", "2", "--save_total_limit", "2"]
@@ -42,6 +43,9 @@ def model(home, tmp_path_factory):
 @pytest.mark.parametrize("case", CASES)
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(case, home, model, tmp_path):
     recipe, arguments, env = CASES[case]
+    skip_without_trl(recipe)
+    if IS_OLD and case in ("Trainer, DDP", "trl, DDP"):
+        pytest.skip("transformers 5.17 cannot load the optimizer again on several CPU ranks")
 
     def run(folder, *more, killed=""):
         config = "configs/chat.yaml" if "trl" in case else "configs/causal_lm.yaml"

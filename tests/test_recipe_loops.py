@@ -2,7 +2,7 @@
 
 import pytest
 from ranks import RankFailure
-from recipe_cases import SMALL, log_of, run_in_ranks, steps_of
+from recipe_cases import SMALL, log_of, run_in_ranks, skip_without_trl, steps_of
 
 TRAINING = [*SMALL, "--max_steps", "3", "--save_strategy", "no"]
 CONFIGS = {"finetune_trl.py": "configs/chat.yaml"}
@@ -27,6 +27,7 @@ def home(tmp_path_factory):
     ids=["no Trainer", "utilities, DDP", "utilities, FSDP2", "trl"],
 )
 def test_two_ranks_take_the_steps_of_one(recipe, spread, home, tmp_path):
+    skip_without_trl(recipe)
     config = CONFIGS.get(recipe, "configs/causal_lm.yaml")
     for num_ranks, batch_size, accumulation in ((1, 8, 2), (2, 2, 4)):
         cut = ["--per_device_train_batch_size", batch_size, "--gradient_accumulation_steps", accumulation]
@@ -66,6 +67,7 @@ def test_the_other_tasks_train_too(task, recipe, home, tmp_path):
 )
 def test_bad_input_is_one_line(command, message, home, tmp_path):
     recipe, *bad = command.split()
+    skip_without_trl(recipe)
     config = CONFIGS.get(recipe, "configs/causal_lm.yaml")
     with pytest.raises(RankFailure) as failure:
         run_in_ranks(home, recipe, [config, *TRAINING, "--output_dir", tmp_path, *bad], 1)
