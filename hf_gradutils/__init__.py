@@ -20,7 +20,7 @@ from hf_gradutils.grad_utils import clip_grad_by_total_norm_, get_grad_norm
 if TYPE_CHECKING:
     from hf_gradutils.accelerator import GradUtilsAccelerator
     from hf_gradutils.first_rank_upstream import route_first_rank
-    from hf_gradutils.invariance import check_invariance, check_loop_invariance
+    from hf_gradutils.invariance import check_invariance, check_loop_invariance, check_window_invariance
     from hf_gradutils.invariance_report import InvarianceReport
     from hf_gradutils.plugin import GradUtilsPlugin
     from hf_gradutils.trainer import GradUtilsSeq2SeqTrainer, GradUtilsTrainer, GradUtilsTrainerMixin
@@ -36,6 +36,7 @@ __all__ = [
     "barrier_and_log",
     "check_invariance",
     "check_loop_invariance",
+    "check_window_invariance",
     "clip_grad_by_total_norm_",
     "clip_gradients",
     "get_grad_norm",
@@ -53,6 +54,7 @@ _LAZY = {
     "InvarianceReport": "hf_gradutils.invariance_report",
     "check_invariance": "hf_gradutils.invariance",
     "check_loop_invariance": "hf_gradutils.invariance",
+    "check_window_invariance": "hf_gradutils.invariance",
     "GradUtilsPlugin": "hf_gradutils.plugin",
     "GradUtilsSeq2SeqTrainer": "hf_gradutils.trainer",
     "GradUtilsTrainer": "hf_gradutils.trainer",

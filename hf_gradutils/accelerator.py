@@ -329,10 +329,13 @@ class _Counted(NamedTuple):
 
 def uses_exact_arithmetic(accelerator: Accelerator, model: nn.Module) -> bool:
     """Whether a loss is the same however its batch is composed, up to float32 rounding."""
-    return (
-        accelerator.mixed_precision == "no"
-        and all(p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.is_floating_point())
-        and not (accelerator.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest")
+    return accelerator.mixed_precision == "no" and is_exact_in_itself(model, accelerator.device)
+
+
+def is_exact_in_itself(model: nn.Module, device: torch.device) -> bool:
+    """The same for a model that nothing casts on the way."""
+    return all(p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.is_floating_point()) and not (
+        device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
     )
 
 

@@ -21,15 +21,16 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from hf_gradutils import upstream
-from hf_gradutils.accelerator import uses_exact_arithmetic
 from hf_gradutils.errors import GradUtilsError, InvalidArgumentError, InvarianceError, ReplicaMismatchError
 from hf_gradutils.invariance_report import Comparison, Difference, InvarianceReport, compare_gradients
 from hf_gradutils.invariance_subjects import (
     LoopSubject,
     LossAndTargets,
     Rows,
+    RunWindow,
     Subject,
     TrainerSubject,
+    WindowSubject,
     describe,
     without_auxiliary,
 )
@@ -127,6 +128,34 @@ def check_loop_invariance(
     return _check(subject, num_samples, tolerance, make_model)
 
 
+def check_window_invariance(
+    model: nn.Module,
+    rows: Sequence[Any],
+    collate: Callable[[Rows], Any],
+    run_window: RunWindow,
+    loss_and_targets: LossAndTargets,
+    *,
+    num_samples: int = 16,
+    tolerance: float = 1e-5,
+    make_model: MakeModel | None = None,
+) -> InvarianceReport:
+    """:func:`check_invariance` for a loop of plain torch, on one process or data parallelism of any kind.
+
+    Args:
+        model: As it is trained: DDP, ``fully_shard``, or plain.
+        rows: The dataset; the same on all ranks.
+        collate: Rows → batch.
+        run_window: This rank's micro-batches → the loss of the window over all ranks. It leaves the gradient that the
+            optimizer would step on in ``.grad``, and takes no step.
+        loss_and_targets: (model, batch) → its own mean loss, and the number of targets that is a mean over.
+        num_samples: As in :func:`check_invariance`.
+        tolerance: As in :func:`check_invariance`.
+        make_model: As in :func:`check_invariance`.
+    """
+    subject = WindowSubject(model, rows, collate, run_window, loss_and_targets)
+    return _check(subject, num_samples, tolerance, make_model)
+
+
 class _CheckIsDone(Exception):  # noqa: N818 - no error
     """Ends a ``train`` that was started for a check."""
 
@@ -167,7 +196,7 @@ def _check(subject: Subject, num_samples: int, tolerance: float, make_model: Mak
         raise InvalidArgumentError(f"num_samples must be ≥ 1, got {num_samples}")
     if not tolerance > 0:
         raise InvalidArgumentError(f"tolerance must be > 0, got {tolerance}")
-    if not uses_exact_arithmetic(subject.accelerator, subject.model):
+    if not subject.is_exact:
         tolerance = max(tolerance, ROUNDED_TOLERANCE)
     per_rank = max(2, -(-num_samples // subject.num_data_ranks))
     rows = subject.rows(per_rank * subject.num_data_ranks)

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from hf_gradutils import upstream
-from hf_gradutils.accelerator import GradUtilsAccelerator, uses_exact_arithmetic
+from hf_gradutils.accelerator import GradUtilsAccelerator, is_exact_in_itself, uses_exact_arithmetic
 from hf_gradutils.batches import count_rows
 from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.loss_probe import in_evaluation_mode
@@ -23,6 +24,8 @@ from hf_gradutils.sync import discard_deferred
 from hf_gradutils.targets import TargetCounter
 
 Rows: TypeAlias = list[Any]
+RunWindow: TypeAlias = Callable[[list[Any]], Tensor | float]
+"""This rank's micro-batches → the window's loss; leaves the gradient of the optimizer step in ``.grad``."""
 LossAndTargets: TypeAlias = Callable[[nn.Module, Any], tuple[Tensor, Tensor | int]]
 """(model, batch) → its own mean loss, and the number of targets that is a mean over."""
 
@@ -32,9 +35,11 @@ class Subject(Protocol):
 
     model: nn.Module
     """Wrapped and sharded, ready to train."""
-    accelerator: Accelerator
+    num_ranks: int
     num_data_ranks: int
     data_rank: int
+    is_exact: bool
+    """float32 or better, without autocast or TF32."""
     advice: str
     """What to do where gradients are wrong."""
 
@@ -65,8 +70,10 @@ class TrainerSubject:
         self.model = trainer.model_wrapped
         self.accelerator = trainer.accelerator
         self._is_ours = isinstance(trainer.accelerator, GradUtilsAccelerator)
+        self.num_ranks = self.accelerator.num_processes
+        self.is_exact = uses_exact_arithmetic(self.accelerator, self.model)
         num_sharers = _size(trainer, "get_tp_size") * _size(trainer, "get_cp_size") * _size(trainer, "get_sp_size")
-        self.num_data_ranks = self.accelerator.num_processes // num_sharers
+        self.num_data_ranks = self.num_ranks // num_sharers
         self.data_rank = self.accelerator.process_index // num_sharers
         self.advice = (
             "set GradUtilsPlugin(loss_unit=… or count_targets=…) to what the loss is a mean over"
@@ -148,7 +155,7 @@ class TrainerSubject:
         logged = {name: copy.deepcopy(attributes[name]) for name in upstream.TRL_METRICS if name in attributes}
         steps = trainer.args.gradient_accumulation_steps
         try:
-            with _untouched(self.model, self.accelerator):
+            with _untouched(self.model), _accelerator_untouched(self.accelerator):
                 yield
         finally:
             trainer.args.gradient_accumulation_steps = steps
@@ -175,9 +182,11 @@ class LoopSubject:
         self._collate = collate
         self._loss_and_targets = loss_and_targets
         self._is_ours = isinstance(accelerator, GradUtilsAccelerator)
+        self.num_ranks = accelerator.num_processes
+        self.is_exact = uses_exact_arithmetic(accelerator, model)
         config = accelerator.parallelism_config
         num_sharers = 1 if config is None else config.tp_size * config.cp_size * getattr(config, "sp_size", 1)
-        self.num_data_ranks = accelerator.num_processes // num_sharers
+        self.num_data_ranks = self.num_ranks // num_sharers
         self.data_rank = accelerator.process_index // num_sharers
         self.advice = (
             "num_targets is not what the loss is a mean over"
@@ -188,9 +197,7 @@ class LoopSubject:
 
     def rows(self, num_rows: int) -> Rows:
         """The first samples of the dataset, the same on all ranks."""
-        if len(self._rows) < num_rows:
-            raise InvalidArgumentError(f"expected at least {num_rows} rows, got {len(self._rows)}; lower num_samples")
-        return [self._rows[index] for index in range(num_rows)]
+        return _first(self._rows, num_rows)
 
     def batch(self, rows: Rows) -> Any:
         """As in :class:`Subject`."""
@@ -240,10 +247,64 @@ class LoopSubject:
         """As in :class:`Subject`."""
         steps, step = self.accelerator.gradient_accumulation_steps, self.accelerator.step
         try:
-            with _untouched(self.model, self.accelerator):
+            with _untouched(self.model), _accelerator_untouched(self.accelerator):
                 yield
         finally:
             self.accelerator.gradient_accumulation_steps, self.accelerator.step = steps, step
+
+
+class WindowSubject:
+    """A loop of plain torch: data parallelism of any kind, or one process."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: Sequence[Any],
+        collate: Callable[[Rows], Any],
+        run_window: RunWindow,
+        loss_and_targets: LossAndTargets,
+    ):
+        self.model = model
+        self._rows = rows
+        self._collate = collate
+        self._run_window = run_window
+        self._loss_and_targets = loss_and_targets
+        self._device = next(model.parameters()).device
+        self.num_ranks = self.num_data_ranks = dist.get_world_size() if dist.is_initialized() else 1
+        self.data_rank = dist.get_rank() if dist.is_initialized() else 0
+        self.is_exact = is_exact_in_itself(model, self._device)
+        self.advice = "the window's end does not divide by the targets that the losses are means over"
+
+    def rows(self, num_rows: int) -> Rows:
+        """The first samples of the dataset, the same on all ranks."""
+        return _first(self._rows, num_rows)
+
+    def batch(self, rows: Rows) -> Any:
+        """As in :class:`Subject`."""
+        return send_to_device(self._collate(rows), self._device)
+
+    def run(self, parts: Sequence[Rows]) -> float:
+        """As in :class:`Subject`."""
+        discard_deferred(self.model)
+        return float(self._run_window([self.batch(part) for part in parts]))
+
+    def own_mean(self, model: nn.Module, batch: Any) -> Tensor:
+        """As in :class:`Subject`."""
+        return self._loss_and_targets(model, batch)[0]
+
+    def counter(self, model: nn.Module) -> TargetCounter:
+        """As in :class:`Subject`."""
+        return TargetCounter(count=lambda batch: torch.as_tensor(self._loss_and_targets(model, batch)[1]))
+
+    def as_it_was(self) -> contextlib.AbstractContextManager[None]:
+        """As in :class:`Subject`."""
+        return _untouched(self.model)
+
+
+def _first(rows: Sequence[Any], num_rows: int) -> Rows:
+    if len(rows) < num_rows:
+        raise InvalidArgumentError(f"expected at least {num_rows} rows, got {len(rows)}; lower num_samples")
+    return [rows[index] for index in range(num_rows)]
 
 
 def _size(trainer: Any, name: str) -> int:
@@ -270,11 +331,11 @@ def _mean_over_ranks(loss: Tensor) -> float:
 
 
 @contextlib.contextmanager
-def _untouched(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+def _untouched(model: nn.Module) -> Iterator[None]:
     """Without dropout; gradients, buffers, modes and random states are as before afterwards."""
     gradients = [(p, p.grad) for p in model.parameters()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    sync, numpy = accelerator.sync_gradients, sys.modules.get("numpy")
+    numpy = sys.modules.get("numpy")
     state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
     for p, _ in gradients:
         p.grad = None
@@ -285,18 +346,26 @@ def _untouched(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
         random.setstate(state)
         if numpy:
             numpy.random.set_state(numpy_state)
-        accelerator.sync_gradients = sync
-        if isinstance(accelerator, GradUtilsAccelerator):
-            accelerator.forget_windows()
-            accelerator.report = None
-            for optimizer in upstream.optimizers_of(accelerator):
-                optimizer.order = None
         discard_deferred(model)
         with torch.no_grad():
             for b, value in buffers:
                 b.copy_(value)
         for p, gradient in gradients:
             p.grad = gradient
+
+
+@contextlib.contextmanager
+def _accelerator_untouched(accelerator: Accelerator) -> Iterator[None]:
+    sync = accelerator.sync_gradients
+    try:
+        yield
+    finally:
+        accelerator.sync_gradients = sync
+        if isinstance(accelerator, GradUtilsAccelerator):
+            accelerator.forget_windows()
+            accelerator.report = None
+            for optimizer in upstream.optimizers_of(accelerator):
+                optimizer.order = None
 
 
 @contextlib.contextmanager
@@ -328,8 +397,8 @@ def without_auxiliary(model: nn.Module) -> Iterator[bool]:
 def describe(subject: Subject, num_rows: int) -> str:
     """The layout, the samples and the arithmetic."""
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in subject.model.parameters()})
-    rounds = "" if uses_exact_arithmetic(subject.accelerator, subject.model) else ", rounded arithmetic"
-    num_ranks = subject.accelerator.num_processes
+    rounds = "" if subject.is_exact else ", rounded arithmetic"
+    num_ranks = subject.num_ranks
     ranks = (
         "1 rank" if num_ranks == 1 else f"{num_ranks} ranks, {subject.num_data_ranks} of them with data of their own"
     )

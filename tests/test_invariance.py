@@ -10,6 +10,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from heads import HEADS
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from trainer_cases import make_data, make_model, reset_accelerate, run, train
 from transformers import Trainer, TrainerCallback
 
@@ -19,6 +20,10 @@ from hf_gradutils import (
     GradUtilsTrainer,
     check_invariance,
     check_loop_invariance,
+    check_window_invariance,
+    get_sync_ctx,
+    reduce_loss,
+    rescale_gradients,
 )
 from hf_gradutils.errors import InvalidArgumentError, InvarianceError
 from hf_gradutils.invariance_report import Comparison, InvarianceReport
@@ -232,6 +237,39 @@ def _loops(layout):
 
 def _causal_loss(model, batch):
     return model(**batch).loss, (batch["labels"][:, 1:] != -100).sum()
+
+
+@pytest.mark.parametrize("layout", ["1 rank", "ddp2", "fsdp2x2"])
+def test_a_loop_of_plain_torch_is_checked_too(layout):
+    run(_plain_loop, layout)
+
+
+def _plain_loop(layout):
+    model = make_model(HEAD)
+    if layout == "ddp2":
+        model = nn.parallel.DistributedDataParallel(model)
+    if layout == "fsdp2x2":
+        fully_shard(model)
+
+    def run_window(batches, *, divides=True):
+        losses, num_targets = [], torch.zeros(())
+        for index, batch in enumerate(batches):
+            with get_sync_ctx(model, is_optim_step=index == len(batches) - 1):
+                loss, num_here = _causal_loss(model, batch)
+                (loss * num_here).backward()
+            losses.append(loss.detach() * num_here)
+            num_targets += num_here
+        if divides:
+            rescale_gradients(model, num_targets)
+        total, denominator = reduce_loss(losses, num_targets)
+        return total / denominator
+
+    arguments = (model, make_data(HEAD), HEADS[HEAD].collate)
+    report = check_window_invariance(*arguments, run_window, _causal_loss)
+    assert report.passed, str(report)
+    assert report.comparisons[LAYOUT].gradient_error < 2e-6
+    wrong = check_window_invariance(*arguments, functools.partial(run_window, divides=False), _causal_loss)
+    assert "times what it should be" in wrong.comparisons[LAYOUT].problem
 
 
 # ---- Nothing has changed ----
