@@ -2,6 +2,9 @@
 
 Nothing here waits inside the store. That would block every other call on the same client (torch 2.13) and
 defer Ctrl-C to its end; :func:`poll` waits in Python.
+
+The store of torchrun's agent outlives a restart of the ranks, so keys belong to an attempt. Which one it is the ranks
+find out themselves: torchrun counts restarts on the node at fault only (pytorch#108158).
 """
 
 import json
@@ -13,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TypeVar
 
-from torch.distributed import Store  # type: ignore[attr-defined] # documented there
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined] # documented there
 
 from hf_gradutils.errors import LauncherError
 from hf_gradutils.topology import ProcessIdentity, Ranks, current_process, has_ended
@@ -22,17 +25,22 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+ATTEMPT = "attempt"
+"""The key of the present attempt's number, which counts from 0."""
+
 
 class Channel:
     """Keys that all ranks of the job see. No method blocks; all raise RuntimeError once the store is lost."""
 
-    def __init__(self, store: Store, *, ranks: Ranks, origin: str, server: Store | None) -> None:
+    def __init__(self, store: Store, *, ranks: Ranks, origin: str, server: Store | None, num_restarts: str) -> None:
         self.ranks = ranks
         self.origin = origin
         """Where the store lives, for messages."""
 
         self.process = current_process()
-        self._store = store
+        self._attempts = store
+        self._num_restarts = num_restarts
+        self._join_attempt()
         self.server = server
         """The object that keeps the server alive, if that lives in this process; None if it cannot."""
 
@@ -80,7 +88,11 @@ class Channel:
         return self._processes.get(global_rank)
 
     def has_left(self, global_rank: int) -> bool:
-        """Whether that rank is known to have ended, by its farewell or by the death of its process."""
+        """Whether that rank is known to have ended, by its farewell or by the death of its process.
+
+        Raises LauncherError as :meth:`check_attempt`.
+        """
+        self.check_attempt()
         process = self.process_of(global_rank)
         return (process is not None and has_ended(process)) or self.read(f"left/{global_rank}") is not None
 
@@ -89,27 +101,46 @@ class Channel:
         self.write(f"left/{self.ranks.global_rank}", "left")
 
     def introduce(self) -> None:
-        """Write down who this rank is. Raises LauncherError when another process says that it is this rank."""
+        """Write down who this rank is, in the present attempt.
+
+        It begins one if its node's restart count is another by now, or if the rank was a process that has ended.
+        Raises LauncherError when another process, which has not ended, says that it is this rank.
+        """
+        while not self._claim_rank():
+            self._attempts.compare_set(ATTEMPT, str(self._attempt), str(self._attempt + 1))
+            self._join_attempt()
+        # Counted in this order: once all ranks are, all nodes are.
+        rank = str(self.ranks.global_rank)
+        if self.claim(f"node/{self.ranks.node}/named_by", rank) == rank:
+            self.add("num_nodes_named", 1)
+        self.add("num_ranks_introduced", 1)
+
+    def check_attempt(self) -> None:
+        """Raise LauncherError when ranks on other nodes have begun another attempt: nobody will come here any more."""
+        may_begin_apart = self.ranks.local_size != self.ranks.world_size
+        if may_begin_apart and (newest := self._attempts.add(ATTEMPT, 0)) != self._attempt:
+            raise LauncherError(
+                f"global rank {self.ranks.global_rank} on {self.process} is in attempt {self._attempt} of the job, but "
+                f"by {self.origin} other nodes are in attempt {newest}: the launcher has restarted those only"
+            )
+
+    def _join_attempt(self) -> None:
+        self._attempt = self._attempts.add(ATTEMPT, 0)
+        self._store = PrefixStore(f"{self._attempt}/", self._attempts)
+
+    def _claim_rank(self) -> bool:
+        """Whether this process is the rank now; False when the attempt is one that the launcher has ended."""
+        if self.claim(f"node/{self.ranks.node}/num_restarts", self._num_restarts) != self._num_restarts:
+            return False
         rank = self.ranks.global_rank
-        standing = self.claim(f"process/{rank}", json.dumps(asdict(self.process)))
-        other = ProcessIdentity(**json.loads(standing))
-        if other != self.process:
-            if has_ended(other):
-                raise LauncherError(
-                    f"global rank {rank} was {other}, which has ended, and is {self.process} now, but the launcher "
-                    f"says that both are one attempt, so {self.origin} still holds what the last one wrote: torchrun "
-                    "counts restarts on the node at fault only, and its process groups fail then too. For restarts "
-                    "with several agents and the c10d rendezvous set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun"
-                )
+        other = ProcessIdentity(**json.loads(self.claim(f"process/{rank}", json.dumps(asdict(self.process)))))
+        if other != self.process and not has_ended(other):
             raise LauncherError(
                 f"two processes call themselves global rank {rank}: {other} and {self.process}. A helper "
                 "process that inherited a rank's variables must not take part; start it without RANK and "
                 "WORLD_SIZE, or call this in the rank's own process"
             )
-        # Counted in this order: once all ranks are, all nodes are.
-        if self.claim(f"node/{self.ranks.node}/named_by", str(rank)) == str(rank):
-            self.add("num_nodes_named", 1)
-        self.add("num_ranks_introduced", 1)
+        return other == self.process
 
 
 def poll(

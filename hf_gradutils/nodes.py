@@ -50,7 +50,10 @@ def known_nodes(channel: Channel) -> tuple[list[Node], bool]:
 
     They are all once their sizes add up to the world, or once all ranks have opened the channel and no node
     lacks its first. Where the launcher does not tell sizes and a rank never comes, nobody can know.
+
+    Raises LauncherError as :meth:`Channel.check_attempt`.
     """
+    channel.check_attempt()
     # In this order: what is counted may only have grown when the nodes are read.
     have_all_come = channel.count("num_ranks_introduced") == channel.ranks.world_size
     num_named = channel.count("num_nodes_named")

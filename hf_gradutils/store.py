@@ -101,7 +101,7 @@ def leave(*, grace_s: float = LEAVE_GRACE_S) -> None:
         while waiting and time.monotonic() < deadline:
             waiting = {rank for rank in waiting if not channel.has_left(rank)}
             time.sleep(0.02)
-    except RuntimeError as error:
+    except (RuntimeError, LauncherError) as error:
         logger.debug("rank %d could not take leave: %s", ranks.global_rank, error)
 
 
@@ -130,14 +130,13 @@ if sys.platform == "linux":
 
 def _choose(ranks: Ranks, log_every_s: float) -> Channel:
     rendezvous = environment.read_rendezvous()
-    # Several jobs and channels of one process may pass through one server; attempts only through the agent's, which
-    # outlives them. Elsewhere their number must not count: torchrun counts them by node (pytorch#108158).
-    outlives_attempts = rendezvous is not None and rendezvous.is_agent_store
-    attempt = environment.read_run_attempt() if outlives_attempts else "any attempt"
-    prefix = f"hf_gradutils/{attempt}/{_num_channels}/"
+    # Several jobs and channels of one process may pass through one server.
+    run_id, _, num_restarts = environment.read_run_attempt().rpartition("/")
+    prefix = f"hf_gradutils/{run_id}/{_num_channels}/"
 
     def channel(store: Store, origin: str, server: Store | None = None) -> Channel:
-        return Channel(PrefixStore(prefix, store), ranks=ranks, origin=origin, server=server)
+        namespace = PrefixStore(prefix, store)
+        return Channel(namespace, ranks=ranks, origin=origin, server=server, num_restarts=num_restarts)
 
     if rendezvous is not None and rendezvous.is_agent_store:
         origin = f"the agent store of the launcher at {rendezvous.host}:{rendezvous.port}"

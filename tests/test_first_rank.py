@@ -160,9 +160,12 @@ def test_the_death_of_the_first_reaches_all_others(launch, tmp_path):
 
 
 def _kill_first(folder):
+    FirstRankPerNode()._try_bootstrap_pg()
+    (folder / f"here{rank()}").touch()
     try:
         with FirstRankPerNode(poll_s=0.1) as is_first:
             if is_first:
+                wait_for([folder / "here1", folder / "here2"])  # they have found the store that ends with rank 0
                 time.sleep(0.2)
                 (folder / "died").write_text(str(time.monotonic()))
                 os.kill(os.getpid(), signal.SIGKILL)

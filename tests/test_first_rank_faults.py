@@ -16,7 +16,7 @@ than all of 1, 2 and P, the rest says why.
 | nested | 1 2 P | nested_blocks |
 | decorator, repeatedly, from several sites, skipped at one | 1 2 P | calls_of_a_decorated_function |
 | one node slower than the other | 2: there are two | the_ranks_of_a_fast_node |
-| restart with --max-restarts | 1 2: P has none | after_a_restart, nodes_whose_restarts_are_counted_apart |
+| restart with --max-restarts | 1 2: P has none | after_a_restart, nodes_whose_restarts, a_node_that_is_not_restarted |
 | no launcher | one process | test_first_rank.py: without_a_launcher |
 | every rank with LOCAL_RANK 0 | 1 2 P | every_rank_says_local_rank_0 |
 | forked workers alive when the first dies | 1 P: nothing of it is between nodes | workers_that_the_first_has_forked |
@@ -45,7 +45,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from hf_gradutils import FirstRankPerNode
-from hf_gradutils.errors import FirstRankError
+from hf_gradutils.errors import FirstRankError, LauncherError
 from hf_gradutils.store import leave
 
 LAUNCHES = ["one agent with 4 ranks", "two agents with 2 ranks each", "4 plain processes"]
@@ -61,11 +61,13 @@ def launch(
     local_rank: str | None = None,
     max_restarts: int = 0,
     rendezvous: str = "static",
+    opens: bool = True,
     **kwargs,
 ) -> cases.Story:
     """Run ``body(folder, …)`` on 4 ranks, which may die; return what they wrote down."""
-    call = (body, folder, args, kwargs, init_timeout_s, local_rank, how == TWO_AGENTS)
+    call = (body, folder, args, kwargs, init_timeout_s, local_rank, how == TWO_AGENTS, opens)
     (folder / "started").mkdir()
+    (folder / "open").mkdir()
     with cases.Metronome() as clock:
         if how == PLAIN:
             with contextlib.suppress(RankFailure):
@@ -76,7 +78,7 @@ def launch(
     return cases.Story(folder, clock)
 
 
-def _in_rank(body, folder, args, kwargs, init_timeout_s, local_rank, hosts_differ):
+def _in_rank(body, folder, args, kwargs, init_timeout_s, local_rank, hosts_differ, opens):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # not the agent's handlers
     # The agent ends the others soon after one has ended: they are to tell first what they have learnt by themselves.
     is_to_end = []
@@ -85,9 +87,14 @@ def _in_rank(body, folder, args, kwargs, init_timeout_s, local_rank, hosts_diffe
         cases.on_a_host_of_its_own()
     if local_rank is not None:
         os.environ["LOCAL_RANK"] = local_rank
-    _wait_until_all_have_started(folder / "started")
+    # A rank that connects to its agent's store while the agent forks the next one may leave that a locked lock.
+    _meet(folder / "started")
     if init_timeout_s is not None:
         dist.init_process_group("gloo", timeout=timedelta(seconds=init_timeout_s))
+    if opens:
+        # A rank 0 that hosts the store may end before a slow one has found it: then there is nobody to tell that.
+        FirstRankPerNode()._try_bootstrap_pg()
+        _meet(folder / "open")
     try:
         body(folder, *args, **kwargs)
     except KeyboardInterrupt:
@@ -99,11 +106,12 @@ def _in_rank(body, folder, args, kwargs, init_timeout_s, local_rank, hosts_diffe
         sys.exit(128 + signal.SIGTERM)
 
 
-def _wait_until_all_have_started(folder):
-    """A rank that connects to its agent's store while the agent forks the next one may leave that a locked lock."""
+def _meet(folder):
     attempt = len(list(folder.glob(f"{cases.rank()}-*")))
     (folder / f"{cases.rank()}-{attempt}").write_text(str(os.getpid()))
-    cases.wait_for([folder / f"{other}-{attempt}" for other in range(4)])
+    size, node = int(os.environ.get("LOCAL_WORLD_SIZE", 4)), int(os.environ["GROUP_RANK"])
+    ranks = range(size * node, size * (node + 1)) if attempt else range(4)  # a node may be restarted alone
+    cases.wait_for([folder / f"{other}-{attempt}" for other in ranks])
 
 
 def _in_plain_rank(*call):
@@ -209,7 +217,7 @@ def test_nested_blocks_keep_their_order_everywhere(how, tmp_path):
 @pytest.mark.parametrize("how", LAUNCHES)
 def test_blocks_are_kept_before_and_after_the_making_of_a_group(how, tmp_path):
     """The last rank leaves out the block before: it chooses its channel when there is a group, the others before."""
-    story = launch(how, _blocks_around_init, tmp_path)
+    story = launch(how, _blocks_around_init, tmp_path, opens=False)
     _check_firsts(story, how, {"before": {0, 1, 2}, "after": {0, 1, 2, 3}})
 
 
@@ -326,9 +334,10 @@ def _fails_at_first(folder):
     cases.note(folder, "left", attempt)
 
 
-def test_nodes_whose_restarts_are_counted_apart_meet_again(tmp_path, monkeypatch):
-    """torchrun counts a restart on the node at fault only (pytorch#108158); rank 0 hosts the store of each attempt."""
-    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+@pytest.mark.parametrize("host", ["agent", "rank 0"])
+def test_nodes_whose_restarts_are_counted_apart_meet_again(host, tmp_path, monkeypatch):
+    """torchrun counts a restart on the node at fault only (pytorch#108158)."""
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", str(int(host == "rank 0")))
     story = launch(TWO_AGENTS, _ends_between_blocks, tmp_path, max_restarts=1, rendezvous="c10d")
     left = story.of("left")
     assert {e.rank for e in left} == {0, 1, 2, 3}
@@ -350,6 +359,35 @@ def _ends_between_blocks(folder):
     with FirstRankPerNode():
         pass
     cases.note(folder, "left", os.environ["TORCHELASTIC_RESTART_COUNT"])
+
+
+def test_a_node_that_is_not_restarted_with_the_others_is_told(tmp_path):
+    """As with the static rendezvous, where each agent restarts its own ranks only."""
+    story = launch(TWO_AGENTS, _only_node_0_again, tmp_path, max_restarts=1, opens=False)
+    told = {e.rank: e.text for e in story.of("told")}
+    assert set(told) == {2, 3}
+    for error in told.values():
+        assert error.startswith("LauncherError")
+        assert "is in attempt 0 of the job" in error
+    assert {e.rank for e in story.of("left")} == {0, 1, 2, 3}, "the agent of node 1 restarts its ranks, too"
+
+
+def _only_node_0_again(folder):
+    is_again = os.environ["TORCHELASTIC_RESTART_COUNT"] == "1"
+    FirstRankPerNode()._try_bootstrap_pg()
+    if is_again:
+        (folder / f"again-{cases.rank()}").touch()
+    elif cases.rank() < 2:
+        sys.exit(1)
+    else:
+        cases.wait_for([folder / "again-0"])
+    try:
+        with FirstRankPerNode():
+            pass
+    except LauncherError as error:
+        cases.note(folder, "told", f"{type(error).__name__}: {error}")
+        raise
+    cases.note(folder, "left")
 
 
 @pytest.mark.parametrize("how", [ONE_AGENT, PLAIN])
