@@ -39,7 +39,7 @@ def main() -> None:
         held_out = tokenize(held_out_texts, recipe, tokenizer, classes)
         model = load_model(recipe, tokenizer, max_length=recipe.max_length, task=recipe.task, classes=classes)
     check_targets(recipe, training=(train_texts, train), held_out=(held_out_texts, held_out))
-    model = split_over_ranks(model, Path(training.output_dir) / "whole")
+    model = split_over_ranks(model, training)
 
     if recipe.task == "sequence-classification":
         collator = DataCollatorWithPadding(tokenizer)

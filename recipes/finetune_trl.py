@@ -43,7 +43,7 @@ def main() -> None:
         train, held_out = load_chats(recipe)
         tokenizer = load_tokenizer(recipe, train)
         model = load_model(recipe, tokenizer, max_length=training.max_length or 2048)
-    model = split_over_ranks(model, Path(training.output_dir) / "whole")
+    model = split_over_ranks(model, training)
     rename = {recipe.messages_column: "messages"} if recipe.messages_column != "messages" else {}
     train, held_out = (rows.select_columns(recipe.messages_column).rename_columns(rename) for rows in (train, held_out))
 

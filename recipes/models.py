@@ -4,13 +4,14 @@ import os
 from pathlib import Path
 
 import transformers
-from arguments import ModelArguments
+from arguments import LoopArguments, ModelArguments
 from errors import UserError, one_line
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    TrainingArguments,
 )
 from transformers.distributed import DistributedConfig
 
@@ -62,15 +63,23 @@ def load_model(
     return auto.from_config(AutoConfig.for_model("llama", **size, **labels))
 
 
-def split_over_ranks(model: transformers.PreTrainedModel, folder: Path) -> transformers.PreTrainedModel:
+def split_over_ranks(
+    model: transformers.PreTrainedModel, training: TrainingArguments | LoopArguments
+) -> transformers.PreTrainedModel:
     """Where the launcher's ``parallelism_config`` asks for tensor parallelism, load the model anew, each rank its part.
 
-    transformers splits a model only while it loads it, so it is written into ``folder`` first.
+    transformers splits a model only while it loads it, so it is written to the disk first.
     """
     sizes = [int(os.environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", 1)) for name in ("TP", "DP_SHARD", "DP_REPLICATE")]
     num_parts, num_shards, num_copies = sizes
     if num_parts == 1:
         return model
+    if training.save_strategy != "no" and not getattr(training, "save_only_model", False):
+        raise UserError(
+            "transformers and accelerate cannot resume a model that is split by tensor parallelism: "
+            "give --save_strategy no; the model is saved at the end all the same"
+        )
+    folder = Path(training.output_dir) / "whole"
     folder.mkdir(parents=True, exist_ok=True)
     with FirstRankPerNode(scope="auto", cache_dir=folder) as is_first:
         if is_first:

@@ -11,6 +11,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
+from ranks import RankFailure
 from recipe_cases import ROOT, SMALL, launch, run_in_ranks, steps_of
 from trainer_cases import IS_OLD
 
@@ -110,6 +111,14 @@ def test_the_model_is_spread_as_the_configuration_says_and_reduced_in_float32(na
     assert loss.bfloat16().float() != loss, "a loss that FSDP2 hands out in bfloat16 has 8 bits"
     assert (tmp_path / "model.safetensors").stat().st_size > 4 * 600 * 32, "whole, in float32"
     assert json.loads((tmp_path / "config.json").read_text())["num_hidden_layers"] == 2
+
+
+def test_that_tensor_parallelism_cannot_be_resumed_is_said_before_training(home, tmp_path):
+    _, env = told("tp2_fsdp2_4")
+    arguments = [*ARGUMENTS, "--save_strategy", "steps", "--output_dir", tmp_path]
+    with pytest.raises(RankFailure) as failure:
+        run_in_ranks(home, "finetune_no_trainer.py", arguments, 1, env=env)
+    assert "error: transformers and accelerate cannot resume a model that is split" in failure.value.reports[0].output
 
 
 def test_accelerate_would_reduce_in_bfloat16():
