@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import time
 
 import pytest
@@ -250,6 +251,19 @@ def test_nothing_is_left_behind(tmp_path):
     assert not dist.is_initialized()
     assert not torch.cuda.is_initialized()
     assert current_channel().server is None
+
+
+@ranks(2, init=False, agent=False)
+def test_the_port_at_which_rank_0_hosts_the_store_is_free_after_leaving():
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    with FirstRankPerNode():
+        pass
+    if rank() == 0:
+        socket.create_connection(address).close()  # control: it is in use
+    leave()
+    if rank() == 0:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address)
 
 
 def test_a_scope_that_does_not_exist_is_refused():
