@@ -93,6 +93,18 @@ def wait_for(paths: list[Path], *, limit_s: float = 60.0) -> None:
         time.sleep(0.01)
 
 
+def meet(folder: Path, num_ranks: int) -> None:
+    """Return when all ranks are here, with the channel open: nobody is late for what follows, on a busy machine either.
+
+    A rank 0 that hosts the store may otherwise end before a slow rank has found it: then there is nobody to tell that.
+    """
+    from hf_gradutils.store import open_channel
+
+    open_channel()
+    (folder / f"here-{rank()}").touch()
+    wait_for([folder / f"here-{other}" for other in range(num_ranks)])
+
+
 def prepare(folder: Path, fault=None, *, seconds: float = PREPARE_S) -> None:
     data_file(folder).write_text("half")
     time.sleep(seconds)

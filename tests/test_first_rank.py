@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
-from first_rank_cases import Metronome, wait_for
+from first_rank_cases import Metronome, meet, wait_for
 from ranks import RankFailure, ranks, run_ranks
 
 from hf_gradutils import FirstRankPerNode
@@ -51,13 +51,15 @@ def _prepare_and_read(folder):
 
 @ranks(2)
 def test_control_without_it_the_others_see_half(tmp_path):
+    data, has_looked = tmp_path / "data", tmp_path / "looked"
     if rank() == 0:
-        prepare(tmp_path)
+        data.write_text("half")
+        wait_for([has_looked])
     else:
-        while not (tmp_path / "data").exists():
-            time.sleep(0.01)
+        wait_for([data])
         time.sleep(0.05)
-        assert (tmp_path / "data").read_text() == "half"
+        assert data.read_text() == "half"
+        has_looked.touch()
 
 
 def test_without_a_launcher_the_only_rank_is_first(monkeypatch):
@@ -123,6 +125,7 @@ def test_an_exception_in_the_first_reaches_all_others(launch, tmp_path):
 
 
 def _fail_in_first(kinds, folder):
+    meet(folder, 4)
     outcomes = []
     for kind in kinds:
         try:
@@ -160,12 +163,10 @@ def test_the_death_of_the_first_reaches_all_others(launch, tmp_path):
 
 
 def _kill_first(folder):
-    FirstRankPerNode()._try_bootstrap_pg()
-    (folder / f"here{rank()}").touch()
+    meet(folder, 3)  # the others have found the store, which may end with rank 0
     try:
         with FirstRankPerNode(poll_s=0.1) as is_first:
             if is_first:
-                wait_for([folder / "here1", folder / "here2"])  # they have found the store that ends with rank 0
                 time.sleep(0.2)
                 (folder / "died").write_text(str(time.monotonic()))
                 os.kill(os.getpid(), signal.SIGKILL)

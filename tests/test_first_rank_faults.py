@@ -46,7 +46,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from hf_gradutils import FirstRankPerNode
 from hf_gradutils.errors import FirstRankError, LauncherError
-from hf_gradutils.store import leave
+from hf_gradutils.store import leave, open_channel
 
 LAUNCHES = ["one agent with 4 ranks", "two agents with 2 ranks each", "4 plain processes"]
 ONE_AGENT, TWO_AGENTS, PLAIN = LAUNCHES
@@ -92,8 +92,7 @@ def _in_rank(body, folder, args, kwargs, init_timeout_s, local_rank, hosts_diffe
     if init_timeout_s is not None:
         dist.init_process_group("gloo", timeout=timedelta(seconds=init_timeout_s))
     if opens:
-        # A rank 0 that hosts the store may end before a slow one has found it: then there is nobody to tell that.
-        FirstRankPerNode()._try_bootstrap_pg()
+        open_channel()  # as cases.meet has it
         _meet(folder / "open")
     try:
         body(folder, *args, **kwargs)
@@ -374,7 +373,7 @@ def test_a_node_that_is_not_restarted_with_the_others_is_told(tmp_path):
 
 def _only_node_0_again(folder):
     is_again = os.environ["TORCHELASTIC_RESTART_COUNT"] == "1"
-    FirstRankPerNode()._try_bootstrap_pg()
+    open_channel()
     if is_again:
         (folder / f"again-{cases.rank()}").touch()
     elif cases.rank() < 2:
@@ -437,6 +436,7 @@ sys.path.insert(0, {tests!r})
 import first_rank_cases as cases
 
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
+cases.meet(Path({folder!r}), 2)
 for fault in ("raises", "is_killed"):
     folder = Path({folder!r}, fault)
     try:

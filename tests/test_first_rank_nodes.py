@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch.distributed as dist
-from first_rank_cases import Metronome, wait_for
+from first_rank_cases import Metronome, meet, wait_for
 from ranks import RankFailure, ranks, run_ranks
 
 from hf_gradutils import FirstRankPerNode, heartbeat
@@ -84,6 +84,7 @@ def test_a_failure_of_rank_0_ends_the_world(tmp_path):
 
 
 def _fail_in_the_world(folder):
+    meet(folder, 4)
     try:
         with FirstRankPerNode(scope="world"):
             assert rank() == 0
