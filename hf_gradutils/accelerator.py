@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -93,6 +94,7 @@ class GradUtilsAccelerator(WindowedAccelerator):
 
     def _equip(self, plugin: GradUtilsPlugin) -> None:
         self._counted = None
+        _keep_sums_in_float32(self)
         self._keep_windows(plugin)
 
     # ---- Preparing ----
@@ -337,6 +339,23 @@ def is_exact_in_itself(model: nn.Module, device: torch.device) -> bool:
     return all(p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.is_floating_point()) and not (
         device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
     )
+
+
+def _keep_sums_in_float32(accelerator: Accelerator) -> None:
+    """Let FSDP2 add gradients and hand out the loss in float32, where nobody has said otherwise.
+
+    Under mixed precision accelerate 1.15 has it do both in bfloat16, whose 8 bits leave little of a sum over many ranks
+    and micro-batches, and round the weight that goes back into a micro-batch. Under DDP both are float32 anyway.
+    """
+    fsdp: Any = getattr(accelerator.state, "fsdp_plugin", None)
+    policy = fsdp.mixed_precision_policy if fsdp is not None and fsdp.fsdp_version == 2 else None
+    half = (torch.bfloat16, torch.float16)
+    if (
+        policy is not None
+        and policy.param_dtype in half
+        and policy.reduce_dtype == policy.output_dtype == policy.param_dtype
+    ):
+        fsdp.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=torch.float32)
 
 
 def _as_number(num_targets: Tensor | int, device: torch.device) -> Tensor:

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from hf_gradutils import upstream
+from hf_gradutils import trl_trainers, upstream
 from hf_gradutils.accelerator import GradUtilsAccelerator, is_exact_in_itself, uses_exact_arithmetic
 from hf_gradutils.batches import count_rows
 from hf_gradutils.errors import InvalidArgumentError
@@ -125,7 +125,8 @@ class TrainerSubject:
         before, trainer.args.average_tokens_across_devices = trainer.args.average_tokens_across_devices, False
         count = self.counter(model)(batch).clamp(min=1) if trainer.compute_loss_func is not None else None
         try:
-            with trainer.compute_loss_context_manager():
+            # Ranks other than this one are not asked, so nothing may be gathered.
+            with trl_trainers.loss_only(trainer, with_auxiliary=False), trainer.compute_loss_context_manager():
                 loss: Tensor = trainer.compute_loss(model, dict(batch), num_items_in_batch=count)
         finally:
             trainer.args.average_tokens_across_devices = before

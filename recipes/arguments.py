@@ -36,6 +36,10 @@ class DataArguments:
         default=str(datasets.config.HF_DATASETS_CACHE),
         metadata={"help": "Where prepared data is kept."},
     )
+    check_invariance: bool = field(
+        default=False,
+        metadata={"help": "Compare gradients with those of one process and one batch, instead of training."},
+    )
 
     @property
     def text_columns(self) -> list[str]:

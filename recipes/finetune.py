@@ -17,12 +17,11 @@ from checkpoints import find_checkpoint, read_state
 from data import load_texts, load_tokenizer
 from errors import UserError, exit_with_error
 from models import load_model, split_over_ranks
-from precision import keep_sums_in_float32
 from tokenization import MASKED, check_targets, find_classes, tokenize
-from training_report import plot_training, print_report, sample_completions, sample_predictions
+from training_report import exit_with_check, plot_training, print_report, sample_completions, sample_predictions
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, TrainingArguments, set_seed
 
-from hf_gradutils import FirstRankPerNode, GradUtilsTrainer
+from hf_gradutils import FirstRankPerNode, GradUtilsTrainer, check_invariance
 from hf_gradutils.errors import GradUtilsError
 
 
@@ -56,7 +55,6 @@ def main() -> None:
         processing_class=tokenizer,
         **metrics,
     )
-    keep_sums_in_float32(trainer.accelerator)
     if trainer.is_world_process_zero():
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         print(
@@ -67,6 +65,8 @@ def main() -> None:
             flush=True,
         )
 
+    if recipe.check_invariance:
+        exit_with_check(check_invariance(trainer), is_first=trainer.is_world_process_zero())
     checkpoint = find_checkpoint(training.output_dir, training.resume_from_checkpoint)
     first_step, _ = read_state(checkpoint) if checkpoint else (0, [])
     train_time_s = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics["train_runtime"]

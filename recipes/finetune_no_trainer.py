@@ -19,14 +19,13 @@ from checkpoints import drop_old_checkpoints, find_checkpoint, read_state, write
 from data import load_texts, load_tokenizer
 from errors import UserError, exit_with_error
 from models import load_model, split_over_ranks
-from precision import keep_sums_in_float32
 from tokenization import MASKED, check_targets, count_targets, find_classes, pad_to_multiple, tokenize
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from training_report import plot_training, print_report, sample_completions, sample_predictions
+from training_report import exit_with_check, plot_training, print_report, sample_completions, sample_predictions
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, get_scheduler, set_seed
 
-from hf_gradutils import FirstRankPerNode, GradUtilsAccelerator, GradUtilsPlugin
+from hf_gradutils import FirstRankPerNode, GradUtilsAccelerator, GradUtilsPlugin, check_loop_invariance
 from hf_gradutils.errors import GradUtilsError
 
 
@@ -57,7 +56,6 @@ def main() -> None:
     )
     if accelerator.parallelism_config and accelerator.parallelism_config.cp_enabled:
         raise UserError("context parallelism cuts up the batch, which recipes/finetune.py does and this loop does not")
-    keep_sums_in_float32(accelerator)
     if recipe.task == "sequence-classification":
         collator = DataCollatorWithPadding(tokenizer)
     else:
@@ -92,6 +90,14 @@ def main() -> None:
         f"{training.gradient_accumulation_steps} accumulated on each",
         flush=True,
     )
+
+    if recipe.check_invariance:
+
+        def loss_and_targets(model, batch):
+            return model(**batch).loss, count_targets(batch, recipe.task)
+
+        report = check_loop_invariance(accelerator, model, train, collator, loss_and_targets)
+        exit_with_check(report, is_first=accelerator.is_main_process)
 
     step, log_history = 0, []
     if checkpoint := find_checkpoint(training.output_dir, training.resume_from_checkpoint):

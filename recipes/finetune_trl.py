@@ -17,11 +17,10 @@ from checkpoints import find_checkpoint, read_state
 from data import load_chats, load_tokenizer
 from errors import UserError, exit_with_error
 from models import load_model, split_over_ranks
-from precision import keep_sums_in_float32
-from training_report import evenly_spaced, plot_training, print_report
+from training_report import evenly_spaced, exit_with_check, plot_training, print_report
 from transformers import set_seed
 
-from hf_gradutils import FirstRankPerNode, GradUtilsTrainerMixin, route_first_rank
+from hf_gradutils import FirstRankPerNode, GradUtilsTrainerMixin, check_invariance, route_first_rank
 from hf_gradutils.errors import GradUtilsError
 
 try:
@@ -51,7 +50,6 @@ def main() -> None:
         trainer = ExactSFTTrainer(
             model=model, args=training, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
         )
-    keep_sums_in_float32(trainer.accelerator)
     if trainer.is_world_process_zero():
         print(
             f"{len(trainer.train_dataset)} training and {len(trainer.eval_dataset)} held-out chats, "
@@ -60,6 +58,8 @@ def main() -> None:
             flush=True,
         )
 
+    if recipe.check_invariance:
+        exit_with_check(check_invariance(trainer), is_first=trainer.is_world_process_zero())
     checkpoint = find_checkpoint(training.output_dir, training.resume_from_checkpoint)
     first_step, _ = read_state(checkpoint) if checkpoint else (0, [])
     train_time_s = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics["train_runtime"]

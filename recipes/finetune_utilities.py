@@ -35,12 +35,13 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
-from training_report import plot_training, print_report, sample_completions, sample_predictions
+from training_report import exit_with_check, plot_training, print_report, sample_completions, sample_predictions
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, get_scheduler, set_seed
 
 from hf_gradutils import (
     FirstRankPerNode,
     barrier_and_log,
+    check_window_invariance,
     clip_gradients,
     get_sync_ctx,
     reduce_loss,
@@ -86,6 +87,9 @@ def main() -> None:
     num_steps = training.max_steps if training.max_steps > 0 else training.num_train_epochs * steps_per_epoch
     scheduler = get_scheduler(training.lr_scheduler_type, optimizer, training.warmup_steps, num_steps)
 
+    if recipe.check_invariance:
+        check(model, train, collator, recipe, training, device)
+
     step, log_history = 0, []
     if checkpoint := find_checkpoint(training.output_dir, training.resume_from_checkpoint):
         load_checkpoint(checkpoint, model, optimizer, scheduler)
@@ -106,18 +110,7 @@ def main() -> None:
         epoch, num_done = divmod(step, steps_per_epoch)
         micro_batches = iter(epoch_of(train, collator, training, epoch, num_steps_done=num_done))
         while step < num_steps and (window := list(islice(micro_batches, training.gradient_accumulation_steps))):
-            losses, num_targets = [], torch.zeros((), dtype=torch.int64, device=device)
-            for i, batch in enumerate(window):
-                batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-                num_here = count_targets(batch, recipe.task)  # never 0: rows without a target were dropped
-                with get_sync_ctx(model, is_optim_step=i == len(window) - 1):
-                    with autocast(device, training):
-                        loss = model(**batch).loss
-                    loss = loss.float() * num_here  # from the micro-batch's own mean to a sum over its targets
-                    loss.backward()
-                losses.append(loss.detach())
-                num_targets += num_here
-            rescale_gradients(model, num_targets)
+            losses, num_targets = make_gradient(model, window, recipe, training, device)
             grad_norm = clip_gradients(model, training.max_grad_norm or math.inf)
             learning_rate = scheduler.get_last_lr()[0]
             optimizer.step()
@@ -157,6 +150,36 @@ def main() -> None:
 
 
 # ── Ranks and model ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def make_gradient(model, window, recipe, training, device) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Leave the gradient of an optimizer step in the model; each micro-batch's summed loss, and the targets."""
+    losses, num_targets = [], torch.zeros((), dtype=torch.int64, device=device)
+    for i, batch in enumerate(window):
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        num_here = count_targets(batch, recipe.task)  # never 0: rows without a target were dropped
+        with get_sync_ctx(model, is_optim_step=i == len(window) - 1):
+            with autocast(device, training):
+                loss = model(**batch).loss
+            loss = loss.float() * num_here  # from the micro-batch's own mean to a sum over its targets
+            loss.backward()
+        losses.append(loss.detach())
+        num_targets += num_here
+    rescale_gradients(model, num_targets)
+    return losses, num_targets
+
+
+def check(model, rows, collator, recipe, training, device) -> None:
+    """Compare gradients with those of one process and one batch, and end."""
+
+    def run_window(batches):
+        loss, denominator = reduce_loss(*make_gradient(model, batches, recipe, training, device))
+        return loss / denominator
+
+    def loss_and_targets(model, batch):
+        return model(**batch).loss, count_targets(batch, recipe.task)
+
+    exit_with_check(check_window_invariance(model, rows, collator, run_window, loss_and_targets), is_first=RANK == 0)
 
 
 def join_ranks() -> torch.device:

@@ -1,12 +1,15 @@
 """What a training run looks like from outside: a plot, a table and a few samples."""
 
+import sys
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import datasets
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_gradutils import InvarianceReport
 
 NUM_SAMPLES = 3
 TEXT_WIDTH = 96
@@ -55,6 +58,13 @@ def sample_predictions(
         text = tokenizer.decode(row["input_ids"], skip_special_tokens=True)
         samples.append((text, names[int(logits.argmax())], names[row["labels"]]))
     return samples
+
+
+def exit_with_check(report: InvarianceReport, *, is_first: bool) -> NoReturn:
+    """Show what a check has found, and end with code 1 if it failed."""
+    if is_first:
+        print(report, flush=True)
+    sys.exit(0 if report.passed else 1)
 
 
 def evenly_spaced(rows: datasets.Dataset) -> list[dict[str, Any]]:

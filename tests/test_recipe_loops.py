@@ -55,6 +55,32 @@ def test_the_other_tasks_train_too(task, recipe, home, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("recipe", "spread"),
+    [
+        ("finetune.py", []),
+        ("finetune_no_trainer.py", []),
+        ("finetune_utilities.py", []),
+        ("finetune_utilities.py", ["--shard"]),
+        ("finetune_trl.py", []),
+    ],
+    ids=["Trainer", "no Trainer", "utilities, DDP", "utilities, FSDP2", "trl"],
+)
+def test_each_checks_itself_and_trains_nothing(recipe, spread, home, tmp_path):
+    skip_without_trl(recipe)
+    config = CONFIGS.get(recipe, "configs/causal_lm.yaml")
+    output = tmp_path / "output"
+    arguments = [config, *TRAINING, *spread, "--check_invariance", "--output_dir", output]
+    with pytest.raises(RankFailure) as ended:
+        run_in_ranks(home, recipe, arguments, 2)
+    report = ended.value.reports[0].output
+    assert "this layout against one process" in report, str(ended.value)
+    assert report.count(" ok\n") == 4, report
+    assert "\npassed\n" in "\n".join(line.strip() for line in report.splitlines()) + "\n"
+    assert "SystemExit: 0" in str(ended.value)
+    assert not (output / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
     ("command", "message"),
     [
         ("finetune_no_trainer.py --report_to tensorbored", "report_to must be none or one of all, "),
