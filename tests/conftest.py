@@ -16,8 +16,8 @@ from tqdm import tqdm
 # Before anything imports transformers: no test talks to a hub.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
-# Every connection to a TCPStore looks up the name of ::ffff:127.0.0.1 in the DNS, in the server's only thread too. Where
-# a name server loses one packet in a hundred, all ranks stand still for 5 s then. Over TCP it answers or refuses at once.
+# Every connection to a TCPStore looks up the name of ::ffff:127.0.0.1 in the DNS, in the server's only thread too.
+# Where a name server loses one packet in a hundred, all ranks stand still for 5 s then. Over TCP it answers or refuses.
 os.environ["RES_OPTIONS"] = "use-vc timeout:1 attempts:1"
 
 tqdm.monitor_interval = 0  # its monitor is a thread that stays
