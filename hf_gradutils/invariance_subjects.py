@@ -166,7 +166,43 @@ class TrainerSubject:
                 trainer._tr_loss.copy_(running_loss)
 
 
-class LoopSubject:
+class _OwnLoop:
+    """What loops of one's own have in common."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: Sequence[Any],
+        collate: Callable[[Rows], Any],
+        loss_and_targets: LossAndTargets,
+        device: torch.device,
+    ):
+        self.model = model
+        self._rows = rows
+        self._collate = collate
+        self._loss_and_targets = loss_and_targets
+        self._device = device
+
+    def rows(self, num_rows: int) -> Rows:
+        """The first samples of the dataset, the same on all ranks."""
+        if len(self._rows) < num_rows:
+            raise InvalidArgumentError(f"expected at least {num_rows} rows, got {len(self._rows)}; lower num_samples")
+        return [self._rows[index] for index in range(num_rows)]
+
+    def batch(self, rows: Rows) -> Any:
+        """As in :class:`Subject`."""
+        return send_to_device(self._collate(rows), self._device)
+
+    def own_mean(self, model: nn.Module, batch: Any) -> Tensor:
+        """As in :class:`Subject`."""
+        return self._loss_and_targets(model, batch)[0]
+
+    def counter(self, model: nn.Module) -> TargetCounter:
+        """As in :class:`Subject`."""
+        return TargetCounter(count=lambda batch: torch.as_tensor(self._loss_and_targets(model, batch)[1]))
+
+
+class LoopSubject(_OwnLoop):
     """A loop with an Accelerator, ours or accelerate's."""
 
     def __init__(
@@ -177,11 +213,8 @@ class LoopSubject:
         collate: Callable[[Rows], Any],
         loss_and_targets: LossAndTargets,
     ):
+        super().__init__(model, rows, collate, loss_and_targets, accelerator.device)
         self.accelerator = accelerator
-        self.model = model
-        self._rows = rows
-        self._collate = collate
-        self._loss_and_targets = loss_and_targets
         self._is_ours = isinstance(accelerator, GradUtilsAccelerator)
         self.num_ranks = accelerator.num_processes
         self.is_exact = uses_exact_arithmetic(accelerator, model)
@@ -195,14 +228,6 @@ class LoopSubject:
             else "accelerate's Accelerator does not weigh micro-batches by their targets; use "
             "hf_gradutils.GradUtilsAccelerator and backward(loss, num_targets=…)"
         )
-
-    def rows(self, num_rows: int) -> Rows:
-        """The first samples of the dataset, the same on all ranks."""
-        return _first(self._rows, num_rows)
-
-    def batch(self, rows: Rows) -> Any:
-        """As in :class:`Subject`."""
-        return send_to_device(self._collate(rows), self.accelerator.device)
 
     def run(self, parts: Sequence[Rows]) -> float:
         """As in :class:`Subject`."""
@@ -235,14 +260,6 @@ class LoopSubject:
             return self.accelerator.sync_context(self.model)
         return contextlib.nullcontext()
 
-    def own_mean(self, model: nn.Module, batch: Any) -> Tensor:
-        """As in :class:`Subject`."""
-        return self._loss_and_targets(model, batch)[0]
-
-    def counter(self, model: nn.Module) -> TargetCounter:
-        """As in :class:`Subject`."""
-        return TargetCounter(count=lambda batch: torch.as_tensor(self._loss_and_targets(model, batch)[1]))
-
     @contextlib.contextmanager
     def as_it_was(self) -> Iterator[None]:
         """As in :class:`Subject`."""
@@ -254,7 +271,7 @@ class LoopSubject:
             self.accelerator.gradient_accumulation_steps, self.accelerator.step = steps, step
 
 
-class WindowSubject:
+class WindowSubject(_OwnLoop):
     """A loop of plain torch: data parallelism of any kind, or one process."""
 
     def __init__(
@@ -265,47 +282,21 @@ class WindowSubject:
         run_window: RunWindow,
         loss_and_targets: LossAndTargets,
     ):
-        self.model = model
-        self._rows = rows
-        self._collate = collate
+        super().__init__(model, rows, collate, loss_and_targets, next(model.parameters()).device)
         self._run_window = run_window
-        self._loss_and_targets = loss_and_targets
-        self._device = next(model.parameters()).device
         self.num_ranks = self.num_data_ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.data_rank = dist.get_rank() if dist.is_initialized() else 0
         self.is_exact = is_exact_in_itself(model, self._device)
         self.advice = "the window's end does not divide by the targets that the losses are means over"
-
-    def rows(self, num_rows: int) -> Rows:
-        """The first samples of the dataset, the same on all ranks."""
-        return _first(self._rows, num_rows)
-
-    def batch(self, rows: Rows) -> Any:
-        """As in :class:`Subject`."""
-        return send_to_device(self._collate(rows), self._device)
 
     def run(self, parts: Sequence[Rows]) -> float:
         """As in :class:`Subject`."""
         discard_deferred(self.model)
         return float(self._run_window([self.batch(part) for part in parts]))
 
-    def own_mean(self, model: nn.Module, batch: Any) -> Tensor:
-        """As in :class:`Subject`."""
-        return self._loss_and_targets(model, batch)[0]
-
-    def counter(self, model: nn.Module) -> TargetCounter:
-        """As in :class:`Subject`."""
-        return TargetCounter(count=lambda batch: torch.as_tensor(self._loss_and_targets(model, batch)[1]))
-
     def as_it_was(self) -> contextlib.AbstractContextManager[None]:
         """As in :class:`Subject`."""
         return _untouched(self.model)
-
-
-def _first(rows: Sequence[Any], num_rows: int) -> Rows:
-    if len(rows) < num_rows:
-        raise InvalidArgumentError(f"expected at least {num_rows} rows, got {len(rows)}; lower num_samples")
-    return [rows[index] for index in range(num_rows)]
 
 
 def _size(trainer: Any, name: str) -> int:

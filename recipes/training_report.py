@@ -10,6 +10,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_gradutils import InvarianceReport
+from hf_gradutils.errors import InvalidArgumentError
+from hf_gradutils.plots import Run, plot_runs
 
 NUM_SAMPLES = 3
 TEXT_WIDTH = 96
@@ -72,37 +74,12 @@ def evenly_spaced(rows: datasets.Dataset) -> list[dict[str, Any]]:
 
 
 def plot_training(log_history: list[dict[str, float]], max_grad_norm: float, folder: Path) -> str:
-    """Draw loss and gradient norm over the optimizer steps into ``training.png``."""
+    """Draw the run into ``training.png``, as ``hf-gradutils plot`` does."""
+    run = Run(name=folder.name, log=log_history, max_grad_norm=max_grad_norm or None)
     try:
-        import matplotlib
-    except ImportError:
-        return "(no plot: pip install 'hf-gradutils[plot]')"
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    def series(key: str) -> tuple[list[float], list[float]]:
-        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
-        return [step for step, _ in points], [value for _, value in points]
-
-    figure, (loss_axis, norm_axis) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=[3, 2])
-    loss_axis.plot(*series("loss"), label="training", color="tab:blue")
-    loss_axis.plot(*series("eval_loss"), label="held out", color="tab:orange", marker="o", markersize=4)
-    loss_axis.set_ylabel("loss per target")
-    loss_axis.legend(frameon=False)
-    norm_axis.plot(*series("grad_norm"), color="tab:green", label="before clipping")
-    if max_grad_norm > 0:
-        norm_axis.axhline(max_grad_norm, color="black", linestyle="--", linewidth=1, label="max_grad_norm")
-    norm_axis.set_ylabel("gradient norm")
-    norm_axis.set_ylim(bottom=0)
-    norm_axis.set_xlabel("optimizer step")
-    norm_axis.legend(frameon=False)
-    for axis in (loss_axis, norm_axis):
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
-    figure.tight_layout()
-    figure.savefig(folder / "training.png", dpi=120)
-    pyplot.close(figure)
-    return "training.png"
+        return plot_runs([run], folder / "training.png").name
+    except InvalidArgumentError as error:  # matplotlib is optional
+        return f"(no plot: {error})"
 
 
 def print_report(
