@@ -312,6 +312,11 @@ class GradUtilsAccelerator(WindowedAccelerator):
         for window in windows:
             if window.is_open:
                 self._close(window, math.inf, folds=False)
+            elif window.is_folded:
+                raise InvalidArgumentError(
+                    "expected to clip once with fold_into_optimizer=True, because the optimizer multiplies the "
+                    "gradients after that, got another clip; leave out fold_into_optimizer"
+                )
 
     def join_uneven_inputs(
         self, joinables: Sequence[Any], even_batches: bool | None = None

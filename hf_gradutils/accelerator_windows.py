@@ -193,7 +193,7 @@ class WindowedAccelerator(Accelerator):  # type: ignore[misc]
             scales=not folds,
             has_data_left=has_data_left,
         )
-        window.is_open, window.ended_in = False, self._micro_batch
+        window.is_open, window.is_folded, window.ended_in = False, folds, self._micro_batch
         window.num_closed += 1
         order = self._judge(window, report, optimizers, step or window.num_closed)
         if folds:

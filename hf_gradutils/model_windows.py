@@ -26,6 +26,8 @@ class ModelWindow:
     num_closed: int = 0
     is_open: bool = False
     """It has micro-batches that no optimizer step has used."""
+    is_folded: bool = False
+    """The optimizer is still to multiply the gradients."""
     has_scale: bool = False
     """What its sums are scaled by has been chosen."""
     ended_in: object | None = None

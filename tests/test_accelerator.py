@@ -480,6 +480,19 @@ def _folded(layout):
     assert relative_error(weights[1], weights[0]) < 1e-4  # AdamW turns the last bits into steps
 
 
+def test_clipping_twice_is_refused_where_the_optimizer_still_scales():
+    plugin = GradUtilsPlugin(num_steps=1, fold_into_optimizer=True)
+
+    def clip_again(loop):
+        if loop.losses:  # the first step was clipped once
+            loop.accelerator.clip_grad_norm_(loop.model.parameters(), 1.0)
+
+    with pytest.raises(InvalidArgumentError, match="expected to clip once with fold_into_optimizer=True"):
+        run_loop(
+            HEAD, "1 rank", 1, batch_size=4, plugin=plugin, optimizer=FUSED, max_norm=1.0, after_backward=clip_again
+        )
+
+
 # ---- Non-finite gradients ----
 
 
