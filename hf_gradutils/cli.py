@@ -5,7 +5,6 @@ import os
 import platform
 import runpy
 import sys
-import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 
 from hf_gradutils import environment
-from hf_gradutils.channel import Channel
+from hf_gradutils.channel import Channel, poll
 from hf_gradutils.errors import GradUtilsError, InvalidArgumentError
 from hf_gradutils.plots import plot_runs, read_run
 from hf_gradutils.store import leave, open_channel
@@ -120,15 +119,19 @@ def _settings() -> list[str]:
 def _ranks_of(channel: Channel, timeout_s: float) -> list[str]:
     """What every rank has written down about itself."""
     world = channel.ranks.world_size
-    deadline = time.monotonic() + timeout_s
     channel.write(f"env/{channel.ranks.global_rank}", f"{channel.ranks.node} {channel.ranks.local_rank}")
-    while missing := [rank for rank in range(world) if channel.read(f"env/{rank}") is None]:
-        if time.monotonic() > deadline:
-            raise InvalidArgumentError(
-                f"expected {world} ranks, got {world - len(missing)} after {timeout_s:g} s: ranks {missing} are "
-                "missing; start all of them, or raise --timeout_s"
-            )
-        time.sleep(0.05)
+
+    def missing() -> list[int]:
+        return [rank for rank in range(world) if channel.read(f"env/{rank}") is None]
+
+    try:
+        poll(
+            lambda: None if missing() else True,
+            lambda: f"ranks {missing()} of {world} are missing",
+            timeout_s=timeout_s,
+        )
+    except TimeoutError as error:
+        raise InvalidArgumentError(f"{error}; start all ranks, or raise --timeout_s") from None
     launched = environment.read_launched_rank()
     lines = [
         f"launcher     {'none, a process group' if launched is None else launched.launcher}",

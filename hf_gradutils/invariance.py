@@ -9,13 +9,14 @@ copies                  parameters that ranks hold copies of are the same
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -34,10 +35,12 @@ from hf_gradutils.invariance_subjects import (
     describe,
     without_auxiliary,
 )
+from hf_gradutils.known_heads import known_head
 from hf_gradutils.loss_probe import check_additivity, in_evaluation_mode
 from hf_gradutils.norm_groups import unwrapped_name
 from hf_gradutils.ownership import in_placements_of, plan_for_model, trainable_parameters
 from hf_gradutils.sync import discard_deferred
+from hf_gradutils.sync_auto import free_bytes
 from hf_gradutils.whole_model import whole_model
 
 logger = logging.getLogger(__name__)
@@ -83,7 +86,7 @@ def check_invariance(
         )
     if trainer.is_in_train:
         return _check(TrainerSubject(trainer), num_samples, tolerance, make_model)
-    probe = _Probe(lambda: _check(TrainerSubject(trainer), num_samples, tolerance, make_model), trainer)
+    probe = _Probe(lambda: _check(TrainerSubject(trainer), num_samples, tolerance, make_model))
     attributes, callbacks = dict(vars(trainer)), trainer.callback_handler.callbacks
     trainer.callback_handler.callbacks = [probe]
     try:
@@ -163,9 +166,8 @@ class _CheckIsDone(Exception):  # noqa: N818 - no error
 class _Probe(TrainerCallback):  # type: ignore[misc]
     """Runs a check where a Trainer has everything ready."""
 
-    def __init__(self, check: Callable[[], InvarianceReport], trainer: Any):
+    def __init__(self, check: Callable[[], InvarianceReport]):
         self._check = check
-        self._trainer = trainer
         self.report: InvarianceReport | None = None
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -367,26 +369,16 @@ def _alone_in_the_world(model: nn.Module) -> Iterator[None]:
 
 
 def _counts_boxes(model: nn.Module) -> bool:
-    from hf_gradutils.known_heads import known_head
-
     known = known_head(model)
     return known is not None and known.loss_unit == "boxes"
 
 
 def _in_float64(batch: Any) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.double() if batch.is_floating_point() else batch
-    if isinstance(batch, Mapping):
-        return {name: _in_float64(value) for name, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        return type(batch)(_in_float64(value) for value in batch)
-    return batch
+    return recursively_apply(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, batch)
 
 
 def _fits_in_float64(model: nn.Module) -> bool:
     """Weights and gradients, and as much again for activations."""
-    from hf_gradutils.sync_auto import free_bytes
-
     needed = 2 * 16 * sum(p.numel() for p in model.parameters())
     return needed < free_bytes(next(model.parameters()).device)
 

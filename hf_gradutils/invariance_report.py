@@ -1,8 +1,8 @@
 """What a check of invariance has found, as a table and in words."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 MOST_NAMES = 3
@@ -49,7 +49,6 @@ class InvarianceReport:
     tolerance: float
     what: str
     """The layout, the samples and the arithmetic."""
-    notes: tuple[str, ...] = field(default=())
 
     @property
     def passed(self) -> bool:
@@ -75,7 +74,7 @@ class InvarianceReport:
                 lines.append(f"WRONG: {row.name}: {row.problem}")
             if row.problem and row.worst:
                 lines.append("  most wrong: " + ", ".join(f"{name} ({error:.1e})" for name, error in row.worst))
-        return "\n".join([*lines, *self.notes, "passed" if self.passed else "FAILED"])
+        return "\n".join([*lines, "passed" if self.passed else "FAILED"])
 
 
 def compare_gradients(
@@ -130,7 +129,7 @@ def _in_words(
     if not total:
         return f"the gradient is zero where it should be compared; {advice}"
     if not math.isfinite(error):
-        return "the gradient is not finite; look at the samples, or lower the precision of nothing"
+        return "the gradient is inf or NaN on these samples; look at their labels and at the loss"
     scale = math.fsum(d.product for d in differences.values()) / total
     residue = _root(max(0.0, error**2 - (scale - 1.0) ** 2))
     if residue < 1e-3 < abs(scale - 1.0):
@@ -144,9 +143,3 @@ def _in_words(
 
 def _root(square: float) -> float:
     return math.sqrt(square) if square >= 0 else math.nan
-
-
-def names_of(names: Sequence[str]) -> str:
-    """The first few."""
-    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    return ", ".join(names[:MOST_NAMES]) + more

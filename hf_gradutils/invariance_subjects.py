@@ -19,6 +19,7 @@ from hf_gradutils.accelerator import GradUtilsAccelerator, is_exact_in_itself, u
 from hf_gradutils.batches import count_rows
 from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.loss_probe import in_evaluation_mode
+from hf_gradutils.own_mean_loss import auxiliary_places
 from hf_gradutils.reduction import reduce_packed, world_domain
 from hf_gradutils.sync import discard_deferred
 from hf_gradutils.targets import TargetCounter
@@ -371,19 +372,13 @@ def _staying_in_its_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_auxiliary(model: nn.Module) -> Iterator[bool]:
-    """Leave a mixture's auxiliary loss out, which is no mean over targets; whether there is one."""
+def without_auxiliary(model: nn.Module) -> Iterator[None]:
+    """Leave a mixture's auxiliary loss out, which is no mean over targets."""
     with contextlib.ExitStack() as stack:
-        found = False
-        for module in model.modules():
-            config: Any = getattr(module, "config", None)
-            for place in (module, config, config.get_text_config() if hasattr(config, "get_text_config") else None):
-                for name in ("router_aux_loss_coef", "aux_loss_coef"):
-                    if isinstance(getattr(place, name, None), int | float) and getattr(place, name):
-                        stack.callback(setattr, place, name, getattr(place, name))
-                        setattr(place, name, 0.0)
-                        found = True
-        yield found
+        for place, name in [found for module in model.modules() for found in auxiliary_places(module)]:
+            stack.callback(setattr, place, name, getattr(place, name))
+            setattr(place, name, 0.0)
+        yield
 
 
 def describe(subject: Subject, num_rows: int) -> str:

@@ -181,13 +181,16 @@ class OwnMeanLossMixin(TrainerBase):  # type: ignore[misc]
         return loss - coefficient * auxiliary if isinstance(auxiliary, Tensor) else loss
 
 
-def _auxiliary_coefficient(model: nn.Module) -> float:
-    """By how much a mixture of experts adds its auxiliary loss to the loss; 0 if it does not say."""
+def auxiliary_places(model: nn.Module) -> Iterator[tuple[Any, str]]:
+    """Where a mixture of experts says by how much it adds its auxiliary loss to the loss: (object, attribute)."""
     config: Any = getattr(model, "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else None
     for place in (model, config, text_config):
         for name in ("router_aux_loss_coef", "aux_loss_coef"):
-            coefficient = getattr(place, name, None)
-            if isinstance(coefficient, int | float):
-                return coefficient
-    return 0.0
+            if isinstance(getattr(place, name, None), int | float):
+                yield place, name
+
+
+def _auxiliary_coefficient(model: nn.Module) -> float:
+    """By how much a mixture of experts adds its auxiliary loss to the loss; 0 if it does not say."""
+    return next((float(getattr(place, name)) for place, name in auxiliary_places(model)), 0.0)

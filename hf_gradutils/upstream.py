@@ -41,6 +41,9 @@ TRAINER_METHODS = {
 TRAINER_ATTRIBUTES = ("_tr_loss", "_globalstep_last_logged")
 """Private attributes that ``transformers.Trainer.train`` keeps its running loss in (5.17 to 5.23)."""
 
+ACCELERATOR_ATTRIBUTES = ("_models", "_optimizers", "_schedulers", "_dataloaders")
+"""Private attributes in which accelerate's Accelerator (1.15) keeps what it has prepared; our subclass reads them."""
+
 TRL_METRICS = ("_metrics", "_total_train_tokens")
 """Private attributes in which ``compute_loss`` of trl's trainers (1.16) keeps what they log."""
 

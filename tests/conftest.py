@@ -55,6 +55,12 @@ def _leaves_nothing_behind() -> Iterator[None]:
         pytest.fail("the test leaves behind " + "; ".join(leaks), pytrace=False)
 
 
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared data, shared by the tests of all recipes."""
+    return tmp_path_factory.mktemp("hf_home")
+
+
 def pytest_sessionfinish() -> None:
     stop_forkserver()
 

@@ -59,6 +59,22 @@ def _env():
     return out.getvalue()
 
 
+def test_env_names_the_ranks_that_never_come():
+    code, error = run_ranks(_env_of_one, 2, init=False)[0]
+    assert code == 2
+    assert "ranks [1] of 2 are missing; gave up after 0.3 s; start all ranks" in error
+
+
+def _env_of_one():
+    import contextlib
+    import io
+
+    if os.environ["RANK"] == "1":
+        return None
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        return main(["env", "--timeout_s", "0.3"]), err.getvalue()
+
+
 SCRIPT = """
 import sys
 assert sys.argv[1:] == ["--steps", "3", "--check_invariance"], sys.argv

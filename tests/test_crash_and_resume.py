@@ -22,14 +22,6 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """Prepared data, shared by the tests of all recipes."""
-    folder = tmp_path_factory.getbasetemp() / "hf_home"
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def model(home, tmp_path_factory):
     """A small model with dropout, so that the state of the random numbers counts."""
     folder = tmp_path_factory.mktemp("model")

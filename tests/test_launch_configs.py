@@ -32,14 +32,6 @@ EXPECTED = {
 """Name → ranks, nodes and the sizes of the axes."""
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """Prepared data, shared by the tests of all recipes."""
-    folder = tmp_path_factory.getbasetemp() / "hf_home"
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
 def told(name):
     """What ``accelerate launch`` makes of a configuration: its arguments, and what it tells the ranks."""
     args = launch_command_parser().parse_args(["--config_file", str(CONFIGS / f"{name}.yaml"), "recipe.py"])

@@ -12,14 +12,6 @@ FEW += ["--eval_strategy", "no", "--save_strategy", "no"]
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """Prepared data, shared by the tests of all recipes."""
-    folder = tmp_path_factory.getbasetemp() / "hf_home"
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def trained(home, tmp_path_factory):
     """A causal LM trained on two ranks; its folder and what was printed."""
     folder = tmp_path_factory.mktemp("runs") / "causal"

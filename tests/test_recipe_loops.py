@@ -8,14 +8,6 @@ TRAINING = [*SMALL, "--max_steps", "3", "--save_strategy", "no"]
 CONFIGS = {"finetune_trl.py": "configs/chat.yaml"}
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """Prepared data, shared by the tests of all recipes."""
-    folder = tmp_path_factory.getbasetemp() / "hf_home"
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
 @pytest.mark.parametrize(
     ("recipe", "spread"),
     [

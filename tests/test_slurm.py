@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import psutil
-import pytest
 from recipe_cases import KILLING, ROOT, SMALL, environment, steps_of
 
 SCRIPT = ROOT / "configs" / "slurm" / "finetune.sbatch"
@@ -29,14 +28,6 @@ exit $code
 SCONTROL = """#!/bin/bash
 [ "$*" = "show hostnames node[1-2]" ] && printf '127.0.0.1\\nunreachable.invalid\\n'
 """
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """Prepared data, shared by the tests of all recipes."""
-    folder = tmp_path_factory.getbasetemp() / "hf_home"
-    folder.mkdir(exist_ok=True)
-    return folder
 
 
 def free_job_id():

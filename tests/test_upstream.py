@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from ranks import ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from trainer_cases import reset_accelerate
 from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer
 from transformers.distributed import DistributedConfig
 from transformers.loss import loss_for_object_detection
@@ -42,6 +43,23 @@ def test_every_private_name_of_trainer_that_is_used_is_listed():
     for name in upstream.TRAINER_ATTRIBUTES:
         assert name in used
         assert f"self.{name}" in source, f"Trainer no longer keeps {name}"
+
+
+def test_the_accelerator_still_keeps_what_it_has_prepared():
+    reset_accelerate()
+    accelerator = Accelerator(cpu=True)
+    for name in upstream.ACCELERATOR_ATTRIBUTES:
+        assert getattr(accelerator, name) == []
+    linear = nn.Linear(1, 1)
+    model, optimizer = accelerator.prepare(linear, torch.optim.SGD(linear.parameters()))
+    scheduler = accelerator.prepare(torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0))
+    loader = accelerator.prepare(torch.utils.data.DataLoader([1]))
+    assert [getattr(accelerator, name) for name in upstream.ACCELERATOR_ATTRIBUTES] == [
+        [model],
+        [optimizer],
+        [scheduler],
+        [loader],
+    ]
 
 
 def test_trainer_still_calls_the_two_hooks_before_the_step():
