@@ -135,9 +135,9 @@ def read_rendezvous() -> Rendezvous | None:
     return Rendezvous(host=host, port=port, is_agent_store=_text("TORCHELASTIC_USE_AGENT_STORE") == str(True))
 
 
-def read_run_attempt() -> str:
-    """Run id and restart count of torchrun, for prefixes: its agent store outlives a restart of the ranks."""
-    return f"{_text('TORCHELASTIC_RUN_ID') or 'none'}/{_text('TORCHELASTIC_RESTART_COUNT') or '0'}"
+def read_run_attempt() -> tuple[str, str]:
+    """Run id and restart count of torchrun, which counts by node; its agent store outlives a restart of the ranks."""
+    return _text("TORCHELASTIC_RUN_ID") or "none", _text("TORCHELASTIC_RESTART_COUNT") or "0"
 
 
 def read_cache_directory() -> Path:

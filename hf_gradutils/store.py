@@ -131,7 +131,7 @@ if sys.platform == "linux":
 def _choose(ranks: Ranks, log_every_s: float) -> Channel:
     rendezvous = environment.read_rendezvous()
     # Several jobs and channels of one process may pass through one server.
-    run_id, _, num_restarts = environment.read_run_attempt().rpartition("/")
+    run_id, num_restarts = environment.read_run_attempt()
     prefix = f"hf_gradutils/{run_id}/{_num_channels}/"
 
     def channel(store: Store, origin: str, server: Store | None = None) -> Channel:
