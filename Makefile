@@ -42,7 +42,8 @@ test: $(STAMP)  ## Run the tests
 matrix: $(STAMP)  ## Measure every head in every layout beside the stock Trainer, write docs/exactness.md; about 25 minutes
 	@$(BIN)/python benchmarks/exactness.py --out docs/exactness.md
 
-# Counts decide whether it fails; times only inform. On a machine with a GPU add --cuda.
+# Counts decide whether it fails; times only inform. Without a GPU the page keeps what was measured on one.
+# benchmarks/performance.py --only-cuda --out docs/performance.md measures nothing else, in less than 10 minutes.
 bench: $(STAMP)  ## Measure what it costs beside torch, accelerate and the stock Trainer, write docs/performance.md; about 10 minutes
 	@$(BIN)/python benchmarks/performance.py --out docs/performance.md
 

@@ -1,6 +1,6 @@
 """What the exact gradient costs: ours beside what others do, counted and timed in the same run.
 
-    python benchmarks/performance.py [--layouts "FSDP2 2"] [--sizes 300] [--no-trainer] [--cuda] [--out FILE]
+    python benchmarks/performance.py [--layouts "FSDP2 2"] [--sizes 300] [--no-trainer] [--only-cuda] [--out FILE]
 
 Prints every measurement, writes the page, and fails if ours counts more collectives, host syncs, calls, gradient reads
 or writes than promised. Times are shown beside their targets and fail nothing: they are noise on a busy machine.
@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-import cuda_bandwidth
+import cuda_report
 import step_cost
 import window_cost
 from step_cost import StepCounts, StepTimes
@@ -346,9 +346,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=21, help="of every call of a window's end")
     parser.add_argument("--pairs", type=int, default=15, help="of runs of the Trainer")
     parser.add_argument("--no-trainer", action="store_true", help="leave out the step of the Trainer")
-    parser.add_argument("--cuda", action="store_true", help="measure bandwidth on a GPU, too")
+    parser.add_argument("--only-cuda", action="store_true", help="measure the GPU, and leave the rest of the page")
     parser.add_argument("--out", type=Path, default=None, help="the Markdown file to write (default: none)")
     options = parser.parse_args(arguments)
+    if options.only_cuda:
+        return 1 if cuda_report.replace_section(options.out) else 0
     layouts = [name for name in window_cost.LAYOUTS if not options.layouts or name in options.layouts.split(";")]
     sizes = [int(size) for size in options.sizes.split(",")] if options.sizes else list(window_cost.SIZES)
     started, load = time.monotonic(), window_cost.load()
@@ -370,15 +372,14 @@ def main(arguments: list[str] | None = None) -> int:
                 times[layout, accumulation] = step_cost.time_steps(layout, accumulation, options.pairs)
             cell = {(layout, accumulation): times[layout, accumulation]}
             print(" ".join(list(_step_time_rows(cell))[1]), flush=True)
-    cuda = cuda_bandwidth.report() if options.cuda else ["Not measured in this run: `--cuda` does, where there is one."]
-    print("\n".join(cuda), flush=True)
+    cuda, cuda_faults = cuda_report.measured_or_kept(options.out)
 
     print("\n".join(" ".join(row) for row in target_rows(windows) + step_target_rows(times)))
     if options.out is not None:
         options.out.parent.mkdir(exist_ok=True)
         options.out.write_text(page(windows, steps, times, cuda, load))
         print(f"wrote {options.out}")
-    found = window_faults(windows) + step_faults(steps)
+    found = window_faults(windows) + step_faults(steps) + cuda_faults
     print("\n".join([f"{time.monotonic() - started:.0f} s, {len(found)} faults", *found]))
     return 1 if found else 0
 

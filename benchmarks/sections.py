@@ -1,0 +1,31 @@
+"""Sections of a Markdown page: one part of it is measured on this machine, another on a different one."""
+
+
+def section(page: str, heading: str) -> list[str]:
+    """The lines below a heading, up to the next one of its level or above; none where the page has no such heading."""
+    lines = page.splitlines()
+    bounds = _bounds(lines, heading)
+    return [] if bounds is None else _stripped(lines[bounds[0] + 1 : bounds[1]])
+
+
+def with_section(page: str, heading: str, body: list[str]) -> str:
+    """The page with these lines below the heading in place of what was there; at its end where it had no such one."""
+    lines = page.splitlines()
+    start, end = _bounds(lines, heading) or (len(lines), len(lines))
+    parts = (_stripped(lines[:start]), [heading], _stripped(body), _stripped(lines[end:]))
+    return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
+
+
+def _bounds(lines: list[str], heading: str) -> tuple[int, int] | None:
+    """Of the heading and what is below it."""
+    if heading not in lines:
+        return None
+    start = lines.index(heading)
+    level = len(heading.partition(" ")[0])
+    ends = tuple("#" * n + " " for n in range(1, level + 1))
+    return start, next((i for i in range(start + 1, len(lines)) if lines[i].startswith(ends)), len(lines))
+
+
+def _stripped(lines: list[str]) -> list[str]:
+    """Without empty lines before and after."""
+    return "\n".join(lines).strip("\n").splitlines()
