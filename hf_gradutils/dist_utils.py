@@ -109,7 +109,7 @@ def rescale_gradients(
     if grads:
         count = count.to(grads[0].device, non_blocking=True)
     total, _ = reduce_packed(domain, count.view(1))
-    scale_(grads, domain.num_ranks / total[0].clamp(min=1.0))
+    scale_(grads, domain.num_ranks / total.select(0, 0).clamp(min=1.0))
 
 
 @torch.no_grad()
@@ -174,5 +174,5 @@ def clip_parameters(
     gradients = collect_gradients(parameters, plan)
     norms, _ = reduce_with_norm(plan, gradients, norm_type, foreach=foreach)
     if not math.isinf(max_norm):
-        scale_(gradients.shards, clip_coefficient(norms.total, max_norm), foreach=foreach)
+        scale_(gradients.shards, clip_coefficient(norms.total, max_norm), foreach=foreach, kind=gradients.kind)
     return norms.total

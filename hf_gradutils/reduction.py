@@ -1,9 +1,10 @@
 """The ranks whose contributions are added, and the one packed collective that adds them."""
 
 import math
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -137,9 +138,23 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor if tensor.device == device else tensor.to(device, non_blocking=True)
 
 
-def are_on_one_device(tensors: Iterable[Tensor]) -> bool:
-    """Whether no two are on different devices; asked at every step, so without making hundreds of device objects."""
-    return len(set(map(Tensor.get_device, tensors))) <= 1  # -1 is the CPU; a process has one kind of accelerator
+class Kind(NamedTuple):
+    """Device and dtype of all of some tensors; None where they differ."""
+
+    device: torch.device | None
+    dtype: torch.dtype | None
+
+
+def common_kind(tensors: Sequence[Tensor]) -> Kind:
+    """What the tensors have in common; asked at every step, so without making hundreds of device objects."""
+    if not tensors:
+        return Kind(None, None)
+    numbers = set(map(Tensor.get_device, tensors))  # -1 is the CPU; a process has one kind of accelerator
+    dtypes = set(map(_get_dtype, tensors))
+    return Kind(tensors[0].device if len(numbers) == 1 else None, tensors[0].dtype if len(dtypes) == 1 else None)
+
+
+_get_dtype = operator.attrgetter("dtype")
 
 
 def _device_for(group: ProcessGroup, device: torch.device) -> torch.device:

@@ -1,15 +1,14 @@
 """Multiply local tensors by one number on the device, and the number that clips."""
 
 import math
-import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from hf_gradutils import upstream
 from hf_gradutils.errors import InvalidArgumentError
-from hf_gradutils.reduction import are_on_one_device
+from hf_gradutils.reduction import Kind, common_kind
 
 _EPS = 1e-6
 """What ``torch.nn.utils.clip_grad_norm_`` adds to the norm before it divides."""
@@ -55,7 +54,7 @@ def clip_coefficient(total_norm: Tensor, max_norm: float) -> Tensor:
 
 
 @torch.no_grad()
-def scale_(tensors: Iterable[Tensor], factor: Tensor, *, foreach: bool = True) -> None:
+def scale_(tensors: Iterable[Tensor], factor: Tensor, *, foreach: bool = True, kind: Kind | None = None) -> None:
     """Multiply every tensor by ``factor``, in place.
 
     Half-precision tensors are multiplied in float32 and rounded once, so that the factor keeps its digits.
@@ -64,10 +63,11 @@ def scale_(tensors: Iterable[Tensor], factor: Tensor, *, foreach: bool = True) -
         tensors: Local floating-point tensors on any devices; each is read and written once.
         factor: Shape (), any float dtype, on any device.
         foreach: One multi-tensor call per device and dtype; False makes one call per tensor.
+        kind: ``common_kind(tensors)``, where somebody has asked already.
 
     Collectives: none. Host syncs: none.
     """
-    for (device, dtype), batch in _batches(list(tensors)).items():
+    for (device, dtype), batch in _batches(list(tensors), kind).items():
         is_half = dtype in (torch.bfloat16, torch.float16)
         local_factor = factor.to(device=device, dtype=torch.float32 if is_half else dtype, non_blocking=True)
         if not foreach:
@@ -79,11 +79,12 @@ def scale_(tensors: Iterable[Tensor], factor: Tensor, *, foreach: bool = True) -
             upstream.foreach_mul_(batch, local_factor)
 
 
-def _batches(tensors: list[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
+def _batches(tensors: Sequence[Tensor], kind: Kind | None) -> dict[tuple[torch.device, torch.dtype], Sequence[Tensor]]:
     """The tensors by device and dtype; one without elements costs nothing wherever it goes."""
-    if tensors and are_on_one_device(tensors) and len(set(map(operator.attrgetter("dtype"), tensors))) == 1:
-        return {(tensors[0].device, tensors[0].dtype): tensors}
+    device, dtype = common_kind(tensors) if kind is None else kind
+    if device is not None and dtype is not None:
+        return {(device, dtype): tensors}
     batches: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
         batches.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-    return batches
+    return dict(batches)

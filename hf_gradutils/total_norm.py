@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_gradutils import upstream
 from hf_gradutils.norms import power_sums, root
 from hf_gradutils.ownership import Plan, in_placements_of
-from hf_gradutils.reduction import all_reduce_, are_on_one_device, on_device, reduce_packed
+from hf_gradutils.reduction import Kind, all_reduce_, common_kind, on_device, reduce_packed
 
 T = TypeVar("T")
 
@@ -32,6 +32,8 @@ class LocalGradients:
     """Elements of each value; not 0."""
     indices: Sequence[int]
     """Which of the plan's parameters each belongs to."""
+    kind: Kind
+    """What all have in common."""
 
 
 @dataclass(slots=True)
@@ -86,7 +88,7 @@ def collect_gradients(
         shards, values = [shards[i] for i in kept], [values[i] for i in kept]
         indices, sizes = [indices[i] for i in kept], tuple(sizes[i] for i in kept)
     device = parameters[0].device if parameters else torch.device("cpu")
-    return LocalGradients(device, shards, values, sizes, indices)
+    return LocalGradients(device, shards, values, sizes, indices, common_kind(shards))
 
 
 _alike: WeakKeyDictionary[Plan, tuple[Sequence[int], list[object]]] = WeakKeyDictionary()
@@ -178,7 +180,7 @@ class _Part:
 
 @dataclass(slots=True)
 class _Layout:
-    """Where the numbers of one set of gradients go. Kept, on the device: making it anew would be a host sync."""
+    """Where the numbers of one set of gradients go. Kept, on the device."""
 
     key: tuple[object, ...]
     parts: list[_Part]
@@ -196,9 +198,8 @@ _layouts: WeakKeyDictionary[Plan, _Layout] = WeakKeyDictionary()
 
 def _layout_of(plan: Plan, gradients: LocalGradients) -> _Layout:
     device = gradients.device
-    devices = [value.device for value in gradients.values[:1]]
-    if not are_on_one_device(gradients.values):
-        devices = [value.device for value in gradients.values]
+    one = gradients.kind.device
+    devices = [value.device for value in gradients.values] if one is None else [one]
     key = (device, gradients.indices, devices)
     known = _layouts.get(plan)
     if known is not None and known.key == key:
@@ -208,7 +209,7 @@ def _layout_of(plan: Plan, gradients: LocalGradients) -> _Layout:
     for part_device in dict.fromkeys(devices):
         positions = [i for i, value in enumerate(gradients.values) if value.device == part_device]
         parameters = [gradients.indices[i] for i in positions]
-        places = torch.tensor([plan.places[i] for i in parameters], device=device)
+        places = on_device(torch.tensor([plan.places[i] for i in parameters]), device)
         parts.append(_Part(positions, parameters, places, is_all=len(devices) == 1))
     counted = torch.tensor([share or _UNCOUNTED for share in plan.shares], dtype=torch.float64)
     for index in gradients.indices:
@@ -218,7 +219,7 @@ def _layout_of(plan: Plan, gradients: LocalGradients) -> _Layout:
         key=key,
         parts=parts,
         zeros=torch.zeros(len(plan.shares), dtype=torch.float64, device=device),
-        counted=counted.to(device),
-        group_of_place=torch.tensor(plan.group_of_place, device=device),
+        counted=on_device(counted, device),
+        group_of_place=on_device(torch.tensor(plan.group_of_place), device),
     )
     return layout

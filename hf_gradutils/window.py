@@ -52,18 +52,20 @@ class WindowReport:
     @property
     def loss(self) -> Tensor:
         """Σ n·L / Σ n over micro-batches and data ranks, shape (); 0 for a window without targets."""
-        count = torch.full_like(self._sums[0], self._num_replicas / self._loss_scale) if self._is_sum else self._sums[0]
-        return self._sums[1] / count.clamp(min=_FEWEST)
+        count, weighted, *_ = self._sums.unbind()
+        if self._is_sum:
+            count = torch.full_like(count, self._num_replicas / self._loss_scale)
+        return weighted / count.clamp(min=_FEWEST)
 
     @property
     def num_targets(self) -> Tensor:
         """Σ n over micro-batches and data ranks, shape (); a tensor-parallel replica counts once."""
-        return self._sums[0] * (self._loss_scale / self._num_replicas)
+        return self._sums.select(0, 0) * (self._loss_scale / self._num_replicas)
 
     @property
     def num_ranks_with_data(self) -> Tensor:
         """Ranks that have batches for another window, shape (); asked for with ``has_data_left``."""
-        return self._sums[2]
+        return self._sums.select(0, 2)
 
     @property
     def is_finite(self) -> Tensor:
@@ -178,11 +180,11 @@ class AccumulationWindow:
         if self._is_sum:
             divisor = torch.full_like(norms.total, self._num_replicas / (self._loss_scale * num_ranks))
         else:
-            divisor = (sums[0] / num_ranks).clamp(min=_FEWEST)
+            divisor = (sums.select(0, 0) / num_ranks).clamp(min=_FEWEST)
         grad_norm = norms.total / divisor
         multiplier = (divisor * clip_divisor(grad_norm, max_norm)).reciprocal()
         if scales:
-            scale_(gradients.shards, multiplier)
+            scale_(gradients.shards, multiplier, kind=gradients.kind)
         return WindowReport(
             grad_norm=grad_norm,
             multiplier=multiplier,
