@@ -1,4 +1,35 @@
-"""Sections of a Markdown page: one part of it is measured on this machine, another on a different one."""
+"""Sections and tables of a Markdown page: one part of it is measured on this machine, another on a different one."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Part:
+    """What one part of a report came to."""
+
+    lines: list[str] = field(default_factory=list)
+    """Of Markdown."""
+    values: dict[Any, Any] = field(default_factory=dict)
+    """What was measured, by the name that it has there."""
+    faults: list[str] = field(default_factory=list)
+    """What is not as promised."""
+
+
+class Table:
+    """Rows that are printed as they come, and all of them as Markdown in the end."""
+
+    def __init__(self, *header: str):
+        self._rows = [header, ("---",) * len(header)]
+
+    def add(self, *cells: str) -> None:
+        """One more row; cells that are missing at its end are empty."""
+        print("  ".join(cell for cell in cells if cell), flush=True)
+        self._rows.append(cells + ("",) * (len(self._rows[0]) - len(cells)))
+
+    def lines(self) -> list[str]:
+        """As Markdown."""
+        return [f"| {' | '.join(cells)} |" for cells in self._rows]
 
 
 def section(page: str, heading: str) -> list[str]:

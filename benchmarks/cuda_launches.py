@@ -1,0 +1,93 @@
+"""Many small parameters: what a window's end costs in launches, and what a CUDA graph of it with the step saves."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import device_clock
+import known_gradients
+import torch
+from cuda_folding import make_optimizer, window_and_step
+from device_clock import Timing, us
+from known_gradients import KnownGradients
+from sections import Part, Table
+from window_cost import FOLDED, OURS
+
+SMALL = 128
+"""Elements of each parameter."""
+
+EXPLANATION = """\
+*host*: how long the call keeps the host. *device, idle*: from the call to the end of its last kernel, where the device
+had nothing else to do; *device, busy*: of the kernels, where it had until the host was done, so that none is late.
+*kernels*: with copies and fills, by torch's profiler.
+"""
+
+GRAPH_EXPLANATION = """\
+The same of a window's end with the step of a fused AdamW, as it is and replayed from a CUDA graph, which is one launch
+and for which AdamW is `capturable=True`.
+"""
+
+
+def _add(table: Table, names: tuple[str, ...], call: Callable[[], Any], known: KnownGradients) -> None:
+    """One row: the times of a call on fresh gradients, and its launches."""
+    idle, busy = (
+        device_clock.attempt(
+            functools.partial(device_clock.time_call, call, known.device, before=known.fill, is_queued=is_queued),
+            known.device,
+        )
+        for is_queued in (False, True)
+    )
+    num = device_clock.attempt(functools.partial(device_clock.num_launches, call, known.device), known.device)
+    host = us(idle.host_s) if isinstance(idle, Timing) else idle
+    table.add(*names, host, *(us(t.device_s) if isinstance(t, Timing) else "" for t in (idle, busy)), str(num))
+
+
+def measure(device: torch.device, num_parameters: tuple[int, ...]) -> Part:
+    """A table of host and device microseconds of the methods."""
+    found = Part()
+    table = Table("parameters", "", "host", "device, idle", "device, busy", "kernels")
+    for num in num_parameters:
+        known = KnownGradients([SMALL] * num, device, torch.float32)
+        for name, method in known_gradients.methods().items():
+            if name in (OURS, FOLDED):
+                found.faults += known_gradients.faults(name, method, known)
+            _add(table, (str(num), name), method.prepare(known.model), known)
+    found.lines = table.lines()
+    return found
+
+
+def measure_graphs(device: torch.device, num_parameters: tuple[int, ...]) -> Part:
+    """A table of the window's end with the step, as it is and as a graph."""
+    found = Part()
+    table = Table("parameters", "", "", "host", "device, idle", "device, busy", "kernels")
+    for num in num_parameters:
+        known = KnownGradients([SMALL] * num, device, torch.float32)
+        for name, folds in (("explicit", False), ("folded", True)):
+            names = (str(num), f"{name}, step")
+            _add(table, (*names, "as it is"), window_and_step(known, make_optimizer(known), folds=folds), known)
+            graph = device_clock.attempt(functools.partial(_graph, known, folds=folds), device)
+            if isinstance(graph, str):
+                table.add(*names, "graph", graph)
+                graph = None, [graph]
+            else:
+                _add(table, (*names, "graph"), graph[0], known)
+            found.faults += [f"{', '.join(names)}, as a graph: {fault}" for fault in graph[1]]
+    found.lines = table.lines()
+    return found
+
+
+def _graph(known: KnownGradients, *, folds: bool) -> tuple[Callable[[], Any], list[str]]:
+    """What replays a window's end and the step, and what it does otherwise than promised."""
+    optimizer = make_optimizer(known, capturable=True)
+    replay = device_clock.captured(window_and_step(known, optimizer, folds=folds), known.device)
+    first = next(known.model.parameters())
+    num_steps = float(optimizer.state[first]["step"]) if first in optimizer.state else 0.0
+    known.fill()
+    replay()
+    found = []
+    if float(optimizer.state[first]["step"]) != num_steps + 1:
+        found.append("a replay took no step")
+    error = known.error_of(first.grad)  # of a folded step, too: it writes what it has scaled
+    if not error <= known_gradients.ROUNDING[known.dtype]:
+        found.append(f"scaled gradients are off by {error:.1e}")
+    return replay, found

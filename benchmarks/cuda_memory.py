@@ -1,0 +1,156 @@
+"""Peak memory of a window under each sync policy: two ranks, on one GPU where there is one, over gloo.
+
+NCCL refuses two ranks on one device. gloo carries CUDA tensors through the host: slowly, and so that nothing of it is
+in the device's memory but one copy of what a reduce-scatter sends.
+"""
+
+import contextlib
+import functools
+import io
+import logging
+import os
+import time
+from dataclasses import dataclass
+
+import device_clock
+import torch
+import torch.distributed as dist
+from device_clock import mib
+from ranks import run_ranks
+from sections import Part, Table
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_gradutils.sync import SyncContext
+from hf_gradutils.sync_auto import SYNCS, PolicyChoice, Sync, deferred_bytes
+from hf_gradutils.window import AccumulationWindow
+
+WRAPPERS = ("DDP 2", "FSDP2 2")
+DEADLINE_S = 60
+"""Of the ranks for one row."""
+LARGEST_ERROR = 1e-5
+"""Of a norm, relative to that of another wrapper or policy, which adds in another order."""
+
+EXPLANATION = """\
+Two ranks on one GPU, over gloo: {depth} linear layers of {width} × {width} in float32 ({size} of parameters), fused
+AdamW, accumulation {accumulation}. *peak*: of the tensors of one rank, at most, in the second window; *beyond every*:
+that much more than the policy `every` takes, and what `sync_auto` expects it to be.
+"""
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The model: so many square matrices, each an FSDP2 group, and one more around all of them."""
+
+    depth: int = 16
+    width: int = 1024
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the parameters."""
+        return self.depth * self.width**2 * 4
+
+    def make(self, wrapper: str, device: torch.device) -> nn.Module:
+        """The same numbers each time, wrapped."""
+        torch.manual_seed(5)
+        model: nn.Module = nn.Sequential(*(nn.Linear(self.width, self.width, bias=False) for _ in range(self.depth)))
+        model = model.to(device)
+        if wrapper == "DDP 2":
+            return DistributedDataParallel(model)
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        for module in (*model, model):
+            fully_shard(module, mesh=mesh)
+            module.set_force_sum_reduction_for_comms(True)  # not AVG, which is NCCL's
+        return model
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Of one policy on one rank."""
+
+    policy: str
+    """Which one it was in the end."""
+    peak_bytes: int
+    estimate_bytes: int
+    """What deferring should take beyond ``every``."""
+    grad_norm: float
+
+
+def explanation(layers: Layers, accumulation: int) -> str:
+    return EXPLANATION.format(
+        depth=layers.depth, width=layers.width, size=mib(layers.num_bytes), accumulation=accumulation
+    )
+
+
+def measure(device: torch.device, layers: Layers, accumulation: int, until: float) -> Part:
+    """A table of the wrappers and policies; their values are peaks.
+
+    Args:
+        device: Its kind; on a GPU both ranks take the first one.
+        layers: The model.
+        accumulation: Micro-batches of a window.
+        until: Time by ``time.monotonic`` after which no further one is begun.
+    """
+    found = Part()
+    table = Table("", "policy", "peak", "beyond every", "expected")
+    for wrapper in WRAPPERS:
+        for policy in sorted(SYNCS, key=lambda policy: policy != "every"):  # what others are compared with first
+            if time.monotonic() > until:
+                table.add(wrapper, policy, "not measured: no time left")
+                continue
+            of_ranks = functools.partial(_of_ranks, device, wrapper, policy, layers, accumulation)
+            peak = device_clock.attempt(of_ranks, device)
+            if isinstance(peak, str):
+                table.add(wrapper, policy, peak)
+                found.faults.append(f"{wrapper}, {policy}: {peak}")
+                continue
+            found.values[wrapper, policy] = peak
+            every = found.values.get((wrapper, "every"))
+            beyond = mib(peak.peak_bytes - every.peak_bytes) if every else ""
+            expected = mib(peak.estimate_bytes if peak.policy == "defer" else 0)
+            name = policy if policy == peak.policy else f"{policy}: {peak.policy}"
+            table.add(wrapper, name, mib(peak.peak_bytes), beyond, expected)
+            first = next(iter(found.values.values()))
+            if not abs(peak.grad_norm / first.grad_norm - 1) <= LARGEST_ERROR:
+                found.faults.append(f"{wrapper}, {policy}: the norm is {peak.grad_norm}, not {first.grad_norm}")
+    found.lines = table.lines()
+    return found
+
+
+def _of_ranks(device: torch.device, wrapper: str, policy: Sync, layers: Layers, accumulation: int) -> Peak:
+    """Of the rank that took most."""
+    arguments = (device.type, wrapper, policy, layers, accumulation)
+    with contextlib.redirect_stdout(io.StringIO()):
+        ranks = run_ranks(_on_rank, 2, *arguments, env=one_gpu(), deadline_s=DEADLINE_S)
+    return max(ranks, key=lambda peak: peak.peak_bytes)
+
+
+def one_gpu() -> dict[str, str]:
+    """What makes a process see one GPU, where there are some."""
+    return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0], "LOCAL_RANK": "0"}
+
+
+def _on_rank(device_type: str, wrapper: str, policy: Sync, layers: Layers, accumulation: int) -> Peak:
+    logging.disable(logging.WARNING)
+    device = torch.device(device_type, 0) if device_type == "cuda" else torch.device(device_type)
+    model = layers.make(wrapper, device)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    choice = PolicyChoice(policy, device)
+    window = AccumulationWindow(device)
+    for num_micro_batches in (2, accumulation):  # the first makes the optimizer's state, and shows its peak
+        device_clock.reset_peak(device)
+        chosen = ""
+        for index in range(num_micro_batches):
+            is_last = index == num_micro_batches - 1
+            chosen = choice.policy(model, is_last=is_last)
+            rows = torch.full((4, layers.width), 1.0 + index + dist.get_rank(), device=device)
+            with SyncContext(model, chosen, is_last=is_last):
+                loss = model(rows).square().mean()
+                window.weigh(loss, torch.tensor(index + 1)).backward()
+        choice.window_closed()
+        report = window.close(model, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return Peak(chosen, device_clock.peak_bytes(device), deferred_bytes(model), report.grad_norm.item())
