@@ -32,7 +32,7 @@ def measure(device: torch.device, dtype: torch.dtype, num_elements: int) -> Part
     found = Part()
     for name, method in known_gradients.methods().items():
         if name in (OURS, FOLDED):
-            found.faults += _faults(name, method, known)
+            found.faults += known_gradients.faults(name, method, known)
         timing = device_clock.attempt(_timed(method, known), device)
         if isinstance(timing, str):
             table.add(name, method.text, timing)
@@ -54,11 +54,6 @@ def _copy_time(device: torch.device, dtype: torch.dtype, num_elements: int) -> T
 
 def _timed(method: Method, known: KnownGradients) -> Callable[[], Timing]:
     return lambda: device_clock.time_call(method.prepare(known.model), known.device, before=known.fill, is_queued=True)
-
-
-def _faults(name: str, method: Method, known: KnownGradients) -> list[str]:
-    found = device_clock.attempt(lambda: known_gradients.faults(name, method, known), known.device)
-    return [f"{name}, {name_of(known.dtype)}: {found}"] if isinstance(found, str) else found
 
 
 def target_rows(shares: dict[torch.dtype, dict[str, float]]) -> list[tuple[str, float | None, float]]:

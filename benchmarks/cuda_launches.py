@@ -8,7 +8,7 @@ import device_clock
 import known_gradients
 import torch
 from cuda_folding import make_optimizer, window_and_step
-from device_clock import Timing, us
+from device_clock import us
 from known_gradients import KnownGradients
 from sections import Part, Table
 from window_cost import FOLDED, OURS
@@ -28,18 +28,20 @@ and for which AdamW is `capturable=True`.
 """
 
 
-def _add(table: Table, names: tuple[str, ...], call: Callable[[], Any], known: KnownGradients) -> None:
-    """One row: the times of a call on fresh gradients, and its launches."""
+def _add(table: Table, names: tuple[str, ...], make: Callable[[], Callable[[], Any]], known: KnownGradients) -> None:
+    """One row: the times of a call on fresh gradients, and its kernels."""
+    outcome = device_clock.attempt(functools.partial(_cells, make, known), known.device)
+    table.add(*names, *([outcome] if isinstance(outcome, str) else outcome))
+
+
+def _cells(make: Callable[[], Callable[[], Any]], known: KnownGradients) -> list[str]:
+    call = make()
     idle, busy = (
-        device_clock.attempt(
-            functools.partial(device_clock.time_call, call, known.device, before=known.fill, is_queued=is_queued),
-            known.device,
-        )
+        device_clock.time_call(call, known.device, before=known.fill, is_queued=is_queued)
         for is_queued in (False, True)
     )
     num = device_clock.attempt(functools.partial(device_clock.num_launches, call, known.device), known.device)
-    host = us(idle.host_s) if isinstance(idle, Timing) else idle
-    table.add(*names, host, *(us(t.device_s) if isinstance(t, Timing) else "" for t in (idle, busy)), str(num))
+    return [us(idle.host_s), us(idle.device_s), us(busy.device_s), str(num)]
 
 
 def measure(device: torch.device, num_parameters: tuple[int, ...]) -> Part:
@@ -51,7 +53,7 @@ def measure(device: torch.device, num_parameters: tuple[int, ...]) -> Part:
         for name, method in known_gradients.methods().items():
             if name in (OURS, FOLDED):
                 found.faults += known_gradients.faults(name, method, known)
-            _add(table, (str(num), name), method.prepare(known.model), known)
+            _add(table, (str(num), name), functools.partial(method.prepare, known.model), known)
     found.lines = table.lines()
     return found
 
@@ -64,14 +66,16 @@ def measure_graphs(device: torch.device, num_parameters: tuple[int, ...]) -> Par
         known = KnownGradients([SMALL] * num, device, torch.float32)
         for name, folds in (("explicit", False), ("folded", True)):
             names = (str(num), f"{name}, step")
-            _add(table, (*names, "as it is"), window_and_step(known, make_optimizer(known), folds=folds), known)
+            make = functools.partial(window_and_step, known, make_optimizer(known), folds=folds)
+            _add(table, (*names, "as it is"), make, known)
             graph = device_clock.attempt(functools.partial(_graph, known, folds=folds), device)
             if isinstance(graph, str):
                 table.add(*names, "graph", graph)
-                graph = None, [graph]
+                faults = [graph]
             else:
-                _add(table, (*names, "graph"), graph[0], known)
-            found.faults += [f"{', '.join(names)}, as a graph: {fault}" for fault in graph[1]]
+                replay, faults = graph
+                _add(table, (*names, "graph"), lambda replay=replay: replay, known)
+            found.faults += [f"{', '.join(names)}, as a graph: {fault}" for fault in faults]
     found.lines = table.lines()
     return found
 

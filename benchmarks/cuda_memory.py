@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 
 import device_clock
+import ranks
 import torch
 import torch.distributed as dist
 from device_clock import mib
@@ -123,8 +124,20 @@ def _of_ranks(device: torch.device, wrapper: str, policy: Sync, layers: Layers, 
     """Of the rank that took most."""
     arguments = (device.type, wrapper, policy, layers, accumulation)
     with contextlib.redirect_stdout(io.StringIO()):
-        ranks = run_ranks(_on_rank, 2, *arguments, env=one_gpu(), deadline_s=DEADLINE_S)
-    return max(ranks, key=lambda peak: peak.peak_bytes)
+        peaks = run_ranks(_on_rank, 2, *arguments, env=one_gpu(), deadline_s=DEADLINE_S)
+    return max(peaks, key=lambda peak: peak.peak_bytes)
+
+
+def let_ranks_use(device: torch.device) -> None:
+    """CUDA works in no process whose parent has started it: what forks the ranks must not have, by an import say."""
+    if device.type != "cuda":
+        return
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # torch.cuda.is_available() starts it otherwise
+    ranks.stop_forkserver()  # the next one has the variable from its start
+    can_fork = device_clock.attempt(lambda: run_ranks(torch.cuda.init, 1, init=False, env=one_gpu()), device)
+    if isinstance(can_fork, str):
+        ranks.stop_forkserver()
+        ranks.ALWAYS_PRELOADED = ranks.PRELOADED_IF_IMPORTED = ()  # every rank imports for itself
 
 
 def one_gpu() -> dict[str, str]:
@@ -140,11 +153,12 @@ def _on_rank(device_type: str, wrapper: str, policy: Sync, layers: Layers, accum
     choice = PolicyChoice(policy, device)
     window = AccumulationWindow(device)
     for num_micro_batches in (2, accumulation):  # the first makes the optimizer's state, and shows its peak
-        device_clock.reset_peak(device)
         chosen = ""
         for index in range(num_micro_batches):
             is_last = index == num_micro_batches - 1
             chosen = choice.policy(model, is_last=is_last)
+            if index == 0:  # after `auto` has looked at the peak of the window before
+                device_clock.reset_peak(device)
             rows = torch.full((4, layers.width), 1.0 + index + dist.get_rank(), device=device)
             with SyncContext(model, chosen, is_last=is_last):
                 loss = model(rows).square().mean()

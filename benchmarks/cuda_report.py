@@ -74,6 +74,7 @@ def report(device: torch.device | None = None, sizes: Sizes | None = None) -> tu
     measure = partial(cuda_launches.measure_graphs, device, sizes.num_parameters)
     add(f"CUDA graphs: {small}", measure, cuda_launches.GRAPH_EXPLANATION)
     device_clock.free_bytes(device)  # gives back what other processes need now
+    cuda_memory.let_ranks_use(device)
     measure = partial(cuda_streaming.measure, device, sizes.images, sizes.accumulation)
     add("Batches in memory", measure, cuda_streaming.explanation(sizes.images, sizes.accumulation))
     measure = partial(cuda_memory.measure, device, sizes.layers, sizes.accumulation, started + BUDGET_S)

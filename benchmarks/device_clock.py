@@ -124,16 +124,19 @@ def captured(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]
     """Replays a call, from a CUDA graph of it."""
     if device.type != "cuda":
         return call
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    # Of a capturable optimizer that it runs uncaptured: whatever is made once has to be there before the capture.
+    before, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    stream.wait_stream(before)
+    # It warns of a capturable optimizer that runs uncaptured: what is made once has to be there before the capture.
     with torch.cuda.stream(stream), warnings.catch_warnings(action="ignore"):
         for _ in range(NUM_WARM_UP):
             call()
-    torch.cuda.current_stream(device).wait_stream(stream)
+    before.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    finally:
+        torch.cuda.set_stream(before)  # which a capture that fails leaves undone
     return graph.replay
 
 

@@ -8,6 +8,7 @@ Every gradient begins with 1/8, 2/8, … 7/8 and then again, which every dtype h
     rescale, norm, scale     1 read and 1 write more           three passes: divide by the targets, then torch's clip
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -160,19 +161,24 @@ def methods() -> dict[str, Method]:
 
 
 def faults(name: str, method: Method, known: KnownGradients) -> list[str]:
-    """What a method of ours does otherwise than promised: waits, a norm that is off, gradients that are."""
+    """What a method of ours does otherwise than promised: it raises, waits, its norm is off, gradients are."""
     where = f"{name}, {known.num_elements:,} elements in {name_of(known.dtype)}"
+    found = device_clock.attempt(functools.partial(_faults, method, known), known.device)
+    return [f"{where}: {fault}" for fault in ([found] if isinstance(found, str) else found)]
+
+
+def _faults(method: Method, known: KnownGradients) -> list[str]:
     call = method.prepare(known.model)
     call()  # whatever is made once is made here
     found = []
     if reason := device_clock.why_it_waits(call, known.device):
-        found.append(f"{where}: waits for the device: {reason}")
+        found.append(f"waits for the device: {reason}")
     known.fill()
     error = abs(float(call()) * (NUM_TARGETS if method.divides else 1) / known.norm - 1)
     if not error <= LARGEST_ERROR[known.dtype]:
-        found.append(f"{where}: the norm is off by {error:.1e}")
+        found.append(f"the norm is off by {error:.1e}")
     if method.scales:
         error = known.error_of(next(known.model.parameters()).grad)
         if not error <= ROUNDING[known.dtype]:
-            found.append(f"{where}: scaled gradients are off by {error:.1e}")
+            found.append(f"scaled gradients are off by {error:.1e}")
     return found
