@@ -46,7 +46,7 @@ class Loop:
     optimizer: Any
     scheduler: Any
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
-    """Before each optimizer step: whole, in float64."""
+    """Before each optimizer step: whole, in float64, on the CPU."""
     norms: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     num_targets: list[float] = field(default_factory=list)
@@ -57,7 +57,8 @@ def whole_gradients(model: nn.Module) -> dict[str, Tensor]:
     for name, p in model.named_parameters():
         if p.grad is not None:
             grad = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
-            gradients[name.removeprefix("module.").removeprefix("_orig_mod.")] = grad.detach().double().clone()
+            whole = grad.detach().to("cpu", torch.float64, copy=True)
+            gradients[name.removeprefix("module.").removeprefix("_orig_mod.")] = whole
     return gradients
 
 
@@ -69,6 +70,7 @@ def make(
     rows: Any,
     batch_size: int,
     optimizer: Callable[..., torch.optim.Optimizer] = SGD,
+    cpu: bool = True,
     **options: Any,
 ) -> tuple[Loop, DataLoader]:
     """Everything prepared, in the layout that is asked for."""
@@ -81,7 +83,7 @@ def make(
         if layout == "fsdp2x2" and head in TIED:
             shard_tied(model, layers)
             told["fsdp_plugin"].transformer_cls_names_to_wrap = [f"FSDP{layer}" for layer in layers]
-        accelerator = GradUtilsAccelerator(cpu=True, gradient_accumulation_plugin=plugin, **told | options)
+        accelerator = GradUtilsAccelerator(cpu=cpu, gradient_accumulation_plugin=plugin, **told | options)
         made = optimizer(model.parameters())
         scheduler = torch.optim.lr_scheduler.LambdaLR(made, lambda step: 0.5**step)
         loader = DataLoader(rows, batch_size=batch_size, collate_fn=HEADS[head].collate)

@@ -74,9 +74,9 @@ def norm_of(gradients: dict[str, Tensor], p: float = 2.0) -> float:
     return float(torch.linalg.vector_norm(torch.cat([g.flatten().double() for g in gradients.values()]), p))
 
 
-def make_mesh(layout: str) -> DeviceMesh | None:
+def make_mesh(layout: str, device_type: str = "cpu") -> DeviceMesh | None:
     dims = LAYOUTS[layout]
-    return init_device_mesh("cpu", tuple(dims.values()), mesh_dim_names=tuple(dims)) if dims else None
+    return init_device_mesh(device_type, tuple(dims.values()), mesh_dim_names=tuple(dims)) if dims else None
 
 
 def parallelize(model: TinyNet, layout: str, mesh: DeviceMesh | None) -> nn.Module:
@@ -141,11 +141,11 @@ def sync_plain_gradients(model: nn.Module, layout: str, mesh: DeviceMesh | None)
 
 
 def full_gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Name → whole gradient, as a plain float64 tensor."""
+    """Name → whole gradient, as a plain float64 tensor on the CPU."""
     result = {}
     for name, p in model.named_parameters():
         grad = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
-        result[name.removeprefix("module.")] = grad.detach().double()
+        result[name.removeprefix("module.")] = grad.detach().to("cpu", torch.float64)
     return result
 
 

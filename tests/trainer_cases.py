@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 import transformers
 from accelerate.utils import ParallelismConfig
@@ -170,7 +171,7 @@ def load(head: str, options: dict[str, Any]) -> nn.Module:
 
 
 class GradientTap(TrainerCallback):
-    """Keeps the gradients that the optimizer is about to see, whole and in float64."""
+    """Keeps the gradients that the optimizer is about to see: whole, in float64, on the CPU."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, Tensor]] = []
@@ -180,7 +181,7 @@ class GradientTap(TrainerCallback):
         for name, p in model.named_parameters():
             if p.grad is not None:
                 grad = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
-                gradients[name.removeprefix("module.")] = grad.detach().double().clone()
+                gradients[name.removeprefix("module.")] = grad.detach().to("cpu", torch.float64, copy=True)
         self.steps.append(gradients)
 
 

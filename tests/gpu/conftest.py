@@ -1,0 +1,67 @@
+"""Tests that need a GPU: run when they are asked for by path, as `make test-gpu` does, and where there is one.
+
+The pytest process never touches CUDA: everything runs in ranks of `ranks.py`, which are forked from a process that
+must not have touched it either.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from gpu.cuda_cases import DEVICE, on_ranks
+
+HERE = Path(__file__).parent
+NO_GPU = "No GPU here: the GPU tests were not run."
+
+
+def _are_asked_for(config: pytest.Config) -> bool:
+    paths = [Path(config.invocation_params.dir, arg.partition("::")[0]).resolve() for arg in config.args]
+    return all(path == HERE or HERE in path.parents for path in paths)
+
+
+def _can_run() -> bool:
+    return DEVICE == "cpu" or torch.cuda.device_count() > 0  # asks the driver without starting CUDA
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not _are_asked_for(config):
+        return
+    if not _can_run():
+        pytest.exit(NO_GPU, returncode=0)
+    os.environ.update(
+        PYTORCH_NVML_BASED_CUDA_CHECK="1",  # torch.cuda.is_available() starts CUDA otherwise, in the forkserver too
+        CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0],  # one is enough
+    )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return True if HERE in collection_path.parents and not _are_asked_for(config) else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            # What a driver, or a build of torch that nobody here has seen, warns of is not what is tested.
+            item.add_marker(pytest.mark.filterwarnings("default"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ranks_can_use_cuda() -> None:
+    """CUDA does not work in a process whose parent has started it, and a module may do so while it is imported."""
+    if DEVICE == "cuda" and not on_ranks(_starts_cuda, 1)[0]:
+        print("Something starts CUDA while it is imported: every rank imports for itself, which takes longer.")
+        ranks.stop_forkserver()
+        ranks.ALWAYS_PRELOADED = ranks.PRELOADED_IF_IMPORTED = ()
+        assert on_ranks(_starts_cuda, 1) == [True]
+
+
+def _starts_cuda() -> bool:
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        if "forked" in str(error):
+            return False
+        raise
+    return True

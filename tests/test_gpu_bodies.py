@@ -1,0 +1,58 @@
+"""The bodies of ``tests/gpu``, on CPU as far as they go there: no GPU is at hand where they are changed."""
+
+import torch
+from gpu import test_gpu_exactness as exactness
+from gpu import test_gpu_graph as graph
+from gpu import test_gpu_memory as memory
+from gpu import test_gpu_nonfinite as nonfinite
+from gpu import test_gpu_norms as norms
+from gpu import test_gpu_waiting as waiting
+from gpu.cuda_cases import on_ranks
+
+from hf_gradutils import GradUtilsTrainer
+
+CPU = "cpu"
+
+
+def test_bodies_of_one_rank():
+    on_ranks(_one_rank, 1)
+
+
+def _one_rank():
+    exactness.trainer_is_exact("1 rank", CPU, ["bert classes"])
+    exactness.other_norms("1 rank", CPU)
+    exactness.half_is_as_near("1 rank", CPU, {"bf16": True}, {"mixed_precision": "bf16"}, 0.06)
+    exactness.half_is_as_near("1 rank", CPU, {"fp16": True}, {"mixed_precision": "fp16"}, 0.015)
+    graph.replayed(CPU, 2.0, torch.float32)
+    memory.peaks_of_batches("1 rank", CPU)
+    nonfinite.skips("1 rank", CPU, "fused adamw")
+    nonfinite.folded_skips("1 rank", CPU)
+    norms.large(CPU, torch.bfloat16, 1_000_000)
+    norms.extremes(CPU)
+    few, many = norms.work_of_two_sizes(CPU, ["float32", "bfloat16"])
+    assert few["calls"] == many["calls"]
+    waiting.windows_end(CPU, [torch.float32, torch.bfloat16])
+    waiting.whole_window(CPU, True)
+    waiting.steps_of_trainer("1 rank", CPU, GradUtilsTrainer, 8, 3)
+    waiting.steps_of_loop(CPU, 8, 3)
+    waiting.judged_later(CPU)
+
+
+def test_bodies_of_two_ranks():
+    on_ranks(_two_ranks, 2)
+
+
+def _two_ranks():
+    exactness.loop_is_exact("fsdp2x2", CPU, ["t5 seq2seq"])
+    exactness.loop_is_exact("ddp2", CPU, ["bert classes"])
+    exactness.stock_is_wrong("ddp2", CPU, "bert classes")
+    exactness.fused_step("fsdp2x2", CPU, True)
+    memory.policies_agree(CPU, "fsdp2")
+    memory.trainer_agrees("ddp2", CPU)
+    nonfinite.raises("fsdp2x2", CPU, "sgd")
+    nonfinite.ignores("fsdp2x2", CPU)
+    norms.empty_ranks(CPU)
+
+
+def test_bodies_of_offloaded_gradients():
+    on_ranks(norms.offloaded, 2, CPU, "cpu:gloo", init=False)
