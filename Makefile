@@ -11,7 +11,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready-$(subst /,_,$(subst =,-,$(TORCH)))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test matrix bench check format build clean
+.PHONY: help install demo test test-gpu matrix bench check format build clean
 
 help:  ## Show the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,10 @@ demo: $(STAMP)  ## Fine-tune on two ranks (GPUs where there are some, else CPU) 
 
 test: $(STAMP)  ## Run the tests
 	@$(BIN)/python -m pytest
+
+# Every part that does not need CUDA goes through on CPU: HF_GRADUTILS_TEST_DEVICE=cpu make test-gpu
+test-gpu: $(STAMP)  ## Run the tests that need a GPU; without one it says so and succeeds
+	@$(BIN)/python -m pytest tests/gpu
 
 matrix: $(STAMP)  ## Measure every head in every layout beside the stock Trainer, write docs/exactness.md; about 25 minutes
 	@$(BIN)/python benchmarks/exactness.py --out docs/exactness.md

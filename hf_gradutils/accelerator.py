@@ -163,11 +163,17 @@ class GradUtilsAccelerator(WindowedAccelerator):
     @contextlib.contextmanager
     def one_micro_batch(self, model: nn.Module) -> Iterator[None]:
         """What :meth:`count` says inside holds for every ``backward`` inside, and is forgotten at the end."""
-        with self._training((model,)), self.sync_context(model):
+        is_open = self._current == (model,)  # Trainer calls no_sync for all micro-batches but the last
+        with contextlib.nullcontext() if is_open else self._micro_batch_of(model):
             try:
                 yield
             finally:
                 self._counted = None
+
+    @contextlib.contextmanager
+    def _micro_batch_of(self, model: nn.Module) -> Iterator[None]:
+        with self._training((model,)), self.sync_context(model):
+            yield
 
     def count(self, num_targets: Tensor, weight: Tensor) -> None:
         """Say how many targets the micro-batch has, and what turns its loss into the sum over them."""
@@ -216,9 +222,8 @@ class GradUtilsAccelerator(WindowedAccelerator):
             self._choose_loss_scale(window, counted.num_targets)
         window.is_open = True
         weighed = window.sums.weigh(loss, *counted)
-        if self.gradient_accumulation_steps != 1:  # accelerate divides by it
-            weighed = weighed * self.gradient_accumulation_steps
-        super().backward(weighed, **kwargs)
+        # As accelerate does but for its division by the number of micro-batches; what it asks further is refused here.
+        (weighed if self.scaler is None else self.scaler.scale(weighed)).backward(**kwargs)
 
     def _check_one_loss(self, window: ModelWindow, options: dict[str, Any]) -> None:
         if self._micro_batch is None:

@@ -210,8 +210,7 @@ class WindowedAccelerator(Accelerator):  # type: ignore[misc]
         on_device = bool(optimizers) and all(why_not_on_device(optimizer) is None for optimizer in optimizers)
         if window.guard.on_nonfinite == "raise" and on_device:
             self._counters = [(s, Counters(0, s, s.optimizers[0])) for s in self._schedulers]
-            window.guard.judge_later(report, step)
-            return StepOrder(skip_flag=as_flag(report.is_finite))
+            return StepOrder(skip_flag=as_flag(window.guard.judge_later(report, step)))
         return StepOrder(skip=not window.guard.judge(report, step))
 
     # ---- Optimizer steps ----

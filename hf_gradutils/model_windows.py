@@ -78,7 +78,7 @@ class ModelWindows:
 
     def of_models(self, models: Sequence[nn.Module]) -> ModelWindow:
         """The window of a loss that trains all of these."""
-        key = tuple(sorted({id(model): model for model in models}))
+        key = (id(models[0]),) if len(models) == 1 else tuple(sorted({id(model): model for model in models}))
         if key not in self._windows:
             self._windows[key] = self._make(tuple({id(model): model for model in models}.values()))
             self._optimizers.clear()

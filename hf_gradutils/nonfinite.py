@@ -67,13 +67,18 @@ class StepGuard:
         logger.warning("Skipped an optimizer step: %s", error)
         return False
 
-    def judge_later(self, report: WindowReport, step: int) -> None:
+    def judge_later(self, report: WindowReport, step: int) -> Tensor:
         """Let an optimizer that skips on the device go on; :meth:`settle` raises once the flag has come to the host.
+
+        Returns:
+            Whether the gradient is finite: shape (), bool, on the device.
 
         Host syncs: none for this step; as :meth:`settle` for an earlier one.
         """
         self.settle()
-        self._pending = (report, step, _HostFlag(report.is_finite))
+        is_finite = report.is_finite
+        self._pending = (report, step, _HostFlag(is_finite))
+        return is_finite
 
     @property
     def is_pending(self) -> bool:

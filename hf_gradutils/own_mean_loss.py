@@ -51,7 +51,8 @@ class OwnMeanLossMixin(TrainerBase):  # type: ignore[misc]
         inputs = dict(inputs)
         if num_items_in_batch is not None and self._forward_names_count():
             inputs["num_items_in_batch"] = num_items_in_batch
-        with self._own_mean(num_items_in_batch):
+        is_plain = self.compute_loss_func is None and self.label_smoother is None and not self._counts_boxes
+        with contextlib.nullcontext() if is_plain else self._own_mean(num_items_in_batch):
             return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=None)
 
     @contextlib.contextmanager
@@ -74,12 +75,15 @@ class OwnMeanLossMixin(TrainerBase):  # type: ignore[misc]
 
         self.compute_loss_func = own_loss_func if loss_func is not None else None
         self.label_smoother = own_smoother if smoother is not None else None
-        counts_boxes = counter.loss_unit == "boxes"
         try:
-            with upstream.without_accelerate_state() if counts_boxes else contextlib.nullcontext():
+            with upstream.without_accelerate_state() if self._counts_boxes else contextlib.nullcontext():
                 yield
         finally:
             self.compute_loss_func, self.label_smoother = loss_func, smoother
+
+    @property
+    def _counts_boxes(self) -> bool:
+        return self._counter is not None and self._counter.loss_unit == "boxes"
 
     def _head(self) -> nn.Module:
         """The model itself, without what is wrapped around it."""

@@ -14,15 +14,22 @@ class RunningLog:
     """Sums over the optimizer steps since the last log, on the device."""
 
     def __init__(self, device: torch.device):
-        self.total_targets = torch.zeros((), dtype=torch.float64, device=device)
-        self._total_loss = torch.zeros_like(self.total_targets)
-        self._total_taken = 0
+        self._zero = torch.zeros((), dtype=torch.float64, device=device)
         self._last: WindowReport | None = None
-        self._start_anew()
+        self._loss_before = self._targets_before = self._loss = self._num_targets = self._zero
+        self._taken_before = self._num_taken = self._num_steps = 0
 
     def _start_anew(self) -> None:
-        self._loss = self._num_targets = torch.zeros_like(self.total_targets)
+        self._loss_before = self._loss_before + self._loss
+        self._taken_before += self._num_taken
+        self._targets_before = self.total_targets
+        self._loss = self._num_targets = self._zero
         self._num_taken = self._num_steps = 0
+
+    @property
+    def total_targets(self) -> Tensor:
+        """Of all steps so far, taken or not; shape (), float64."""
+        return self._targets_before + self._num_targets
 
     def add(self, report: WindowReport, *, is_taken: bool, starts_anew: bool) -> None:
         """Count one step; what has been logged is dropped first if it ``starts_anew``."""
@@ -30,15 +37,12 @@ class RunningLog:
             self._start_anew()
         self._last = report
         self._num_steps += 1
-        num_targets = report.num_targets
-        self.total_targets = self.total_targets + num_targets
         if is_taken:
-            loss = report.loss
             self._num_taken += 1
-            self._total_taken += 1
-            self._loss = self._loss + loss
-            self._total_loss = self._total_loss + loss
-            self._num_targets = self._num_targets + num_targets
+            self._loss = self._loss + report.loss
+            self._num_targets = self._num_targets + report.num_targets
+        else:
+            self._targets_before = self._targets_before + report.num_targets
 
     @property
     def loss(self) -> Tensor:
@@ -46,9 +50,8 @@ class RunningLog:
 
         Where none was, the mean of all before, so that one bad step does not turn the mean of the training into NaN.
         """
-        if self._num_taken:
-            return self._loss * (self._num_steps / self._num_taken)
-        return self._total_loss * (self._num_steps / max(self._total_taken, 1))
+        loss, num_taken = (self._loss, self._num_taken) if self._num_taken else (self._loss_before, self._taken_before)
+        return loss if num_taken == self._num_steps else loss * (self._num_steps / max(num_taken, 1))
 
     def entries(self, has_groups: bool) -> dict[str, float]:
         """What a log entry has besides, or in place of, Trainer's own. Host syncs."""

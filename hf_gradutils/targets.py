@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_gradutils.batches import count_rows, describe
 from hf_gradutils.errors import InvalidArgumentError, TargetCountError
+from hf_gradutils.reduction import on_device
 
 LossUnit: TypeAlias = Literal[
     "auto", "rows", "tokens", "shifted_tokens", "answers", "masked_patches", "attended_tokens", "boxes", "sum"
@@ -182,11 +183,10 @@ def with_one_target(batch: Mapping[str, Any], num_targets: Tensor) -> Mapping[st
     for name in ("labels", "shift_labels"):
         labels = batch.get(name)
         if _is_class_labels(labels) and labels.numel():
+            changed[name] = labels = labels.clone()
             # The last position of the first row: shifted or not, it is predicted from something.
-            place = torch.zeros_like(labels, dtype=torch.bool)
-            place[(0,) + (-1,) * (labels.dim() - 1)] = True
-            is_empty = (num_targets == 0).to(labels.device, non_blocking=True)
-            changed[name] = torch.where(place & is_empty, 0, labels)
+            place = labels[(0,) + (-1,) * (labels.dim() - 1)]
+            place.masked_fill_(on_device(num_targets == 0, labels.device), 0)
     return {**batch, **changed}
 
 

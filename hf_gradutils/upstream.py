@@ -220,8 +220,10 @@ def parameters_of(model: nn.Module) -> list[nn.Parameter]:
         module = waiting.pop()
         if module not in seen:
             seen.add(module)
-            found += module._parameters.values()
-            waiting += reversed(module._modules.values())
+            if module._parameters:
+                found += module._parameters.values()
+            if module._modules:
+                waiting += reversed(module._modules.values())
     known = _parameters_of.get(model)
     if known is None or len(known[0]) != len(found) or not all(map(operator.is_, known[0], found)):
         unique = {id(parameter): parameter for parameter in found if parameter is not None}

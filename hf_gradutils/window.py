@@ -132,7 +132,8 @@ class AccumulationWindow:
         return wide * factor.to(wide.device, wide.dtype)
 
     def _over_loss_scale(self, number: Tensor) -> Tensor:
-        return on_device(number.detach(), self._device) * self._inverse_loss_scale  # exact: a power of two
+        number = number.detach() if number.requires_grad else number
+        return on_device(number, self._device) * self._inverse_loss_scale  # exact: a power of two
 
     def discard(self) -> None:
         """Forget the micro-batches so far, together with the gradients that the caller drops."""

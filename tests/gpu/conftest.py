@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from gpu.cuda_cases import DEVICE, on_ranks
+from gpu.cuda_cases import DEVICE, on_ranks, starts_cuda
 
 HERE = Path(__file__).parent
 NO_GPU = "No GPU here: the GPU tests were not run."
@@ -50,18 +50,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _ranks_can_use_cuda() -> None:
     """CUDA does not work in a process whose parent has started it, and a module may do so while it is imported."""
-    if DEVICE == "cuda" and not on_ranks(_starts_cuda, 1)[0]:
+    if DEVICE == "cuda" and not on_ranks(starts_cuda, 1)[0]:
         print("Something starts CUDA while it is imported: every rank imports for itself, which takes longer.")
         ranks.stop_forkserver()
         ranks.ALWAYS_PRELOADED = ranks.PRELOADED_IF_IMPORTED = ()
-        assert on_ranks(_starts_cuda, 1) == [True]
-
-
-def _starts_cuda() -> bool:
-    try:
-        torch.cuda.init()
-    except RuntimeError as error:
-        if "forked" in str(error):
-            return False
-        raise
-    return True
+        assert on_ranks(starts_cuda, 1) == [True]
