@@ -8,7 +8,7 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, GradScalerKwargs, InitProcessGroupKwargs
 from accelerator_cases import run_loop
-from gpu.cuda_cases import SHARED, arguments_for, assert_on, exact_attention, run
+from gpu.cuda_cases import DEVICE, SHARED, arguments_for, assert_on, exact_attention, run
 from heads import HEADS
 from trainer_cases import LAYOUTS, make_data, make_model, norm, relative_error, train, truth
 from transformers import Trainer
@@ -222,6 +222,7 @@ def half_is_as_near(layout, device, arguments, options, most):
         assert relative_error(gradients_of(ACCUMULATION), clipped) < max(2 * inherent, TOLERANCE), inherent
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="accelerate has a scaler on accelerators only")
 @pytest.mark.parametrize("layout", ["1 rank", "ddp2"])
 def test_an_overflow_of_the_scaler_skips_the_step(layout):
     run(overflow_skips, layout)

@@ -56,6 +56,7 @@ def windows_end(device, dtypes):
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     groups = {"some": "1*"}
     clip_gradients(model, 1.0)  # each plan is built once, and so is the optimizer's state
+    window.weigh(loss, count)
     window.close(model, norm_groups=groups)
     optimizer.step()
     with sync_debug(device, "error"):
