@@ -18,7 +18,7 @@ from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.first_rank import FirstRankPerNode
 from hf_gradutils.norms import check_norm_type
 from hf_gradutils.ownership import Ownership, plan_for_model, trainable_parameters
-from hf_gradutils.reduction import reduce_packed, world_domain
+from hf_gradutils.reduction import on_device, reduce_packed, world_domain
 from hf_gradutils.scaling import check_max_norm, clip_coefficient, scale_
 from hf_gradutils.sync import SyncContext
 from hf_gradutils.total_norm import collect_gradients, reduce_with_norm
@@ -63,7 +63,7 @@ def reduce_loss(
     else:
         loss = torch.zeros((), dtype=torch.float64, device=device)
     if per_token_loss:
-        count = total_num_tokens.detach().sum().to(device=device, dtype=torch.float64, non_blocking=True)
+        count = on_device(total_num_tokens.detach().sum(), device).to(torch.float64)
     else:
         count = torch.full((), float(len(loss_store)), dtype=torch.float64, device=device)
     reduced, _ = reduce_packed(world_domain(dp_group), torch.stack((loss, count)))
@@ -107,7 +107,7 @@ def rescale_gradients(
     grads = [upstream.local_tensor(p.grad) for p in model.parameters() if p.grad is not None]
     count = num_tokens_for_grad_scaling.detach().sum().to(torch.float64)
     if grads:
-        count = count.to(grads[0].device, non_blocking=True)
+        count = on_device(count, grads[0].device)
     total, _ = reduce_packed(domain, count.view(1))
     scale_(grads, domain.num_ranks / total.select(0, 0).clamp(min=1.0))
 

@@ -18,6 +18,7 @@ from hf_gradutils.errors import LossUnitError, TargetCountError
 from hf_gradutils.known_heads import known_head
 from hf_gradutils.loss_probe import HOW_TO_FIX, settle_unit, undisturbed
 from hf_gradutils.plugin import GradUtilsPlugin
+from hf_gradutils.reduction import on_device
 from hf_gradutils.targets import TargetCounter
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class OwnMeanLossMixin(TrainerBase):  # type: ignore[misc]
     def _count_targets(self, inputs: Mapping[str, Any]) -> Tensor:
         """Targets of one micro-batch, shape (), on this rank's device."""
         assert self._counter is not None
-        return self._counter(inputs).to(self.args.device, non_blocking=True)
+        return on_device(self._counter(inputs), self.args.device)
 
     # ---- The unit, settled on a batch ----
 

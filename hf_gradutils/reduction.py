@@ -88,7 +88,7 @@ def reduce_packed(domain: Domain, sums: Tensor, maxima: Tensor | None = None) ->
         The same vectors, reduced, on the device that ``sums`` came on.
 
     Collectives: per axis of the domain one all-reduce; with ``maxima`` one all-gather instead, because a sum
-    and a maximum do not fit one all-reduce, and MAX reductions drop NaN. Host syncs: none.
+    and a maximum do not fit one all-reduce, and MAX reductions drop NaN. Host syncs: as :func:`all_reduce_`.
     """
     if not domain.groups:
         return sums.clone(), None if maxima is None else maxima.clone()
@@ -113,14 +113,15 @@ def all_reduce_(domain: Domain, sums: Tensor) -> Tensor:
         domain: Who takes part; every rank of it must call, with vectors of the same length.
         sums: Shape (n,), float64.
 
-    Collectives: one all-reduce per axis of the domain. Host syncs: none.
+    Collectives: one all-reduce per axis of the domain. Host syncs: none; one where ``sums`` is on the CPU and the group
+    cannot carry it from there.
     """
     if domain.groups:
         carried = on_device(sums, _device_for(domain.groups[0], sums.device))
         for group in domain.groups:
             dist.all_reduce(carried, group=group)
         if carried is not sums:
-            sums.copy_(carried, non_blocking=True)
+            sums.copy_(carried)
     return sums
 
 
@@ -134,8 +135,11 @@ def gather_objects(domain: Domain, mine: T) -> list[T]:
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on ``device``; itself, without a call, where it is there already."""
-    return tensor if tensor.device == device else tensor.to(device, non_blocking=True)
+    """The tensor on ``device``; itself, without a call, where it is there already.
+
+    Host syncs: one on the way from an accelerator to the CPU, where it could be read before it has come; else none.
+    """
+    return tensor if tensor.device == device else tensor.to(device, non_blocking=device.type != "cpu")
 
 
 class Kind(NamedTuple):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hf_gradutils import upstream
 from hf_gradutils.errors import InvalidArgumentError
-from hf_gradutils.reduction import Kind, common_kind
+from hf_gradutils.reduction import Kind, common_kind, on_device
 
 _EPS = 1e-6
 """What ``torch.nn.utils.clip_grad_norm_`` adds to the norm before it divides."""
@@ -65,11 +65,11 @@ def scale_(tensors: Iterable[Tensor], factor: Tensor, *, foreach: bool = True, k
         foreach: One multi-tensor call per device and dtype; False makes one call per tensor.
         kind: ``common_kind(tensors)``, where somebody has asked already.
 
-    Collectives: none. Host syncs: none.
+    Collectives: none. Host syncs: none; one where tensors are on the CPU and the factor is not.
     """
     for (device, dtype), batch in _batches(list(tensors), kind).items():
         is_half = dtype in (torch.bfloat16, torch.float16)
-        local_factor = factor.to(device=device, dtype=torch.float32 if is_half else dtype, non_blocking=True)
+        local_factor = on_device(factor, device).to(torch.float32 if is_half else dtype)
         if not foreach:
             for tensor in batch:
                 tensor.mul_(local_factor)

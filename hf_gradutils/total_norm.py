@@ -122,19 +122,20 @@ def reduce_with_norm(
         plan: Who counts what; every rank of its domain must call, with or without gradients.
         gradients: ``collect_gradients`` of this step.
         norm_type: p, greater than 0; inf is the largest element.
-        sums: Shape (n,), float64: numbers to add over the domain on the same trip. None for none.
+        sums: Shape (n,), float64: numbers to add over the domain on the same trip. None for none. What is worked out
+            is worked out where they are: beside the ranks' device, also if gradients are offloaded to the CPU.
         foreach: As in :func:`hf_gradutils.norms.power_sums`.
 
     Returns:
-        ``(norms, sums)``, on ``gradients.device``. Of a plain replica that only some ranks have a gradient of, those
-        ranks count it whole.
+        ``(norms, sums)``, on the device of ``sums``, or ``gradients.device``. Of a plain replica that only some ranks
+        have a gradient of, those ranks count it whole.
 
     Collectives: one all-reduce per axis of the domain (one all-gather for p = inf). Host syncs: none.
     """
-    layout = _layout_of(plan, gradients)
-    device, num_places = gradients.device, len(plan.shares)
     if sums is None:
-        sums = torch.zeros(0, dtype=torch.float64, device=device)
+        sums = torch.zeros(0, dtype=torch.float64, device=gradients.device)
+    device, num_places = sums.device, len(plan.shares)
+    layout = _layout_of(plan, gradients, device)
     powers = [
         (part, power_sums(part.pick(gradients.values), norm_type, foreach=foreach, sizes=part.pick(gradients.sizes)))
         for part in layout.parts
@@ -154,7 +155,7 @@ def reduce_with_norm(
     added = layout.zeros
     for part, values in powers:
         added = added.index_add(0, part.places, on_device(values, device))
-    packed = torch.cat((on_device(sums, device), added, layout.counted))
+    packed = torch.cat((sums, added, layout.counted))
     all_reduce_(plan.domain, packed)
     sums, added, counted = packed.split_with_sizes((sums.numel(), num_places, num_places))
     by_place = added / counted
@@ -196,8 +197,7 @@ _UNCOUNTED = 1e-100
 _layouts: WeakKeyDictionary[Plan, _Layout] = WeakKeyDictionary()
 
 
-def _layout_of(plan: Plan, gradients: LocalGradients) -> _Layout:
-    device = gradients.device
+def _layout_of(plan: Plan, gradients: LocalGradients, device: torch.device) -> _Layout:
     one = gradients.kind.device
     devices = [value.device for value in gradients.values] if one is None else [one]
     key = (device, gradients.indices, devices)

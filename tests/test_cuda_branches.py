@@ -5,6 +5,7 @@ the same on a real one.
 """
 
 import math
+import operator
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_gradutils import clip_gradients, rescale_gradients, upstream
+from hf_gradutils import clip_gradients, norms, rescale_gradients, upstream
+from hf_gradutils.accelerator import is_exact_in_itself
 from hf_gradutils.norms import power_sums
 from hf_gradutils.scaling import scale_
 from hf_gradutils.window import AccumulationWindow
@@ -39,10 +41,13 @@ SCALING = {
 @pytest.fixture(autouse=True)
 def _fake_mode():
     """One mode per test: tensors of two do not mix, so nothing that the package keeps may outlive it."""
-    upstream._unused_flag.cache_clear()
+    kept = (upstream._unused_flag, norms._lengths)
+    for cache in kept:
+        cache.cache_clear()
     with FakeTensorMode():
         yield
-    upstream._unused_flag.cache_clear()
+    for cache in kept:
+        cache.cache_clear()
 
 
 class Seen(TorchDispatchMode):
@@ -136,10 +141,6 @@ def test_norms_are_taken_and_tensors_scaled_without_a_look_at_their_values(name)
     assert "split" not in seen.names, "tensors are cut up on CPU only"
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a copy to the CPU that does not wait lands in pinned memory, and is read there before it has come",
-)
 @pytest.mark.parametrize("first", ["cpu", "cuda"])
 def test_what_the_host_reads_of_offloaded_gradients_has_been_waited_for(first):
     other = {"cpu": CUDA, "cuda": torch.device("cpu")}[first]
@@ -172,3 +173,47 @@ def test_control_a_copy_is_seen():
     with Seen() as seen:
         torch.tensor([1.0], device=CUDA)
     assert not seen.stays_on_the_device()
+
+
+# ---- TF32 ----
+
+
+@pytest.fixture
+def precision():
+    """A function that sets the precision of an operation, such as ``cuda.matmul``, until the test is over."""
+    before = {}
+
+    def set_to(name, value):
+        operation = operator.attrgetter(name)(torch.backends)
+        before.setdefault(name, (operation, operation.fp32_precision))
+        operation.fp32_precision = value
+
+    yield set_to
+    for operation, value in before.values():
+        operation.fp32_precision = value
+
+
+@pytest.mark.parametrize(
+    ("settings", "of_linear", "of_convolution"),
+    [
+        ({}, True, False),  # torch's default: convolutions in TF32
+        ({"cudnn.conv": "ieee"}, True, True),
+        ({"cuda.matmul": "tf32", "cudnn.conv": "ieee"}, False, False),
+    ],
+)
+def test_a_model_is_exact_on_cuda_if_nothing_it_computes_is_rounded_to_tf32(
+    precision, settings, of_linear, of_convolution
+):
+    for name, value in settings.items():
+        precision(name, value)
+    linear = nn.Linear(2, 2)
+    assert is_exact_in_itself(linear, CUDA) is of_linear
+    assert is_exact_in_itself(nn.Sequential(nn.Conv1d(2, 2, 1), linear), CUDA) is of_convolution
+    assert is_exact_in_itself(nn.Conv1d(2, 2, 1), torch.device("cpu")), "none of these is for the CPU"
+
+
+def test_tf32_as_transformers_switches_it_on_is_seen_and_does_not_raise(monkeypatch):
+    monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")  # TrainingArguments(tf32=True) does this
+    with pytest.raises(RuntimeError, match="mix of the legacy and new"):
+        torch.get_float32_matmul_precision()
+    assert not is_exact_in_itself(nn.Linear(2, 2), CUDA)
