@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import cuda_report
 import step_cost
 import window_cost
+from sections import table
 from step_cost import StepCounts, StepTimes
-from window_cost import AUTOMODEL, FOLDED, OURS, TORCH, TRAINER, Cost, Outcome, ratios
+from window_cost import AUTOMODEL, FOLDED, OURS, TORCH, TRAINER, Cost, Outcome, ratios, thread_ratios
 
 MOST_CALLS = 20
 TRAFFIC = {OURS: (2.0, 1.0), FOLDED: (1.0, 0.0)}
@@ -262,13 +263,19 @@ def _targets(windows: Windows, times: Times) -> str:
     met, missed = verdicts.count(MET), verdicts.count(MISSED)
     text = f"Judged by the median: {met} met, {missed} not met"
     text += f", {len(rows) - met - missed} not measured." if met + missed < len(rows) else "."
-    if any(verdict == MISSED and collectives == "1 / 1" for *_, collectives, verdict in rows):
-        text += "\nWhere others make do with one collective, as ours does, only what is around it can be faster."
-    return f"{text}\n\n{_table([('target', 'measured', 'collectives, theirs / ours', ''), *rows])}"
+    header = ("target", "CPU time", "of the training's thread", "collectives, theirs / ours", "")
+    return f"{text} {_TARGETS_NOTE}\n\n{_table([header, *rows])}"
 
 
-def target_rows(windows: Windows) -> list[tuple[str, str, str, str]]:
-    """(what is wanted, what was measured, collectives of both, whether it is met)."""
+_TARGETS_NOTE = """CPU time is that of the processes: that of the training's own thread, and that
+of gloo's threads in the collective, which both sides pay and which four ranks on few cores pay dearly."""
+
+
+def target_rows(windows: Windows) -> list[tuple[str, str, str, str, str]]:
+    """(what is wanted, ratio of CPU times, the same for the training's thread, collectives of both, whether it is met).
+
+    Judged by the first of the ratios.
+    """
     rows = []
     for layout, peer, least in TARGETS:
         costs = windows.get((layout, TARGET_SIZE), {})
@@ -277,19 +284,21 @@ def target_rows(windows: Windows) -> list[tuple[str, str, str, str]]:
         if isinstance(ours, Cost) and isinstance(theirs, Cost):
             median = statistics.median(ratios(theirs, ours))
             collectives = f"{theirs.collectives} / {ours.collectives}"
-            rows.append((wanted, f"{median:.2f}", collectives, MET if median >= least else MISSED))
+            of_thread = statistics.median(thread_ratios(theirs, ours))
+            verdict = MET if median >= least else MISSED
+            rows.append((wanted, f"{median:.2f}", f"{of_thread:.2f}", collectives, verdict))
         else:
-            rows.append((wanted, "not measured", "", ""))
+            rows.append((wanted, "not measured", "", "", ""))
     return rows
 
 
-def step_target_rows(times: Times) -> list[tuple[str, str, str, str]]:
-    """As :func:`target_rows`, of the Trainer's step."""
+def step_target_rows(times: Times) -> list[tuple[str, str, str, str, str]]:
+    """As :func:`target_rows`, of the Trainer's step; to the percent, which is what repeats tell apart at best."""
     rows = []
     for (layout, accumulation), by_trainer in times.items():
         wanted = f"{layout}, accumulation {accumulation}: our Trainer's step takes ≤ 1 × the stock Trainer's"
         median = statistics.median(step_ratios(by_trainer["ours"].cpu_s, by_trainer["stock"].cpu_s))
-        rows.append((wanted, f"{median:.2f}", "", MET if median <= 1 else MISSED))
+        rows.append((wanted, f"{median:.2f}", "", "", MET if round(median, 2) <= 1 else MISSED))
     return rows
 
 
@@ -322,7 +331,7 @@ def _step_time_rows(times: Times) -> Iterable[Sequence[str]]:
         cpu = step_ratios(ours.cpu_s, stock.cpu_s)
         wall = step_ratios(ours.wall_s, stock.wall_s)
         medians = [f"{statistics.median(t.cpu_s) * 1e3:.1f} ms" for t in (ours, stock)]
-        verdict = MET if statistics.median(cpu) <= 1 else MISSED
+        verdict = MET if round(statistics.median(cpu), 2) <= 1 else MISSED
         yield (layout, str(accumulation), *medians, _spread(cpu), _spread(wall), verdict)
 
 
@@ -331,9 +340,7 @@ def step_ratios(ours: Sequence[float], stock: Sequence[float]) -> list[float]:
 
 
 def _table(rows: Iterable[Sequence[str]]) -> str:
-    header, *body = rows
-    lines = [header, ["---"] * len(header), *body]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return "\n".join(table(rows))
 
 
 # ---- The command ----

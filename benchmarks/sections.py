@@ -1,5 +1,6 @@
 """Sections and tables of a Markdown page: one part of it is measured on this machine, another on a different one."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ class Table:
     """Rows that are printed as they come, and all of them as Markdown in the end."""
 
     def __init__(self, *header: str):
-        self._rows = [header, ("---",) * len(header)]
+        self._rows = [header]
 
     def add(self, *cells: str) -> None:
         """One more row; cells that are missing at its end are empty."""
@@ -29,7 +30,13 @@ class Table:
 
     def lines(self) -> list[str]:
         """As Markdown."""
-        return [f"| {' | '.join(cells)} |" for cells in self._rows]
+        return table(self._rows)
+
+
+def table(rows: Iterable[Sequence[str]]) -> list[str]:
+    """Rows as Markdown, the first one the header."""
+    header, *body = rows
+    return [f"| {' | '.join(cells)} |" for cells in (header, ("---",) * len(header), *body)]
 
 
 def section(page: str, heading: str) -> list[str]:

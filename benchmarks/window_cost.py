@@ -74,6 +74,8 @@ class Cost:
     """CPU time of the very first call; what the methods before have made torch remember is not made again."""
     cpu_s: tuple[float, ...]
     """Process CPU time of every repeat, added over the ranks; entry i of two methods belongs together."""
+    thread_s: tuple[float, ...]
+    """The part of it that the training's own thread took; the rest is gloo's, for the collectives."""
 
 
 Outcome = Cost | str
@@ -215,7 +217,11 @@ def _over_ranks(outcomes: list[Outcome]) -> Outcome:
         return next(outcome for outcome in outcomes if isinstance(outcome, str))
     counted = ("calls", "collectives", "syncs", "reads", "writes", "norm_error", "first_s")
     most = {name: max(getattr(cost, name) for cost in costs) for name in counted}
-    return Cost(**most, cpu_s=tuple(sum(times) for times in zip(*(cost.cpu_s for cost in costs), strict=True)))
+    cpu_s, thread_s = (
+        tuple(sum(times) for times in zip(*(getattr(cost, name) for cost in costs), strict=True))
+        for name in ("cpu_s", "thread_s")
+    )
+    return Cost(**most, cpu_s=cpu_s, thread_s=thread_s)
 
 
 def _measure_on_rank(layout: str, num_parameters: int, num_repeats: int) -> dict[str, Outcome]:
@@ -239,21 +245,24 @@ def _measure_on_rank(layout: str, num_parameters: int, num_repeats: int) -> dict
     for name, method in methods(layout, num_parameters).items():
         found: list[Tensor] = []
         try:
-            first_s = _cpu_time(ready(method), found)  # whatever is made once is made here
+            first_s, _ = _cpu_time(ready(method), found)  # whatever is made once is made here
         except RuntimeError as error:
             outcomes[name] = f"raises {type(error).__name__}: {str(error).splitlines()[0]}"
         else:
             running[name] = method
             outcomes[name] = _counted(method, ready, model)
             outcomes[name] |= {"norm_error": abs(_whole(found[0]).item() / norm - 1), "first_s": first_s}
-    times: dict[str, list[float]] = {name: [] for name in running}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in running}
     order = list(running)
     gc.collect()
     gc.freeze()
     for repeat in range(num_repeats):
         for name in order[repeat % len(order) :] + order[: repeat % len(order)]:
             times[name].append(_cpu_time(ready(running[name])))
-    return outcomes | {name: Cost(**outcomes[name], cpu_s=tuple(times[name])) for name in running}
+    for name in running:
+        cpu_s, thread_s = zip(*times[name], strict=True)
+        outcomes[name] = Cost(**outcomes[name], cpu_s=cpu_s, thread_s=thread_s)
+    return outcomes
 
 
 def _counted(method: Method, ready: Callable[[Method], Callable[[], Tensor]], model: nn.Module) -> dict[str, Any]:
@@ -270,12 +279,13 @@ def _counted(method: Method, ready: Callable[[Method], Callable[[], Tensor]], mo
     }
 
 
-def _cpu_time(call: Callable[[], Any], results: list[Any] | None = None) -> float:
+def _cpu_time(call: Callable[[], Any], results: list[Any] | None = None) -> tuple[float, float]:
+    """Of the process, and of this thread."""
     gc.disable()
     try:
-        start = time.process_time()
+        start, start_here = time.process_time(), time.thread_time()
         result = call()
-        elapsed = time.process_time() - start
+        elapsed = time.process_time() - start, time.thread_time() - start_here
     finally:
         gc.enable()
     if results is not None:
@@ -289,4 +299,13 @@ def _whole(norm: Tensor) -> Tensor:
 
 def ratios(peer: Cost, ours: Cost) -> list[float]:
     """How many times our CPU time the peer takes, repeat by repeat, sorted."""
-    return sorted(theirs / own for theirs, own in zip(peer.cpu_s, ours.cpu_s, strict=True))
+    return _ratios(peer.cpu_s, ours.cpu_s)
+
+
+def thread_ratios(peer: Cost, ours: Cost) -> list[float]:
+    """The same for the training's own thread."""
+    return _ratios(peer.thread_s, ours.thread_s)
+
+
+def _ratios(theirs: tuple[float, ...], ours: tuple[float, ...]) -> list[float]:
+    return sorted(their / own for their, own in zip(theirs, ours, strict=True))
