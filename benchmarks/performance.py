@@ -350,7 +350,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layouts", help="semicolon-separated layouts (default: all)")
     parser.add_argument("--sizes", help="comma-separated numbers of parameters (default: 30,300,3000)")
-    parser.add_argument("--repeats", type=int, default=21, help="of every call of a window's end")
+    parser.add_argument("--repeats", type=int, default=41, help="of every call of a window's end")
     parser.add_argument("--pairs", type=int, default=15, help="of runs of the Trainer")
     parser.add_argument("--no-trainer", action="store_true", help="leave out the step of the Trainer")
     parser.add_argument("--only-cuda", action="store_true", help="measure the GPU, and leave the rest of the page")

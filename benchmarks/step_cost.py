@@ -29,7 +29,7 @@ SPREADS = {"1 rank": "1 rank", "DDP 2": "ddp2", "FSDP2 2": "fsdp2x2"}
 """Name → layout of ``trainer_cases``."""
 TRAINERS: dict[str, type[Trainer]] = {"ours": GradUtilsTrainer, "stock": Trainer}
 ACCUMULATIONS = (1, 8)
-NUM_TIMED = {1: 5, 8: 2}
+NUM_TIMED = {1: 24, 8: 5}
 """Accumulation → timed steps of one run."""
 
 BATCH, LENGTH, VOCAB = 8, 32, 256

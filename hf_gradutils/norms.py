@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_gradutils import upstream
 from hf_gradutils.errors import InvalidArgumentError
+from hf_gradutils.reduction import common_kind, on_device
 
 _CPU_CHUNK = 65_536
 """Elements that are widened to float64 at a time on CPU: one chunk stays in the cache, a whole tensor would
@@ -47,7 +48,7 @@ def power_sums(
         tensors: Local floating-point tensors of any shape and dtype on one device; empty ones give 0. Each
             is read once.
         norm_type: p, greater than 0.
-        foreach: One multi-tensor call; False makes one call per tensor.
+        foreach: One multi-tensor call per dtype; False makes one call per tensor.
         sizes: Elements of each tensor, where somebody has counted them already.
 
     Returns:
@@ -66,7 +67,7 @@ def power_sums(
     if not pieces:
         return torch.zeros(len(tensors), dtype=torch.float64, device=tensors[0].device)
     if foreach:
-        norms = upstream.foreach_norm(pieces, norm_type, torch.float64)
+        norms = _foreach_norms(pieces, norm_type)
     else:
         norms = [torch.linalg.vector_norm(piece, norm_type, dtype=torch.float64) for piece in pieces]
     values = torch.stack(norms)
@@ -75,7 +76,7 @@ def power_sums(
     if len(pieces) == len(tensors):
         return values
     result = torch.zeros(len(tensors), dtype=torch.float64, device=values.device)
-    index = torch.tensor(owners, device=values.device)
+    index = on_device(torch.tensor(owners), values.device)
     return (
         result.scatter_reduce_(0, index, values, "amax")
         if math.isinf(norm_type)
@@ -86,6 +87,23 @@ def power_sums(
 def root(power_sum: Tensor, norm_type: float) -> Tensor:
     """The norm that belongs to a sum of p-th powers (to a maximum, for p = inf)."""
     return power_sum if math.isinf(norm_type) else power_sum.pow(1.0 / norm_type)
+
+
+def _foreach_norms(tensors: Sequence[Tensor], norm_type: float) -> list[Tensor]:
+    """The norm of each; one call per dtype, because CUDA has a kernel for many tensors of one dtype only."""
+    if tensors[0].is_cpu or common_kind(tensors).dtype is not None:
+        return upstream.foreach_norm(tensors, norm_type, torch.float64)
+    positions: dict[torch.dtype, list[int]] = {}
+    for position, tensor in enumerate(tensors):
+        positions.setdefault(tensor.dtype, []).append(position)
+    norms = {
+        position: norm
+        for alike in positions.values()
+        for position, norm in zip(
+            alike, upstream.foreach_norm([tensors[i] for i in alike], norm_type, torch.float64), strict=True
+        )
+    }
+    return [norms[position] for position in range(len(tensors))]
 
 
 @functools.lru_cache(maxsize=8)

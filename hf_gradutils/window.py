@@ -104,7 +104,7 @@ class AccumulationWindow:
         if loss_scale <= 0 or not math.log2(loss_scale).is_integer():
             raise InvalidArgumentError(f"loss_scale must be a power of two, got {loss_scale}")
         self._loss_scale = loss_scale
-        self._inverse_loss_scale = torch.tensor(1 / loss_scale, dtype=torch.float64, device=device)
+        self._inverse_loss_scale = torch.full((), 1 / loss_scale, dtype=torch.float64, device=device)
         self._num_replicas = num_replicas
         self._is_sum = is_sum
         self._device = device

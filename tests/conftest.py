@@ -25,6 +25,9 @@ torch.set_num_threads(1)  # as in the ranks: these models are too small to be sp
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    paths = [Path(config.invocation_params.dir, arg.partition("::")[0]) for arg in config.args]
+    if not all("gpu" in path.parts for path in paths):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all others are for CPUs, also where there is a GPU
     for message, category in UPSTREAM_WARNINGS:
         config.addinivalue_line("filterwarnings", f"ignore:{message}:{category.__name__}")
 

@@ -22,7 +22,9 @@ def test_a_part_of_the_bench_has_no_fault_and_shows_what_others_do(tmp_path, cap
 
 
 TIMES = (1e-3, 2e-3, 1e-3)
-GOOD = Cost(calls=20, collectives=1, syncs=0, reads=2.0, writes=1.0, norm_error=1e-9, first_s=0.0, cpu_s=TIMES, thread_s=TIMES)
+GOOD = Cost(
+    calls=20, collectives=1, syncs=0, reads=2.0, writes=1.0, norm_error=1e-9, first_s=0.0, cpu_s=TIMES, thread_s=TIMES
+)
 GOOD_FOLDED = replace(GOOD, calls=18, reads=1.0, writes=0.0)
 
 
