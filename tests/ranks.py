@@ -411,13 +411,17 @@ def _judge(reports: list[RankReport]) -> None:
         raise RankFailure(_message(first, reports), reports)
 
 
+_EXTENSIONS = re.compile(r"^Extension modules: .*$", re.MULTILINE)
+"""What faulthandler ends with: longer than the stacks, and it grows with what has been imported."""
+
+
 def _message(first: RankReport, reports: list[RankReport]) -> str:
     parts = [f"rank {first.global_rank} of {len(reports)} {first.summary}"]
     if first.kind == "skipped":
         parts[0] += ", but not every rank did"
     if first.details:
         parts.append(first.details.rstrip())
-    if output := first.output.strip():
+    if output := _EXTENSIONS.sub("", first.output).strip():
         parts.append(f"rank {first.global_rank} wrote:\n{output[-OUTPUT_TAIL:]}")
     for other in reports:
         if other is not first and other.kind not in ("finished", "skipped"):
