@@ -101,7 +101,7 @@ def rescale_gradients(
             unchanged. Zero on every rank leaves gradients as they are, up to ``dp_size``.
         dp_group: Ranks the gradients were averaged over; None is the default group, or no rank but this.
 
-    Collectives: one all-reduce over ``dp_group``. Host syncs: none.
+    Collectives: one all-reduce over ``dp_group``. Host syncs: none; as :func:`clip_gradients` for offloaded gradients.
     """
     domain = world_domain(dp_group)
     grads = [upstream.local_tensor(p.grad) for p in model.parameters() if p.grad is not None]
@@ -141,7 +141,8 @@ def clip_gradients(
 
     Collectives: one all-reduce over ``group`` (an all-gather for p = inf); every rank must call. The first
         call for a model gathers one object per rank as well; a gradient with Partial placements adds one.
-        Host syncs: none after the first call.
+        Host syncs: none after the first call; one where gradients are offloaded to the CPU and the group cannot carry
+        them from there.
 
     Raises:
         InvalidArgumentError: ``clip_norm`` ≤ 0, ``norm_type`` ≤ 0 or a bad ``ownership``.

@@ -15,7 +15,8 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from hf_gradutils import trl_trainers, upstream
-from hf_gradutils.accelerator import GradUtilsAccelerator, is_exact_in_itself, uses_exact_arithmetic
+from hf_gradutils.accelerator import GradUtilsAccelerator
+from hf_gradutils.arithmetic import is_exact_in_itself, uses_exact_arithmetic
 from hf_gradutils.batches import count_rows
 from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.loss_probe import in_evaluation_mode

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_gradutils import trl_trainers, upstream
-from hf_gradutils.accelerator import GradUtilsAccelerator, uses_exact_arithmetic
+from hf_gradutils.accelerator import GradUtilsAccelerator
+from hf_gradutils.arithmetic import uses_exact_arithmetic
 from hf_gradutils.errors import LossUnitError, TargetCountError
 from hf_gradutils.known_heads import known_head
 from hf_gradutils.loss_probe import HOW_TO_FIX, settle_unit, undisturbed

@@ -130,7 +130,8 @@ def reduce_with_norm(
         ``(norms, sums)``, on the device of ``sums``, or ``gradients.device``. Of a plain replica that only some ranks
         have a gradient of, those ranks count it whole.
 
-    Collectives: one all-reduce per axis of the domain (one all-gather for p = inf). Host syncs: none.
+    Collectives: one all-reduce per axis of the domain (one all-gather for p = inf). Host syncs: none; one where
+    what is worked out is on the CPU and the group cannot carry it from there.
     """
     if sums is None:
         sums = torch.zeros(0, dtype=torch.float64, device=gradients.device)

@@ -165,7 +165,7 @@ class AccumulationWindow:
                 given on all ranks or on none.
 
         Collectives: one all-reduce over all ranks (an all-gather for p = inf); every rank must call. The
-            first call for a model also builds its plan. Host syncs: none.
+            first call for a model also builds its plan. Host syncs: none; one where gradients are offloaded to the CPU.
         """
         parameters, every_gradient = trainable_gradients(model)
         plan = plan_for_model(model, parameters, ownership=ownership, norm_groups=norm_groups)

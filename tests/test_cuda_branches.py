@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_gradutils import clip_gradients, norms, rescale_gradients, upstream
-from hf_gradutils.accelerator import is_exact_in_itself
+from hf_gradutils.arithmetic import is_exact_in_itself
 from hf_gradutils.norms import power_sums
 from hf_gradutils.scaling import scale_
 from hf_gradutils.window import AccumulationWindow

@@ -45,6 +45,15 @@ def test_every_private_name_of_trainer_that_is_used_is_listed():
         assert f"self.{name}" in source, f"Trainer no longer keeps {name}"
 
 
+def test_accelerates_backward_asks_for_nothing_that_ours_does_not_know():
+    asked = {
+        *("distributed_type", "DistributedType", "DEEPSPEED", "MEGATRON_LM", "deepspeed_engine_wrapped"),  # refused
+        *("has_lomo_optimizer", "lomo_backward", "get"),  # refused
+        *("gradient_accumulation_steps", "sync_gradients", "scaler", "scale", "backward"),
+    }
+    assert set(Accelerator.backward.__code__.co_names) == asked
+
+
 def test_the_accelerator_still_keeps_what_it_has_prepared():
     reset_accelerate()
     accelerator = Accelerator(cpu=True)
