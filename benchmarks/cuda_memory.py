@@ -8,14 +8,13 @@ import contextlib
 import functools
 import io
 import logging
-import os
 import time
 from dataclasses import dataclass
 
 import device_clock
-import ranks
 import torch
 import torch.distributed as dist
+from cuda_ranks import one_gpu
 from device_clock import mib
 from ranks import run_ranks
 from sections import Part, Table
@@ -124,25 +123,8 @@ def _of_ranks(device: torch.device, wrapper: str, policy: Sync, layers: Layers, 
     """Of the rank that took most."""
     arguments = (device.type, wrapper, policy, layers, accumulation)
     with contextlib.redirect_stdout(io.StringIO()):
-        peaks = run_ranks(_on_rank, 2, *arguments, env=one_gpu(), deadline_s=DEADLINE_S)
+        peaks = run_ranks(_on_rank, 2, *arguments, env=one_gpu() | {"LOCAL_RANK": "0"}, deadline_s=DEADLINE_S)
     return max(peaks, key=lambda peak: peak.peak_bytes)
-
-
-def let_ranks_use(device: torch.device) -> None:
-    """CUDA works in no process whose parent has started it: what forks the ranks must not have, by an import say."""
-    if device.type != "cuda":
-        return
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # torch.cuda.is_available() starts it otherwise
-    ranks.stop_forkserver()  # the next one has the variable from its start
-    can_fork = device_clock.attempt(lambda: run_ranks(torch.cuda.init, 1, init=False, env=one_gpu()), device)
-    if isinstance(can_fork, str):
-        ranks.stop_forkserver()
-        ranks.ALWAYS_PRELOADED = ranks.PRELOADED_IF_IMPORTED = ()  # every rank imports for itself
-
-
-def one_gpu() -> dict[str, str]:
-    """What makes a process see one GPU, where there are some."""
-    return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0], "LOCAL_RANK": "0"}
 
 
 def _on_rank(device_type: str, wrapper: str, policy: Sync, layers: Layers, accumulation: int) -> Peak:

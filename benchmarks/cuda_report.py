@@ -15,6 +15,7 @@ import device_clock
 import sections
 import torch
 import window_cost
+from cuda_ranks import let_ranks_start_cuda
 from known_gradients import fitting, name_of
 from sections import Part
 
@@ -74,7 +75,8 @@ def report(device: torch.device | None = None, sizes: Sizes | None = None) -> tu
     measure = partial(cuda_launches.measure_graphs, device, sizes.num_parameters)
     add(f"CUDA graphs: {small}", measure, cuda_launches.GRAPH_EXPLANATION)
     device_clock.free_bytes(device)  # gives back what other processes need now
-    cuda_memory.let_ranks_use(device)
+    if device.type == "cuda":
+        let_ranks_start_cuda()
     measure = partial(cuda_streaming.measure, device, sizes.images, sizes.accumulation)
     add("Batches in memory", measure, cuda_streaming.explanation(sizes.images, sizes.accumulation))
     measure = partial(cuda_memory.measure, device, sizes.layers, sizes.accumulation, started + BUDGET_S)

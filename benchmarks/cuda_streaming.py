@@ -11,7 +11,8 @@ from typing import Any
 
 import device_clock
 import torch
-from cuda_memory import DEADLINE_S, one_gpu
+from cuda_memory import DEADLINE_S
+from cuda_ranks import one_gpu
 from device_clock import mib
 from ranks import run_ranks
 from sections import Part, Table

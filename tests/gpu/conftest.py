@@ -8,9 +8,9 @@ import os
 from pathlib import Path
 
 import pytest
-import ranks
 import torch
-from gpu.cuda_cases import DEVICE, on_ranks, starts_cuda
+from cuda_ranks import let_ranks_start_cuda, one_gpu
+from gpu.cuda_cases import DEVICE
 
 HERE = Path(__file__).parent
 NO_GPU = "No GPU here: the GPU tests were not run."
@@ -30,10 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     if not _can_run():
         pytest.exit(NO_GPU, returncode=0)
-    os.environ.update(
-        PYTORCH_NVML_BASED_CUDA_CHECK="1",  # torch.cuda.is_available() starts CUDA otherwise, in the forkserver too
-        CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0],  # one is enough
-    )
+    os.environ.update(one_gpu())
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -49,9 +46,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _ranks_can_use_cuda() -> None:
-    """CUDA does not work in a process whose parent has started it, and a module may do so while it is imported."""
-    if DEVICE == "cuda" and not on_ranks(starts_cuda, 1)[0]:
-        print("Something starts CUDA while it is imported: every rank imports for itself, which takes longer.")
-        ranks.stop_forkserver()
-        ranks.ALWAYS_PRELOADED = ranks.PRELOADED_IF_IMPORTED = ()
-        assert on_ranks(starts_cuda, 1) == [True]
+    if DEVICE == "cuda":
+        let_ranks_start_cuda()

@@ -48,17 +48,6 @@ def run(function: Callable[..., Any], layout: str, *args: Any) -> list[Any]:
     return on_ranks(function, LAYOUTS[layout].num_ranks, layout, DEVICE, *args)
 
 
-def starts_cuda() -> bool:
-    """Whether CUDA works in this process, or was started in the one that it was forked from."""
-    try:
-        torch.cuda.init()
-    except RuntimeError as error:
-        if "forked" in str(error):
-            return False
-        raise
-    return True
-
-
 def arguments_for(device: str, layout: str) -> dict[str, Any]:
     """What ``TrainingArguments`` are told of the device."""
     if device == "cpu":
