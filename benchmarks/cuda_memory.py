@@ -35,7 +35,7 @@ LARGEST_ERROR = 1e-5
 
 EXPLANATION = """\
 Two ranks on one GPU, over gloo: {depth} linear layers of {width} × {width} in float32 ({size} of parameters), fused
-AdamW, accumulation {accumulation}. *peak*: of the tensors of one rank, at most, in the second window; *beyond every*:
+AdamW, accumulation {accumulation}. *peak*: of the tensors of one rank, at most, in the third window; *beyond every*:
 that much more than the policy `every` takes, and what `sync_auto` expects it to be.
 """
 
@@ -134,7 +134,7 @@ def _on_rank(device_type: str, wrapper: str, policy: Sync, layers: Layers, accum
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     choice = PolicyChoice(policy, device)
     window = AccumulationWindow(device)
-    for num_micro_batches in (2, accumulation):  # the first makes the optimizer's state, and shows its peak
+    for num_micro_batches in (2, 2, accumulation):  # the first makes the optimizer's state, the second shows the peak
         chosen = ""
         for index in range(num_micro_batches):
             is_last = index == num_micro_batches - 1

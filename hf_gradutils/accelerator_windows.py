@@ -45,6 +45,11 @@ class WindowedAccelerator(Accelerator):  # type: ignore[misc]
     """Prepared schedulers, and their state before a step that the device may have left out."""
 
     def _keep_windows(self, plugin: GradUtilsPlugin) -> None:
+        if self.device.type == "mps":
+            raise InvalidArgumentError(
+                "expected CPU or a device that has float64, in which counts and norms are summed, got MPS; pass "
+                "cpu=True to the Accelerator, or use_cpu=True to TrainingArguments"
+            )
         self.report = None
         self._plugin = plugin
         self._current, self._micro_batch = None, None

@@ -1,8 +1,20 @@
-"""Whether a model computes exactly enough for two ways of cutting up a batch to be compared digit by digit."""
+"""Where a model computes, and whether exactly enough to compare two ways of cutting up a batch digit by digit."""
 
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.tensor import DTensor
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes: its parameters' device, or that of their mesh if they are offloaded from it."""
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        return torch.device("cpu")
+    kind = parameter.device_mesh.device_type if isinstance(parameter, DTensor) else parameter.device.type
+    if kind == parameter.device.type:
+        return parameter.device
+    return torch.device(kind, torch.accelerator.current_device_index())
 
 
 def uses_exact_arithmetic(accelerator: Accelerator, model: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from hf_gradutils import upstream
 from hf_gradutils.errors import InvalidArgumentError, ReplicaMismatchError
 from hf_gradutils.norms import check_norm_type, power_sums
 from hf_gradutils.ownership import plan_for_grid
-from hf_gradutils.reduction import domain_of
+from hf_gradutils.reduction import domain_of, on_device
 from hf_gradutils.scaling import check_max_norm, clip_coefficient, scale_
 from hf_gradutils.total_norm import collect_gradients, reduce_with_norm
 
@@ -102,7 +102,9 @@ def get_grad_norm(
     spread = torch.zeros(3, dtype=torch.float64, device=gradients.device)
     replicas = [v for v, i in zip(gradients.values, gradients.indices, strict=True) if plan.is_replica(i)]
     if replicas:
-        own = power_sums(replicas, 2.0).sum().sqrt()
+        by_device = {v.device: [w for w in replicas if w.device == v.device] for v in replicas}
+        squares = [on_device(power_sums(alike, 2.0).sum(), gradients.device) for alike in by_device.values()]
+        own = torch.stack(squares).sum().sqrt()
         spread = torch.stack((torch.ones_like(own), own, own.square()))
     norms, spread = reduce_with_norm(plan, gradients, p, spread)
     _check_spread(spread.tolist(), replicas)

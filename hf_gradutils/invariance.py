@@ -18,7 +18,6 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from hf_gradutils import upstream
@@ -36,12 +35,12 @@ from hf_gradutils.invariance_subjects import (
     without_auxiliary,
 )
 from hf_gradutils.known_heads import known_head
-from hf_gradutils.loss_probe import check_additivity, in_evaluation_mode
+from hf_gradutils.loss_probe import check_additivity, in_evaluation_mode, random_states_kept
 from hf_gradutils.norm_groups import unwrapped_name
 from hf_gradutils.ownership import in_placements_of, plan_for_model, trainable_parameters
 from hf_gradutils.sync import discard_deferred
 from hf_gradutils.sync_auto import free_bytes
-from hf_gradutils.whole_model import whole_model
+from hf_gradutils.whole_model import whole_model, whole_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +89,7 @@ def check_invariance(
     attributes, callbacks = dict(vars(trainer)), trainer.callback_handler.callbacks
     trainer.callback_handler.callbacks = [probe]
     try:
-        with torch.random.fork_rng(_devices()):
+        with random_states_kept(trainer.args.device):
             trainer.train()
     except _CheckIsDone:
         pass
@@ -252,7 +251,7 @@ def _difference(want: Tensor, got: Tensor) -> Difference:
     """Collectives: for a DTensor, one all-reduce over its mesh for each number."""
     a, b = want.to(torch.float64), got.to(torch.float64)
     sums = [(b - a).square().sum(), a.square().sum(), (a * b).sum()]
-    return Difference(*(float(s.full_tensor() if isinstance(s, DTensor) else s) for s in sums))
+    return Difference(*(float(whole_tensor(s)) for s in sums))
 
 
 def _compare_copies(model: nn.Module) -> Comparison:
@@ -292,7 +291,7 @@ def _compare_with_one_process(
     loss, norm, targets = found[0]
     differences: dict[str, Difference] = {}
     for parameter, gradient in many.gradients.items():
-        full = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+        full = whole_tensor(gradient)
         if truth is not None:
             want = truth.gradients.get(parameter)
             if want is not None and want.shape == full.shape:
@@ -381,7 +380,3 @@ def _fits_in_float64(model: nn.Module) -> bool:
     """Weights and gradients, and as much again for activations."""
     needed = 2 * 16 * sum(p.numel() for p in model.parameters())
     return needed < free_bytes(next(model.parameters()).device)
-
-
-def _devices() -> list[int]:
-    return [torch.accelerator.current_device_index()] if torch.accelerator.is_available() else []

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hf_gradutils import trl_trainers, upstream
 from hf_gradutils.accelerator import GradUtilsAccelerator
-from hf_gradutils.arithmetic import is_exact_in_itself, uses_exact_arithmetic
+from hf_gradutils.arithmetic import device_of, is_exact_in_itself, uses_exact_arithmetic
 from hf_gradutils.batches import count_rows
 from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.loss_probe import in_evaluation_mode
@@ -284,7 +284,7 @@ class WindowSubject(_OwnLoop):
         run_window: RunWindow,
         loss_and_targets: LossAndTargets,
     ):
-        super().__init__(model, rows, collate, loss_and_targets, next(model.parameters()).device)
+        super().__init__(model, rows, collate, loss_and_targets, device_of(model))
         self._run_window = run_window
         self.num_ranks = self.num_data_ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.data_rank = dist.get_rank() if dist.is_initialized() else 0

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from hf_gradutils.arithmetic import device_of
 from hf_gradutils.batches import count_rows, is_divisible, take_rows
 from hf_gradutils.errors import LossUnitError, TargetCountError
 from hf_gradutils.reduction import reduce_packed, world_domain
@@ -65,13 +66,19 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def random_states_kept(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Torch's random states, on the CPU and on a device, are as before afterwards."""
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])  # asking whether there is a GPU would start CUDA
+    index = torch.accelerator.current_device_index() if device.index is None else device.index
+    return torch.random.fork_rng([index], device_type=device.type)
+
+
 @contextlib.contextmanager
 def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode; modes and torch's random states are as before afterwards."""
     modes = {module: module.training for module in model.modules()}
-    devices = [torch.accelerator.current_device_index()] if torch.accelerator.is_available() else []
-    device_type = torch.accelerator.current_accelerator().type if devices else "cuda"  # type: ignore[union-attr]
-    with torch.random.fork_rng(devices, device_type=device_type):
+    with random_states_kept(device_of(model)):
         model.eval()
         try:
             yield
@@ -93,6 +100,12 @@ def loss_ignores_first_position(loss_of: LossOf, batch: Mapping[str, Any]) -> bo
     only_first[..., 0] = labels.clamp(min=0).amax()  # a class that exists
     try:
         with_first, without = (float(loss_of({**batch, "labels": x})) for x in (only_first, nothing))
+    except torch.AcceleratorError as error:
+        raise LossUnitError(
+            "expected a head that skips the label -100, got one that takes it for a class, which has ended CUDA in "
+            "this process when it was asked whether it shifts; say loss_unit='tokens' or 'shifted_tokens', or pass "
+            "count_targets"
+        ) from error
     except (RuntimeError, IndexError, ValueError):
         return False  # a head that needs labels; the check of additivity finds out if it shifts all the same
     return with_first == without or (math.isnan(with_first) and math.isnan(without))
@@ -130,8 +143,8 @@ def _most_telling_cut(targets_of_rows: list[Tensor]) -> int:
     Where both shares are the same, a mean over rows passes for a mean over targets.
     """
     num_rows = len(targets_of_rows)
-    num_targets = torch.stack(targets_of_rows).to(torch.float64)
-    in_a, rows_in_a = num_targets.cumsum(0), torch.arange(1, num_rows + 1, device=num_targets.device)
+    num_targets = torch.stack(targets_of_rows).to("cpu", torch.float64)  # where cumsum is deterministic
+    in_a, rows_in_a = num_targets.cumsum(0), torch.arange(1, num_rows + 1)
     contrast = (in_a - in_a[-1] * rows_in_a / num_rows).abs().nan_to_num()
     least = 2 if num_rows >= 4 else 1  # a single row is too few for some heads' normalisation
     contrast[: least - 1], contrast[num_rows - least :] = -1.0, -1.0

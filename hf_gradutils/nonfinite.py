@@ -109,12 +109,14 @@ class _HostFlag:
             self._flag = torch.empty_like(flag, device="cpu", pin_memory=True)
             self._flag.copy_(flag, non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(flag.device))
 
     def read(self) -> bool:
         if self._event is not None:
             self._event.synchronize()
-        return bool(self._flag.numpy())  # it is on the host: nobody waits for the device
+        if self._flag.is_cpu:
+            return bool(self._flag.numpy())  # it is on the host: nobody waits for the device
+        return bool(self._flag)
 
 
 def _error(report: WindowReport, step: int) -> NonfiniteGradientError:

@@ -12,6 +12,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 from hf_gradutils import upstream
 from hf_gradutils.errors import InvalidArgumentError
+from hf_gradutils.reduction import on_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +90,11 @@ class GradUtilsOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
         if order.skip:
             return
         optimizer = innermost(self.optimizer)
-        given = {"found_inf": order.skip_flag, "grad_scale": order.divisor}
-        given = {name: value for name, value in given.items() if value is not None}
+        told = {"found_inf": order.skip_flag, "grad_scale": order.divisor}
+        given = {name: value for name, value in told.items() if value is not None}
+        if given and any(p.is_cpu for group in optimizer.param_groups for p in group["params"]):
+            # Offloaded: torch would copy these without waiting, and its kernel on the CPU read them at once.
+            given = {name: on_device(value, torch.device("cpu")) for name, value in given.items()}
         for name, value in given.items():
             setattr(optimizer, name, value)
         try:

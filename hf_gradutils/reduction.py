@@ -162,10 +162,18 @@ _get_dtype = operator.attrgetter("dtype")
 
 
 def _device_for(group: ProcessGroup, device: torch.device) -> torch.device:
-    """``device`` if the group can carry its tensors, else one that it can (offloaded gradients under NCCL)."""
-    types = [entry.partition(":")[0] for entry in str(dist.get_backend_config(group)).split(",")]
-    if device.type in types or not types[0]:
+    """Where a vector that is on ``device`` goes to be reduced.
+
+    The same kind of device on every rank, also on one whose gradients are offloaded, or that has none: a group may have
+    a backend for each kind, and they do not meet.
+    """
+    backends = dict(entry.split(":") for entry in str(dist.get_backend_config(group)).split(",") if ":" in entry)
+    is_one = len(set(backends.values())) == 1
+    if not backends or (is_one and device.type in backends):
         return device
-    return (
-        torch.device(types[0], torch.accelerator.current_device_index()) if types[0] != "cpu" else torch.device("cpu")
-    )
+    accelerator = next((kind for kind in backends if kind != "cpu"), None)
+    if accelerator is None:
+        return torch.device("cpu")
+    if device.type == accelerator:
+        return device
+    return torch.device(accelerator, torch.accelerator.current_device_index())

@@ -62,7 +62,8 @@ def scale_(tensors: Iterable[Tensor], factor: Tensor, *, foreach: bool = True, k
     Args:
         tensors: Local floating-point tensors on any devices; each is read and written once.
         factor: Shape (), any float dtype, on any device.
-        foreach: One multi-tensor call per device and dtype; False makes one call per tensor.
+        foreach: One multi-tensor call per device and dtype; False makes one call per tensor. For bfloat16 CUDA has no
+            kernel that takes many tensors and a float32 factor: one call, but a launch per tensor.
         kind: ``common_kind(tensors)``, where somebody has asked already.
 
     Collectives: none. Host syncs: none; one where tensors are on the CPU and the factor is not.
@@ -72,7 +73,7 @@ def scale_(tensors: Iterable[Tensor], factor: Tensor, *, foreach: bool = True, k
         local_factor = on_device(factor, device).to(torch.float32 if is_half else dtype)
         if not foreach:
             for tensor in batch:
-                tensor.mul_(local_factor)
+                upstream.foreach_mul_promoted_([tensor], local_factor)
         elif is_half or (dtype == torch.float32 and device.type == "cpu"):  # takes half as long for small tensors there
             upstream.foreach_mul_in_fp32_(batch, local_factor)
         else:

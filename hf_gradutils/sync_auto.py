@@ -1,7 +1,7 @@
 """``sync="auto"``: communicate once per window if there is memory for it, else shard gradients at once.
 
-Deferring keeps whole gradients between micro-batches, and they are still there when activations peak. So the first
-window communicates every time; when it is over the optimizer has its state, the peak is known, and
+Deferring keeps whole gradients between micro-batches, and they are still there when activations peak. So two windows
+communicate every time: in the second one activations stand beside the optimizer's state, the peak is known, and
 
     defer  if  (whole gradients - their shards) ≤ MAX_SHARE · (free + reserved - peak)      on every rank
 """
@@ -29,28 +29,31 @@ MAX_SHARE = 0.5
 """Deferred gradients may take this much of what the first window left free: later batches can be longer."""
 
 
+_WINDOWS_SEEN = 2
+
+
 class PolicyChoice:
     """The policy of each model that is trained; ``auto`` is decided once per model, for all ranks alike."""
 
     def __init__(self, sync: Sync, device: torch.device):
         self._sync = sync
         self._device = device
-        self._knows_peak = False
+        self._num_closed = 0
         self._decided: weakref.WeakKeyDictionary[nn.Module, SyncPolicy] = weakref.WeakKeyDictionary()
 
     def window_closed(self) -> None:
         """Say that the optimizer steps now."""
-        self._knows_peak = True
+        self._num_closed += 1
 
     def policy(self, model: nn.Module, *, is_last: bool) -> SyncPolicy:
         """The policy for a micro-batch of ``model``.
 
-        Collectives: under ``auto``, one all-gather over all ranks, in the first micro-batch after the first optimizer
+        Collectives: under ``auto``, one all-gather over all ranks, in the first micro-batch after the second optimizer
             step that does not end its window.
         """
         if self._sync != "auto":
             return self._sync
-        if model not in self._decided and self._knows_peak and not is_last:
+        if model not in self._decided and self._num_closed >= _WINDOWS_SEEN and not is_last:
             self._decided[model] = decide(deferred_bytes(model), free_bytes(self._device), self._device)
         return self._decided.get(model, "reduce_scatter")
 

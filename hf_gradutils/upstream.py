@@ -67,12 +67,25 @@ def foreach_mul_(tensors: Sequence[Tensor], factor: Tensor) -> None:
 
 
 def foreach_mul_in_fp32_(tensors: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply tensors of 16 or 32 bits by a 0-d float32 tensor, in place, rounding once.
+    """Multiply tensors of one dtype of 16 or 32 bits by a 0-d float32 tensor, in place, rounding once.
 
     The multi-tensor kernel behind ``GradScaler.unscale_``: it is the one that takes a float32 factor for
-    any gradient dtype without leaving its fast path. Its non-finite flag is not used.
+    any gradient dtype without leaving its fast path. Its non-finite flag is not used. CUDA has none of it for bfloat16
+    (pytorch#127176): there it is a launch per tensor.
     """
-    torch._amp_foreach_non_finite_check_and_unscale_(list(tensors), _unused_flag(factor.device), factor)
+    if tensors[0].dtype == torch.bfloat16 and not tensors[0].is_cpu:
+        foreach_mul_promoted_(tensors, factor)
+    else:
+        torch._amp_foreach_non_finite_check_and_unscale_(list(tensors), _unused_flag(factor.device), factor)
+
+
+def foreach_mul_promoted_(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    """The same by type promotion, for any dtype: by one call and, where dtypes differ, a launch per tensor.
+
+    A tensor without dimensions would not count in promotion, but be rounded to the dtype of the other one first.
+    """
+    with_dimension = factor.view(1)
+    torch._foreach_mul_(list(tensors), [with_dimension if tensor.dim() else factor for tensor in tensors])
 
 
 @functools.lru_cache

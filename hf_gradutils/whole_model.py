@@ -7,11 +7,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.utils import extract_model_from_parallel
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
+from hf_gradutils.arithmetic import device_of
 from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.norm_groups import unwrapped_name
 
@@ -46,7 +47,17 @@ def whole_model(model: nn.Module, *, make_model: Callable[[], nn.Module] | None 
     built.load_state_dict({name: value for name, value in state.items() if name in known})
     for new, old in zip(built.parameters(), inside.parameters(), strict=True):
         new.requires_grad_(old.requires_grad)
-    return built.to(next(inside.parameters()).device)
+    return built.to(device_of(inside))
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """All of a DTensor, on its mesh's device, where its ranks can talk; a plain tensor as it is. One gather."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    mesh_device = tensor.device_mesh.device_type
+    there: Any = tensor if tensor.device.type == mesh_device else tensor.to(mesh_device)
+    whole: Tensor = there.full_tensor()
+    return whole
 
 
 def _copy(model: nn.Module) -> nn.Module:

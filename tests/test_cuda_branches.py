@@ -9,13 +9,16 @@ import operator
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
+from trainer_cases import reset_accelerate
 
-from hf_gradutils import clip_gradients, norms, rescale_gradients, upstream
+from hf_gradutils import clip_gradients, norms, reduction, rescale_gradients, upstream
 from hf_gradutils.arithmetic import is_exact_in_itself
 from hf_gradutils.norms import power_sums
+from hf_gradutils.optimizer import GradUtilsOptimizer, StepOrder
 from hf_gradutils.scaling import scale_
 from hf_gradutils.window import AccumulationWindow
 
@@ -30,10 +33,10 @@ DTYPES = {
 IN_FP32 = "_amp_foreach_non_finite_check_and_unscale_"
 SCALING = {
     "fp32": {"_foreach_mul_": 1},
-    "bf16": {IN_FP32: 1},
+    "bf16": {"_foreach_mul_": 1, IN_FP32: 0},  # which CUDA does not have for bfloat16
     "fp16": {IN_FP32: 1},
     "fp64": {"_foreach_mul_": 1},
-    "mixed": {"_foreach_mul_": 1, IN_FP32: 1},
+    "mixed": {"_foreach_mul_": 2, IN_FP32: 0},
 }
 """One call per dtype; half precision in float32."""
 
@@ -173,6 +176,44 @@ def test_control_a_copy_is_seen():
     with Seen() as seen:
         torch.tensor([1.0], device=CUDA)
     assert not seen.stays_on_the_device()
+
+
+class Recorder(torch.optim.SGD):
+    """Notes what it has been told."""
+
+    def step(self, closure=None):
+        self.told = {name: getattr(self, name).device.type for name in ("found_inf", "grad_scale")}
+
+
+def test_an_optimizer_of_offloaded_parameters_is_told_what_has_come(monkeypatch):
+    reset_accelerate()
+    with unset_fake_temporarily():
+        optimizer = Accelerator(cpu=True).prepare_optimizer(Recorder([nn.Parameter(torch.zeros(1))]))
+    ours = GradUtilsOptimizer.adopt(optimizer, lambda _: None)
+    ours.order = StepOrder(skip_flag=torch.zeros((), device=CUDA), divisor=torch.ones((), device=CUDA))
+    with Seen() as seen:
+        ours.step()
+    assert ours.optimizer.told == {"found_inf": "cpu", "grad_scale": "cpu"}
+    assert seen.copies == [("cuda", "cpu", False)] * 2
+
+
+@pytest.mark.parametrize(
+    ("backends", "have", "travel_on"),
+    [
+        ("cuda:nccl", "cpu", "cuda"),
+        ("cuda:nccl", "cuda", "cuda"),
+        ("cpu:gloo,cuda:nccl", "cpu", "cuda"),  # where the vectors of the other ranks are
+        ("cpu:gloo,cuda:nccl", "cuda", "cuda"),
+        ("cpu:gloo,cuda:gloo", "cpu", "cpu"),
+        ("cpu:gloo,cuda:gloo", "cuda", "cuda"),
+        ("cpu:gloo", "cpu", "cpu"),
+        ("cpu:gloo", "cuda", "cpu"),
+    ],
+)
+def test_ranks_reduce_over_one_backend_whatever_they_hold(monkeypatch, backends, have, travel_on):
+    monkeypatch.setattr(reduction.dist, "get_backend_config", lambda group: backends)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    assert reduction._device_for(None, torch.device(have)).type == travel_on
 
 
 # ---- TF32 ----

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 from hf_gradutils import GradUtilsTrainer
 from hf_gradutils.errors import InvalidArgumentError, NonfiniteGradientError
 from hf_gradutils.plugin import GradUtilsPlugin
+from hf_gradutils.steps import Counters
 
 HEAD = "llama causal"
 WHERE = "model.layers.1.mlp.up_proj.weight"
@@ -342,3 +343,16 @@ def test_an_optimizer_that_is_not_fused_any_more_is_refused():
 def test_folding_under_a_callback_that_looks_at_gradients_is_refused():
     with pytest.raises(InvalidArgumentError, match=r"got GradientTap.on_pre_optimizer_step"):
         train(HEAD, 2, grad_plugin=GradUtilsPlugin(fold_into_optimizer=True), arguments=FUSED)
+
+
+def test_rates_that_are_tensors_are_put_back_too():
+    rate = torch.tensor(0.1)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], lr=rate)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    counters = Counters(7, scheduler, optimizer)
+    optimizer.step()
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.05
+    assert counters.restore(scheduler, optimizer) == 7
+    assert optimizer.param_groups[0]["lr"] == torch.tensor(0.1)
+    assert scheduler.last_epoch == 0

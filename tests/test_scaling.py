@@ -5,19 +5,30 @@ import math
 import pytest
 import torch
 
+from hf_gradutils import upstream
 from hf_gradutils.scaling import clip_coefficient, scale_
 
 
 @pytest.mark.parametrize("foreach", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_every_dtype_is_multiplied_in_at_least_float32(dtype, foreach):
-    tensors = [torch.randn(1000).to(dtype), torch.empty(0, dtype=dtype), torch.randn(3, 4).to(dtype)]
+    tensors = [torch.randn(1000), torch.empty(0), torch.randn(3, 4), torch.randn(1), torch.tensor(0.7)]
+    tensors = [tensor.to(dtype) for tensor in tensors]
     factor = torch.tensor(0.123456789, dtype=torch.float64)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     expected = [(t.to(wide) * factor.to(wide)).to(dtype) for t in tensors]
     scale_(tensors, factor, foreach=foreach)
     for got, want in zip(tensors, expected, strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_multiplied_by_promotion_is_what_the_kernel_for_many_gives(dtype):
+    tensors = [torch.randn(shape).to(dtype) for shape in [(1000,), (3, 4), (1,), (), (0, 2)]]
+    factor, expected = torch.tensor(0.123456789), [tensor.clone() for tensor in tensors]
+    upstream.foreach_mul_in_fp32_(expected, factor)
+    upstream.foreach_mul_promoted_(tensors, factor)
+    assert all(torch.equal(got, want) for got, want in zip(tensors, expected, strict=True))
 
 
 def test_tensors_of_all_kinds_are_scaled_together():

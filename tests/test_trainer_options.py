@@ -12,8 +12,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from trainer_cases import IS_OLD, LAYOUTS, load, make_data, make_model, norm, relative_error, run, train, truth
 from transformers import Trainer, TrainingArguments
 
-from hf_gradutils import GradUtilsTrainer
-from hf_gradutils.errors import InvalidArgumentError
+from hf_gradutils import GradUtilsAccelerator, GradUtilsTrainer
+from hf_gradutils.errors import InvalidArgumentError, LossUnitError
+from hf_gradutils.loss_probe import loss_ignores_first_position
 from hf_gradutils.plugin import GradUtilsPlugin
 
 TOLERANCE = 1e-5
@@ -260,3 +261,19 @@ def _not_averaged(layout):
     arguments = {"average_tokens_across_devices": False}
     _, tap = train(head, 4, trainer_class=Trainer, arguments=arguments)
     assert relative_error(tap.steps[0], want) > 1e-2
+
+
+def test_a_head_that_takes_no_label_minus_100_is_named_where_asking_it_has_ended_cuda():
+    def loss_of(batch):
+        if (batch["labels"] == -100).any():
+            raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+        return batch["labels"].float().mean()
+
+    with pytest.raises(LossUnitError, match="expected a head that skips the label -100"):
+        loss_ignores_first_position(loss_of, {"labels": torch.ones(2, 3, dtype=torch.long)})
+
+
+def test_mps_is_refused(monkeypatch):
+    monkeypatch.setattr(GradUtilsAccelerator, "device", torch.device("mps"))
+    with pytest.raises(InvalidArgumentError, match=r"float64.*got MPS; pass cpu=True"):
+        GradUtilsAccelerator(cpu=True)
