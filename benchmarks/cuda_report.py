@@ -1,6 +1,7 @@
 """The section ``## On a GPU`` of the page: measured where there is one, else kept from the page as it is."""
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -76,6 +77,7 @@ def report(device: torch.device | None = None, sizes: Sizes | None = None) -> tu
     add(f"CUDA graphs: {small}", measure, cuda_launches.GRAPH_EXPLANATION)
     device_clock.free_bytes(device)  # gives back what other processes need now
     if device.type == "cuda":
+        warnings.simplefilter("default")  # what a driver, or a build of torch that nobody here has seen, warns of
         let_ranks_start_cuda()
     measure = partial(cuda_streaming.measure, device, sizes.images, sizes.accumulation)
     add("Batches in memory", measure, cuda_streaming.explanation(sizes.images, sizes.accumulation))
