@@ -78,34 +78,43 @@ def collect_gradients(
         present = [gradient for gradient in every if gradient is not None]
         indices = [index for index, gradient in enumerate(every) if gradient is not None]
         owners = [parameters[index] for index in indices]
-    shards = values = upstream.local_tensors(present)
-    if not _are_laid_out_alike(plan, indices, owners, present):
-        pairs = zip(owners, present, strict=True)
-        values = [upstream.local_tensor(in_placements_of(owner, gradient)) for owner, gradient in pairs]
-    sizes = tuple(map(Tensor.numel, values))
+    shards, layouts = upstream.local_tensors_and_layouts(present)
+    values, known = shards, _alike.get(plan)
+    if known is None or known.indices != indices or known.layouts != layouts:
+        if layouts == upstream.layouts(owners):
+            known = _alike[plan] = _Alike(indices, layouts)
+        else:
+            pairs = zip(owners, present, strict=True)
+            values, known = [upstream.local_tensor(in_placements_of(owner, grad)) for owner, grad in pairs], None
+    told = known.told if known is not None else None
+    if told is None or told[1].device != shards[0].device:
+        told = tuple(map(Tensor.numel, values)), common_kind(shards)
+        if known is not None and layouts and len(layouts) == len(present):
+            known.told = told
+    sizes, kind = told
     if 0 in sizes:  # a shard may be empty
         kept = [i for i, size in enumerate(sizes) if size]
         shards, values = [shards[i] for i in kept], [values[i] for i in kept]
         indices, sizes = [indices[i] for i in kept], tuple(sizes[i] for i in kept)
     device = parameters[0].device if parameters else torch.device("cpu")
-    return LocalGradients(device, shards, values, sizes, indices, common_kind(shards))
+    return LocalGradients(device, shards, values, sizes, indices, kind)
 
 
-_alike: WeakKeyDictionary[Plan, tuple[Sequence[int], list[object]]] = WeakKeyDictionary()
-"""Which of a plan's parameters last had gradients laid out like them, and those layouts: to compare objects with
-themselves takes no time. The layouts of the parameters hold still: others have another plan."""
+@dataclass(slots=True)
+class _Alike:
+    """Which of a plan's parameters last had gradients laid out like them.
+
+    To compare layouts that are the same objects takes no time. Those of the parameters hold still: others have another
+    plan.
+    """
+
+    indices: Sequence[int]
+    layouts: list[object]
+    told: tuple[tuple[int, ...], Kind] | None = None
+    """Sizes of this rank's parts and what they have in common, if all are DTensors: their layouts tell."""
 
 
-def _are_laid_out_alike(
-    plan: Plan, indices: Sequence[int], parameters: Sequence[Tensor], gradients: Sequence[Tensor]
-) -> bool:
-    layouts = upstream.layouts(gradients)
-    if _alike.get(plan) == (indices, layouts):
-        return True
-    are_alike = layouts == upstream.layouts(parameters)
-    if are_alike:
-        _alike[plan] = indices, layouts
-    return are_alike
+_alike: WeakKeyDictionary[Plan, _Alike] = WeakKeyDictionary()
 
 
 def reduce_with_norm(

@@ -194,21 +194,24 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """:func:`local_tensor` of each, with less Python: a model has hundreds, and every step asks."""
+def local_tensors_and_layouts(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[object]]:
+    """:func:`local_tensor` of each, and :func:`layouts`, with less Python: there are hundreds, and every step asks."""
     are_dtensors = _are_dtensors(tensors)
     if are_dtensors is None:
         local = [t._local_tensor if isinstance(t, DTensor) else t for t in tensors]
     else:
         local = list(map(_get_local_tensor, tensors) if are_dtensors else tensors)
     if AsyncCollectiveTensor in set(map(type, local)):
-        return [t.wait() if isinstance(t, AsyncCollectiveTensor) else t for t in local]
-    return local
+        local = [t.wait() if isinstance(t, AsyncCollectiveTensor) else t for t in local]
+    return local, _layouts(tensors, are_dtensors)
 
 
 def layouts(tensors: Sequence[Tensor]) -> list[object]:
-    """Mesh and placements of all DTensors: equal lists for equal ones, quickly if they are the same objects."""
-    are_dtensors = _are_dtensors(tensors)
+    """Mesh, placements, shape and dtype of all DTensors: equal lists for equal ones, quickly for the same objects."""
+    return _layouts(tensors, _are_dtensors(tensors))
+
+
+def _layouts(tensors: Sequence[Tensor], are_dtensors: bool | None) -> list[object]:
     if are_dtensors is None:
         return [t._spec for t in tensors if isinstance(t, DTensor)]
     return list(map(_get_layout, tensors)) if are_dtensors else []
