@@ -150,15 +150,16 @@ class GradUtilsAccelerator(WindowedAccelerator):
         finally:
             self._current = before
 
-    def sync_context(self, model: nn.Module) -> SyncContext:
+    def sync_context(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """The forward and backward of one micro-batch; it ends its window if ``sync_gradients`` says so."""
         return self._sync_context(model, is_last=self.sync_gradients)
 
-    def _sync_context(self, model: nn.Module, *, is_last: bool) -> SyncContext:
+    def _sync_context(self, model: nn.Module, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
         policy = self._policy_choice.policy(model, is_last=is_last)
         if model not in self._wrappers:
             self._wrappers[model] = find_wrappers(model)
-        return SyncContext(model, policy, is_last=is_last, wrappers=self._wrappers[model])
+        wrappers = self._wrappers[model]
+        return SyncContext(model, policy, is_last=is_last, wrappers=wrappers) if wrappers else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def one_micro_batch(self, model: nn.Module) -> Iterator[None]:
