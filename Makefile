@@ -43,7 +43,7 @@ test: $(STAMP)  ## Run the tests
 test-gpu: $(STAMP)  ## Run the tests that need a GPU; without one it says so and succeeds
 	@$(BIN)/python -m pytest tests/gpu
 
-matrix: $(STAMP)  ## Measure every head in every layout beside the stock Trainer, write docs/exactness.md; about 25 minutes
+matrix: $(STAMP)  ## Measure every head in every layout beside the stock Trainer, write docs/exactness.md; about 20 minutes
 	@$(BIN)/python benchmarks/exactness.py --out docs/exactness.md
 
 # Counts decide whether it fails; times only inform. Without a GPU the page keeps what was measured on one.
