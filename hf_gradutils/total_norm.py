@@ -209,7 +209,8 @@ _layouts: WeakKeyDictionary[Plan, _Layout] = WeakKeyDictionary()
 
 def _layout_of(plan: Plan, gradients: LocalGradients, device: torch.device) -> _Layout:
     one = gradients.kind.device
-    devices = [value.device for value in gradients.values] if one is None else [one]
+    # All of this rank's parts may be empty: then there are no values, whatever they had in common.
+    devices = [one] if one is not None and gradients.values else [value.device for value in gradients.values]
     key = (device, gradients.indices, devices)
     known = _layouts.get(plan)
     if known is not None and known.key == key:
