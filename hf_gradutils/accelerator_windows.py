@@ -31,7 +31,7 @@ class WindowedAccelerator(Accelerator):  # type: ignore[misc]
     _plugin: GradUtilsPlugin
     _windows: ModelWindows
     _current: tuple[nn.Module, ...] | None
-    """The models of the ``accumulate`` or ``no_sync`` that is open."""
+    """The models of the micro-batch that is open: of ``accumulate``, ``no_sync`` or ``one_micro_batch``."""
     _micro_batch: object | None
     """Stands for the ``accumulate`` that is open."""
     _policy_choice: PolicyChoice

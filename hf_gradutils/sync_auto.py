@@ -26,10 +26,11 @@ Sync: TypeAlias = SyncPolicy | Literal["auto"]
 SYNCS: tuple[Sync, ...] = ("defer", "every", "reduce_scatter", "auto")
 
 MAX_SHARE = 0.5
-"""Deferred gradients may take this much of what the first window left free: later batches can be longer."""
+"""Deferred gradients may take this much of what the windows so far left free: later batches can be longer."""
 
 
 _WINDOWS_SEEN = 2
+"""Before it is decided."""
 
 
 class PolicyChoice:

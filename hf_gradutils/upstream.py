@@ -82,7 +82,7 @@ def foreach_mul_in_fp32_(tensors: Sequence[Tensor], factor: Tensor) -> None:
 def foreach_mul_promoted_(tensors: Sequence[Tensor], factor: Tensor) -> None:
     """The same by type promotion, for any dtype: by one call and, where dtypes differ, a launch per tensor.
 
-    A tensor without dimensions would not count in promotion, but be rounded to the dtype of the other one first.
+    A factor without dimensions would not count beside tensors that have some, but be rounded to their dtype first.
     """
     with_dimension = factor.view(1)
     torch._foreach_mul_(list(tensors), [with_dimension if tensor.dim() else factor for tensor in tensors])
