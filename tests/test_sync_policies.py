@@ -356,7 +356,7 @@ def _memory(layout):
             for part in (*layers, [norm, head]):  # accelerate and torchtitan put the last two into one group
                 fully_shard(part, mesh=mesh, mp_policy=policy)
             model = fully_shard(net, mesh=mesh, mp_policy=policy)
-        for _ in range(3 if layout == "ddp2" else 2):  # DDP moves its buckets in the second window
+        for _ in range(4):  # the first ones take memory that stays: DDP moves its buckets in the second, say
             start, during = _resident_mib(), []
             for i in range(ACCUMULATION):
                 with SyncContext(model, sync, is_last=i == ACCUMULATION - 1):
