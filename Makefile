@@ -1,14 +1,18 @@
 # Two commands do everything on a machine with python3 and make:
 #   make demo   set up, then fine-tune on two ranks and show what came of it
 #   make test   set up, then run the tests
-# TORCH names the torch build, PYTHON the interpreter that makes the environment.
+# TORCH and TRANSFORMERS name the versions, PYTHON the interpreter that makes the environment. Other versions than the
+# default ones get an environment of their own:
+#   make test TORCH=torch==2.11.0 TRANSFORMERS=transformers==5.17.0
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
+TRANSFORMERS ?= transformers
 
-VENV   := .venv
+EMPTY  :=
+OTHERS := $(filter-out torch==2.13.0 transformers,$(TORCH) $(TRANSFORMERS))
+VENV   := .venv$(subst $(EMPTY) $(EMPTY),,$(addprefix -,$(subst /,_,$(subst ==,-,$(OTHERS)))))
 BIN    := $(VENV)/bin
-# One stamp per torch build: asking for another one installs again, asking for the same one does not.
-STAMP  := $(VENV)/.ready-$(subst /,_,$(subst =,-,$(TORCH)))
+STAMP  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-gpu matrix bench check format build clean
@@ -21,16 +25,18 @@ install: $(STAMP)  ## Create .venv and install the package with its development 
 # torch comes through pip, which also finds a wheel in a local folder; uv does not look there.
 # Everything else comes through uv, which takes seconds where pip takes minutes; pip is there for a machine whose
 # package index only pip is told about.
+WANTED := --editable ".[trl,peft,plot]" --group dev "$(TRANSFORMERS)"
+
 $(STAMP): pyproject.toml
-	@echo "Setting up $(VENV) with $(TORCH) ..."
+	@echo "Setting up $(VENV) with $(TORCH) and $(TRANSFORMERS) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@rm -f $(VENV)/.ready-*
+	@rm -f $@
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "$(TORCH)"
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python --editable ".[trl,peft,plot]" --group dev || { \
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python $(WANTED) || { \
 		echo "uv could not install; once more with pip ..."; \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1" && \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[trl,peft,plot]" --group dev; }
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check $(WANTED); }
 	@touch $@
 
 demo: $(STAMP)  ## Fine-tune on two ranks (GPUs where there are some, else CPU) and print the result
@@ -65,4 +71,4 @@ build: $(STAMP)  ## Build the wheel and the source archive into dist/
 	@$(BIN)/python -m build --installer uv --outdir dist
 
 clean:  ## Remove the environment and everything built
-	rm -rf $(VENV) dist build *.egg-info outputs
+	rm -rf .venv .venv-* dist build *.egg-info outputs

@@ -1,9 +1,10 @@
-"""Every head in every layout at accumulation 1, 4 and 8: ours beside the stock Trainer, against float64.
+"""Every head in every layout: ours beside the stock Trainer, against float64, in float32 and in half precision.
 
-    python benchmarks/exactness.py [--heads llama,bert] [--layouts ddp2,tp2] [--seed 1] [--out docs/exactness.md]
+    python benchmarks/exactness.py [--part float32] [--heads llama,bert] [--layouts ddp2,tp2] [--seed 1] [--out FILE]
 
 Prints a line per head and layout, writes the tables, and fails if a cell of ours is wrong, or crashes where the stock
-Trainer does not. The data is drawn afresh on every call; ``--seed`` repeats one.
+Trainer does not. The data is drawn afresh on every call; ``--seed`` repeats one. ``--part`` leaves the other part as
+it is.
 """
 
 import argparse
@@ -15,14 +16,17 @@ import logging
 import random
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+import half_report
 from heads import HEADS
 from ranks import RankFailure, run_ranks
+from sections import section, with_section
 from trainer_cases import LAYOUTS, make_data, micro_batches_of, norm, relative_error, train, truth_of_micro_batches
 from transformers import Trainer
 
@@ -91,44 +95,63 @@ def measure_cell(head: str, layout: str, trainer: str, seed: int) -> Result:
 # ---- The page ----
 
 
-_PAGE = """\
-# Exactness: every head in every layout
-
+TITLE = "# Exactness: every head in every layout"
+PARTS = ("## In float32", "## In half precision")
+_INTRODUCTION = """\
 One optimizer step of `GradUtilsTrainer` beside one of `transformers.Trainer`, both against one process with the whole
-batch in float64: the relative error of the gradient, ‖g − g*‖ / ‖g*‖. {num_samples} rows with ragged targets,
-accumulation {accumulations}, float32, tiny models without dropout, gloo on CPU. **Bold** is wrong: above {wrong:.0e}.
+batch in float64. `make matrix` draws new data and writes this page anew; `tests/heads.py` has the heads,
+`tests/trainer_cases.py` the layouts: DDP, FSDP2 and HSDP through accelerate; native FSDP2 and HSDP, tensor and expert
+parallelism by transformers. Tiny models without dropout, gloo on CPU; {num_samples} rows with ragged targets.
 
-Seed {seed}, {date}, {versions}.
-`make matrix` draws new data and writes this page anew; `tests/heads.py` has the heads, `tests/trainer_cases.py` the
-layouts: DDP, FSDP2 and HSDP through accelerate; native FSDP2 and HSDP, tensor and expert parallelism by transformers.
-
-{summary}
-
-- *n/a*: neither trainer runs there, for the reason below the table; not counted above.
+- *n/a*: neither trainer runs there, for the reason below the table; not counted in the summaries.
 - {not_additive}: its auxiliary loss multiplies two means over the batch, so no accumulation gives what the
   whole batch gives. Both trainers are held against the mean of the micro-batches' own losses, weighted by targets.
-- T5 and BERT's masked-LM head under `fsdp2x2` are sharded by hand, all that is tied in one group: accelerate 1.15 puts
-  tied parameters into two groups, which torch 2.13 refuses.
+- BERT's masked-LM head under `fsdp2x2` is sharded by hand, all that is tied in one group: accelerate 1.15 puts tied
+  parameters into two groups, which torch 2.13 refuses. For T5 and BART, ours sees to it.
 - Context parallelism's attention does not run on CPU and is not here; `tests/test_context_parallel.py` shows that its
-  parts of rows are counted right.
-{sections}
-"""
+  parts of rows are counted right."""
+
+_PART = """\
+The relative error of the gradient, ‖g − g*‖ / ‖g*‖, at accumulation {accumulations}. **Bold** is wrong, above
+{wrong:.0e}.
+
+{measured}
+
+{summary}
+{sections}"""
 
 
-def page(cells: Cells, seed: int) -> str:
-    layouts = list(dict.fromkeys(layout for _, layout in cells))
+def measured(seed: int) -> str:
+    """When and with what a part was measured."""
     packages = ("torch", "transformers", "accelerate")
-    return _PAGE.format(
-        num_samples=NUM_SAMPLES,
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    return f"Seed {seed}, {datetime.datetime.now(datetime.UTC).date()}, {versions}."
+
+
+def part(cells: Cells, seed: int) -> list[str]:
+    """The first part of the page, below its heading."""
+    layouts = list(dict.fromkeys(layout for _, layout in cells))
+    text = _PART.format(
         accumulations=", ".join(map(str, ACCUMULATIONS)),
         wrong=WRONG,
-        seed=seed,
-        date=datetime.datetime.now(datetime.UTC).date(),
-        versions=", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages),
+        measured=measured(seed),
         summary="\n".join(_summary(cells, layouts)),
-        not_additive=", ".join(NOT_ADDITIVE),
         sections="\n".join(line for layout in layouts for line in _section(cells, layout)),
     )
+    return text.splitlines()
+
+
+def write_page(out: Path, parts: dict[str, list[str]]) -> None:
+    """Write the parts that were measured; the page keeps the others."""
+    out.parent.mkdir(exist_ok=True)
+    page = out.read_text() if out.exists() else ""
+    introduction = _INTRODUCTION.format(num_samples=NUM_SAMPLES, not_additive=", ".join(NOT_ADDITIVE))
+    written = f"{TITLE}\n\n{introduction}\n"
+    for heading in PARTS:
+        if body := parts.get(heading) or section(page, heading):
+            written = with_section(written, heading, body)
+    out.write_text(written)
+    print(f"wrote {out}")
 
 
 def _summary(cells: Cells, layouts: list[str]) -> list[str]:
@@ -154,7 +177,7 @@ def _summary(cells: Cells, layouts: list[str]) -> list[str]:
 
 
 def _section(cells: Cells, layout: str) -> list[str]:
-    lines = ["", f"## {layout}", ""]
+    lines = ["", f"### {layout}", ""]
     header = [f"{trainer}, {accumulation}" for trainer in TRAINERS for accumulation in ACCUMULATIONS]
     lines += [f"| head | {' | '.join(header)} |", "|---" * (len(header) + 1) + "|"]
     reasons: dict[str, int] = {}
@@ -200,8 +223,15 @@ def faults(cells: Cells) -> list[str]:
     return found
 
 
+def unmeasured(cells: Cells, layouts: Iterable[str]) -> list[str]:
+    """Layouts in which nothing ran at all, which no table would show as a fault."""
+    ran = {layout for (_, layout), row in cells.items() if not _is_out_of_reach(row)}
+    return [f"{layout}: neither trainer ran, with any head" for layout in layouts if layout not in ran]
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=("float32", "half"), help="measure this one alone (default: both)")
     parser.add_argument("--heads", help="comma-separated parts of head names (default: all)")
     parser.add_argument("--layouts", help="comma-separated layouts (default: all)")
     parser.add_argument("--seed", type=int, default=None, help="of the data (default: drawn)")
@@ -210,21 +240,32 @@ def main(arguments: list[str] | None = None) -> int:
     seed = random.SystemRandom().randrange(2**31) if options.seed is None else options.seed
     heads = [h for h in HEADS if not options.heads or any(part in h for part in options.heads.split(","))]
     layouts = [name for name in LAYOUTS if not options.layouts or name in options.layouts.split(",")]
-    print(f"seed {seed}: {len(heads)} heads x {len(layouts)} layouts x accumulation {ACCUMULATIONS}", flush=True)
+    print(f"seed {seed}: {len(heads)} heads x {len(layouts)} layouts", flush=True)
 
     started = time.monotonic()
+    parts, found = {}, []
+    if options.part != "half":
+        cells = measure_all(heads, layouts, seed)
+        parts[PARTS[0]] = part(cells, seed)
+        found += faults(cells) + ([] if options.heads else unmeasured(cells, layouts))
+    if options.part != "float32":
+        half = half_report.measure(heads, layouts, seed, is_whole=not (options.heads or options.layouts))
+        parts[PARTS[1]] = [measured(seed), "", *half.lines]
+        found += half.faults
+    if options.out is not None:
+        write_page(options.out, parts)
+    print("\n".join([f"{time.monotonic() - started:.0f} s, {len(found)} faults", *found]))
+    return 1 if found else 0
+
+
+def measure_all(heads: list[str], layouts: list[str], seed: int) -> Cells:
+    """Every head in every layout; prints as it goes."""
     cells: Cells = {}
     for layout in layouts:
         for head in heads:
             row = cells[head, layout] = {t: measure_cell(head, layout, t, seed) for t in TRAINERS}
             print(f"{layout:16}{head:24}" + "   ".join(f"{t}: {_line(r)}" for t, r in row.items()), flush=True)
-    if options.out is not None:
-        options.out.parent.mkdir(exist_ok=True)
-        options.out.write_text(page(cells, seed))
-        print(f"wrote {options.out}")
-    found = faults(cells)
-    print("\n".join([f"{time.monotonic() - started:.0f} s, {len(found)} faults", *found]))
-    return 1 if found else 0
+    return cells
 
 
 def _line(result: Result) -> str:

@@ -3,13 +3,13 @@
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from hf_gradutils import environment, upstream
@@ -17,13 +17,15 @@ from hf_gradutils.accelerator_windows import WindowedAccelerator
 from hf_gradutils.dist_utils import clip_parameters
 from hf_gradutils.errors import InvalidArgumentError, TargetCountError
 from hf_gradutils.first_rank import FirstRankPerNode
+from hf_gradutils.half_precision import reduce_in_float32, reduce_parameters_in_float32
 from hf_gradutils.model_windows import ModelWindow
 from hf_gradutils.norms import check_norm_type
 from hf_gradutils.partial_gradients import sum_increments
 from hf_gradutils.plugin import GradUtilsPlugin
 from hf_gradutils.reduction import reduce_packed, world_domain
 from hf_gradutils.scaling import check_max_norm
-from hf_gradutils.sync import SyncContext, find_wrappers
+from hf_gradutils.sync import SyncContext, communicates, find_wrappers
+from hf_gradutils.tied_embeddings import merge_tied_embeddings
 from hf_gradutils.uneven import is_padding, padded_to_the_same_number
 from hf_gradutils.window import AccumulationWindow, loss_scale_for
 
@@ -83,19 +85,26 @@ class GradUtilsAccelerator(WindowedAccelerator):
                 "and clips gradients itself; use FSDP2 (accelerate launch --use_fsdp --fsdp_version 2), which shards "
                 "what ZeRO-3 shards"
             )
-        self._equip(plugin)
+        self._equip(plugin, steps)
 
     @classmethod
-    def adopt(cls, accelerator: Accelerator, plugin: GradUtilsPlugin) -> "GradUtilsAccelerator":
-        """Turn an Accelerator, as the Trainer builds it by name, into one of ours, in place."""
+    def adopt(
+        cls, accelerator: Accelerator, plugin: GradUtilsPlugin, *, num_micro_batches: int = 1
+    ) -> "GradUtilsAccelerator":
+        """Turn an Accelerator, as the Trainer builds it by name, into one of ours, in place.
+
+        Args:
+            accelerator: Any of accelerate's own.
+            plugin: Settings.
+            num_micro_batches: Of a window, which a Trainer counts by itself.
+        """
         accelerator.__class__ = cls
-        accelerator._equip(plugin)
+        accelerator._equip(plugin, num_micro_batches)
         return accelerator
 
-    def _equip(self, plugin: GradUtilsPlugin) -> None:
+    def _equip(self, plugin: GradUtilsPlugin, num_micro_batches: int) -> None:
         self._counted = None
-        _keep_sums_in_float32(self)
-        self._keep_windows(plugin)
+        self._keep_windows(plugin, num_micro_batches=num_micro_batches, widens_gradients=reduce_in_float32(self))
 
     # ---- Preparing ----
 
@@ -110,9 +119,15 @@ class GradUtilsAccelerator(WindowedAccelerator):
     def prepare(self, *args: Any, **kwargs: Any) -> Any:
         """As in accelerate."""
         self._wrappers, self._prepared_as = {}, {}
+        for model in [arg for arg in args if isinstance(arg, nn.Module)] if self.is_fsdp2 else []:
+            merge_tied_embeddings(model)
+            if self._accumulates_wide and reduce_parameters_in_float32(self, model):
+                self._choose_policy(widens_gradients=True)
         prepared = super().prepare(*args, **kwargs)
         for model in self._models:
             sum_increments(model)
+            if self._widens_gradients and isinstance(model, FSDPModule):
+                upstream.fsdp2_keep_losses(model)
         return prepared
 
     def prepare_model(
@@ -159,6 +174,8 @@ class GradUtilsAccelerator(WindowedAccelerator):
         if model not in self._wrappers:
             self._wrappers[model] = find_wrappers(model)
         wrappers = self._wrappers[model]
+        if self._accumulates_wide:
+            self._half_parameters_of(model).begin(communicates(policy, is_last=is_last), is_last=is_last)
         return SyncContext(model, policy, is_last=is_last, wrappers=wrappers) if wrappers else contextlib.nullcontext()
 
     @contextlib.contextmanager
@@ -338,23 +355,6 @@ class GradUtilsAccelerator(WindowedAccelerator):
 class _Counted(NamedTuple):
     num_targets: Tensor
     weight: Tensor
-
-
-def _keep_sums_in_float32(accelerator: Accelerator) -> None:
-    """Let FSDP2 add gradients and hand out the loss in float32, where nobody has said otherwise.
-
-    Under mixed precision accelerate 1.15 has it do both in bfloat16, whose 8 bits leave little of a sum over many ranks
-    and micro-batches, and round the weight that goes back into a micro-batch. Under DDP both are float32 anyway.
-    """
-    fsdp: Any = getattr(accelerator.state, "fsdp_plugin", None)
-    policy = fsdp.mixed_precision_policy if fsdp is not None and fsdp.fsdp_version == 2 else None
-    half = (torch.bfloat16, torch.float16)
-    if (
-        policy is not None
-        and policy.param_dtype in half
-        and policy.reduce_dtype == policy.output_dtype == policy.param_dtype
-    ):
-        fsdp.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=torch.float32)
 
 
 def _as_number(num_targets: Tensor | int, device: torch.device) -> Tensor:

@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_gradutils import upstream
 from hf_gradutils.errors import InvalidArgumentError, NonfiniteGradientError
+from hf_gradutils.half_precision import HalfParameters, accumulates_in_float32
 from hf_gradutils.model_windows import ModelWindow, ModelWindows
 from hf_gradutils.optimizer import GradUtilsOptimizer, StepOrder, as_flag, innermost, why_not_on_device
 from hf_gradutils.plugin import GradUtilsPlugin
+from hf_gradutils.reduction import on_device
 from hf_gradutils.steps import Counters
 from hf_gradutils.sync import discard_deferred
 from hf_gradutils.sync_auto import PolicyChoice
@@ -39,12 +41,16 @@ class WindowedAccelerator(Accelerator):  # type: ignore[misc]
     """Of each model; looking for them takes a walk over all modules. Until something is prepared."""
     _prepared_as: dict[nn.Module, nn.Module]
     """A model as the loop has it, wrapped or not → what accelerate has prepared. Until something is prepared."""
+    _half_parameters: dict[nn.Module, HalfParameters]
+    """Of each prepared model whose gradients are accumulated in float32."""
     _unscaled: list[Optimizer]
     """Optimizers whose gradients have lost fp16's scale in this step."""
+    _found_inf: dict[int, list[Tensor]]
+    """id of an optimizer in this step's ``_unscaled`` → the flags that its step asks whether to leave it out."""
     _counters: list[tuple[Any, Counters]]
     """Prepared schedulers, and their state before a step that the device may have left out."""
 
-    def _keep_windows(self, plugin: GradUtilsPlugin) -> None:
+    def _keep_windows(self, plugin: GradUtilsPlugin, *, num_micro_batches: int, widens_gradients: bool) -> None:
         if self.device.type == "mps":
             raise InvalidArgumentError(
                 "expected CPU or a device that has float64, in which counts and norms are summed, got MPS; pass "
@@ -53,10 +59,16 @@ class WindowedAccelerator(Accelerator):  # type: ignore[misc]
         self.report = None
         self._plugin = plugin
         self._current, self._micro_batch = None, None
-        self._unscaled, self._counters = [], []
-        each_batch = self.gradient_state.plugin_kwargs.get("sync_each_batch", False)
-        self._policy_choice = PolicyChoice(plugin.effective_sync(each_batch=each_batch), self.device)
+        self._unscaled, self._found_inf, self._counters = [], {}, []
+        self._accumulates_wide = accumulates_in_float32(plugin.accumulate_in_float32, num_micro_batches)
+        self._choose_policy(widens_gradients=widens_gradients)
         self.forget_windows()
+
+    def _choose_policy(self, *, widens_gradients: bool) -> None:
+        each_batch = self.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+        sync = self._plugin.effective_sync(each_batch=each_batch, widens_gradients=widens_gradients)
+        self._widens_gradients = widens_gradients
+        self._policy_choice = PolicyChoice(sync, self.device)
 
     def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> GradUtilsOptimizer:
         """As in accelerate; the optimizer takes its steps the way the windows were closed.
@@ -98,7 +110,7 @@ class WindowedAccelerator(Accelerator):  # type: ignore[misc]
     def forget_windows(self) -> None:
         """Start over: forget the micro-batches so far, together with the gradients that the caller drops."""
         self._windows = ModelWindows(self._make_window)
-        self._wrappers, self._prepared_as = {}, {}
+        self._wrappers, self._prepared_as, self._half_parameters = {}, {}, {}
 
     def discard_window(self, model: nn.Module | Sequence[nn.Module] | None = None) -> None:
         """Give up the micro-batches of a window, after an exception say: their gradients, sent or not, and their sums.
@@ -110,6 +122,7 @@ class WindowedAccelerator(Accelerator):  # type: ignore[misc]
         """
         window = self.window_of(model)
         discard_deferred(window.whole)
+        self._round_gradients(window)
         window.sums.discard()
         window.is_open = False
         self.step = 0
@@ -145,6 +158,17 @@ class WindowedAccelerator(Accelerator):  # type: ignore[misc]
             inside = _inside(model)
             self._prepared_as[model] = next((p for p in self._models if _inside(p) is inside), model)
         return self._prepared_as[model]
+
+    def _half_parameters_of(self, model: nn.Module) -> HalfParameters:
+        prepared = self._prepared(model)
+        if prepared not in self._half_parameters:
+            self._half_parameters[prepared] = HalfParameters.of(prepared)
+        return self._half_parameters[prepared]
+
+    def _round_gradients(self, window: ModelWindow) -> None:
+        """Give optimizers what they ask for: gradients of their parameters' dtype."""
+        for model in window.models if self._accumulates_wide else ():
+            self._half_parameters_of(model).round()
 
     # ---- The end of a window ----
 
@@ -198,6 +222,8 @@ class WindowedAccelerator(Accelerator):  # type: ignore[misc]
             scales=not folds,
             has_data_left=has_data_left,
         )
+        self._agree_on_overflow(optimizers, report)
+        self._round_gradients(window)
         window.is_open, window.is_folded, window.ended_in = False, folds, self._micro_batch
         window.num_closed += 1
         order = self._judge(window, report, optimizers, step or window.num_closed)
@@ -235,8 +261,16 @@ class WindowedAccelerator(Accelerator):  # type: ignore[misc]
             optimizer = upstream.optimizers_of(self)
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         optimizers = [o for o in optimizers if not any(o is known for known in self._unscaled)]
-        super().unscale_gradients(optimizers)
+        with upstream.unscaling_local_parts(self.scaler) as found:
+            super().unscale_gradients(optimizers)
         self._unscaled += optimizers
+        self._found_inf |= found
+
+    def _agree_on_overflow(self, optimizers: Sequence[Optimizer], report: WindowReport) -> None:
+        """Let fp16's scaler leave the step out on every rank if it would on one, by the norm that all have reduced."""
+        for optimizer in optimizers:
+            for flag in self._found_inf.get(id(innermost(optimizer)), ()):
+                torch.maximum(flag, on_device(as_flag(report.is_finite), flag.device), out=flag)
 
     def _update_scale(self) -> None:
         """Let fp16's scale change: between windows only, for gradients of one window share one scale."""
@@ -244,6 +278,7 @@ class WindowedAccelerator(Accelerator):  # type: ignore[misc]
         if stepped:
             self.scaler.update()
             self._unscaled.clear()
+            self._found_inf.clear()
             for optimizer in stepped:
                 optimizer.awaits_update = False
 

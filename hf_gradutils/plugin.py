@@ -9,6 +9,7 @@ from accelerate.utils import GradientAccumulationPlugin
 
 from hf_gradutils import environment
 from hf_gradutils.errors import InvalidArgumentError
+from hf_gradutils.half_precision import AccumulateInFloat32, check_accumulate_in_float32
 from hf_gradutils.nonfinite import OnNonfinite, StepGuard
 from hf_gradutils.norm_groups import NormGroups, check_norm_groups
 from hf_gradutils.norms import check_norm_type
@@ -20,6 +21,10 @@ from hf_gradutils.targets import CountTargets, LossUnit, TargetCounter
 def _switch(text: str) -> bool:
     values = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
     return values[text.lower()]
+
+
+def _switch_or_auto(text: str) -> Any:
+    return "auto" if text.lower() == "auto" else _switch(text)
 
 
 def _groups(text: str) -> Any:
@@ -37,6 +42,7 @@ _FROM_TEXT: dict[str, tuple[Callable[[str], Any], str]] = {
     "loss_unit": (str, "a unit"),
     "check_loss_unit": (_switch, "true or false"),
     "sync": (str, "a policy"),
+    "accumulate_in_float32": (_switch_or_auto, "true, false or auto"),
     "norm_type": (float, "a number"),
     "grad_norm_groups": (_groups, """'layer', or JSON like {"group": "pattern"}"""),
     "ownership": (_mapping, """JSON like {"pattern": "sharded"}"""),
@@ -86,9 +92,13 @@ class GradUtilsPlugin(GradientAccumulationPlugin):  # type: ignore[misc]
     """Batch → number of targets, a 0-d tensor; overrides ``loss_unit``."""
     check_loss_unit: bool = field(default_factory=_setting("check_loss_unit", True))
     """Verify on the first batch, with three forwards, that the loss is a mean over what is counted."""
-    sync: Sync = field(default_factory=_setting("sync", "defer"))
+    sync: Sync | None = field(default_factory=_setting("sync", None))
     """When gradients are communicated: ``defer`` to the last micro-batch, ``every`` one, ``reduce_scatter`` shards in
-    every one and replicas in the last, or ``auto``, by what memory allows. See ``docs/sync.md``."""
+    every one and replicas in the last, or ``auto``, by what memory allows. None is ``defer``, but ``auto`` where FSDP2
+    accumulates in float32 what it would in half precision by itself. See ``docs/sync.md``."""
+    accumulate_in_float32: AccumulateInFloat32 = field(default_factory=_setting("accumulate_in_float32", "auto"))
+    """Gradients of parameters in half precision (``model.bfloat16()``) are accumulated in float32 and rounded once, for
+    2 bytes more per parameter; ``auto``: from 32 micro-batches on. See ``docs/exactness.md``."""
     norm_type: float = field(default_factory=_setting("norm_type", 2.0))
     """p of the gradient norm that is logged and clipped to; ``inf`` is the largest element."""
     grad_norm_groups: NormGroups = field(default_factory=_setting("grad_norm_groups", None))
@@ -114,8 +124,9 @@ class GradUtilsPlugin(GradientAccumulationPlugin):  # type: ignore[misc]
     def _check(self) -> None:
         self.counter()
         self.guard()
-        if self.sync not in SYNCS:
+        if self.sync is not None and self.sync not in SYNCS:
             raise InvalidArgumentError(f"sync must be one of {', '.join(SYNCS)}, got {self.sync!r}")
+        check_accumulate_in_float32(self.accumulate_in_float32)
         self.effective_sync(each_batch=self.sync_each_batch)
         check_norm_type(self.norm_type)
         check_norm_groups(self.grad_norm_groups)
@@ -142,14 +153,20 @@ class GradUtilsPlugin(GradientAccumulationPlugin):  # type: ignore[misc]
         """Judges steps as these settings say."""
         return StepGuard(self.on_nonfinite, self.max_skipped_steps)
 
-    def effective_sync(self, *, each_batch: bool) -> Sync:
-        """The policy, with accelerate's own option ``sync_each_batch`` taken for ``every``."""
-        if each_batch and self.sync not in ("defer", "every"):
+    def effective_sync(self, *, each_batch: bool, widens_gradients: bool = False) -> Sync:
+        """The policy, with accelerate's own option ``sync_each_batch`` taken for ``every``.
+
+        Args:
+            each_batch: What that option says.
+            widens_gradients: Gradients of one micro-batch and all deferred ones are wider than without this package.
+        """
+        if each_batch and self.sync not in (None, "defer", "every"):
             raise InvalidArgumentError(
                 f"expected sync or accelerate's sync_each_batch, got sync={self.sync!r} and sync_each_batch=True; "
                 "leave out sync_each_batch, which means sync='every'"
             )
-        return "every" if each_batch else self.sync
+        default: Sync = "auto" if widens_gradients else "defer"
+        return "every" if each_batch else self.sync or default
 
     def accumulation_settings(self) -> list[str]:
         """``name=value`` of everything set that accelerate's own plugin has, which a Trainer takes elsewhere."""

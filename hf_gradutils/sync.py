@@ -65,7 +65,8 @@ class SyncContext:
         wrappers: ``find_wrappers(model)`` of before, where that is known to hold still.
 
     Raises:
-        InvalidArgumentError: on exit, where HSDP before torch 2.15 would have lost gradients under ``reduce_scatter``.
+        InvalidArgumentError: on exit, where HSDP before torch 2.15 would have lost gradients under ``reduce_scatter``,
+            or DDP has not averaged all gradients.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class SyncContext:
     ):
         self._wrappers = find_wrappers(model) if wrappers is None else wrappers
         self._communicates = communicates(policy, is_last=is_last)
+        self._ends_deferral = is_last and policy == "defer"
         self._undo: contextlib.ExitStack | None = None
 
     def __enter__(self) -> None:
@@ -93,6 +95,8 @@ class SyncContext:
                     undo.callback(upstream.restore_fsdp2_sync_flags, upstream.fsdp2_sync_flags(module))
                     module.set_requires_gradient_sync(shards, recurse=False)
                     module.set_requires_all_reduce(replicas, recurse=False)
+                    if self._ends_deferral and (widened := upstream.fsdp2_widen_new_gradients(module)):
+                        undo.callback(upstream.restore_grad_dtypes, widened)
                 elif isinstance(module, FullyShardedDataParallel):
                     undo.callback(upstream.set_fsdp1_sync_flag, module, upstream.fsdp1_sync_flag(module))
                     upstream.set_fsdp1_sync_flag(module, shards)
@@ -105,9 +109,11 @@ class SyncContext:
         assert undo is not None
         undo.close()
         if exc_type is None and self._communicates.shards:
-            self._check_nothing_is_lost()
+            self._check_shards_are_whole()
+        if exc_type is None and self._communicates.replicas:
+            self._check_replicas_are_averaged()
 
-    def _check_nothing_is_lost(self) -> None:
+    def _check_shards_are_whole(self) -> None:
         """HSDP adds up reduced shards by their position, which moves if a parameter takes part only sometimes."""
         for name, module in self._wrappers:
             if isinstance(module, FSDPModule) and upstream.fsdp2_loses_gradients(
@@ -117,6 +123,17 @@ class SyncContext:
                     "expected every trainable parameter of an FSDP2 group to take part in every micro-batch, which "
                     "sync='reduce_scatter' needs under HSDP before torch 2.15, got one in "
                     f"{name or 'the model itself'} that did not; use sync='defer', or sync='every' for less memory"
+                )
+
+    def _check_replicas_are_averaged(self) -> None:
+        """DDP waits for a gradient of every parameter unless told otherwise, and says so only in the next forward."""
+        for name, module in self._wrappers:
+            if isinstance(module, DistributedDataParallel) and (why := upstream.why_ddp_has_not_averaged(module)):
+                raise InvalidArgumentError(
+                    f"expected DDP to average all gradients of {name or 'the model'}, but it waits for parameters that "
+                    f"took no part in the loss ({why}); pass TrainingArguments(ddp_find_unused_parameters=True), which "
+                    "gradient checkpointing turns off, or accelerate's "
+                    "DistributedDataParallelKwargs(find_unused_parameters=True)"
                 )
 
 

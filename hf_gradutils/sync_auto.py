@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.tensor import DTensor
 
 from hf_gradutils import upstream
 from hf_gradutils.reduction import reduce_packed, world_domain
@@ -41,6 +42,7 @@ class PolicyChoice:
         self._device = device
         self._num_closed = 0
         self._decided: weakref.WeakKeyDictionary[nn.Module, SyncPolicy] = weakref.WeakKeyDictionary()
+        self._sparing: weakref.WeakKeyDictionary[nn.Module, SyncPolicy] = weakref.WeakKeyDictionary()
 
     def window_closed(self) -> None:
         """Say that the optimizer steps now."""
@@ -56,7 +58,20 @@ class PolicyChoice:
             return self._sync
         if model not in self._decided and self._num_closed >= _WINDOWS_SEEN and not is_last:
             self._decided[model] = decide(deferred_bytes(model), free_bytes(self._device), self._device)
-        return self._decided.get(model, "reduce_scatter")
+        if model not in self._sparing:
+            self._sparing[model] = sparing_policy(model)
+        return "defer" if self._decided.get(model) == "defer" else self._sparing[model]
+
+
+def sparing_policy(model: nn.Module) -> SyncPolicy:
+    """The policy that keeps least memory and is right for any model.
+
+    Under HSDP before torch 2.15 ``reduce_scatter`` needs every parameter in every micro-batch, which a rare branch or a
+    vision tower does not give it: there replicas are averaged in every micro-batch too.
+    """
+    sharded = (p for p in model.parameters() if isinstance(p, DTensor))
+    has_replicas = any(placement.is_replicate() for p in sharded for placement in p.placements)
+    return "every" if has_replicas and upstream.fsdp2_adds_shards_by_position() else "reduce_scatter"
 
 
 def decide(needed: int, free: float, device: torch.device) -> SyncPolicy:

@@ -102,7 +102,8 @@ class GradUtilsTrainerMixin(EvaluationMixin):
     def create_accelerator_and_postprocess(self) -> None:
         """Build the Accelerator as Trainer does, and make it one that weighs."""
         super().create_accelerator_and_postprocess()
-        GradUtilsAccelerator.adopt(self.accelerator, self.grad_plugin)
+        num_micro_batches = self.args.gradient_accumulation_steps
+        GradUtilsAccelerator.adopt(self.accelerator, self.grad_plugin, num_micro_batches=num_micro_batches)
 
     # ---- Training: start and end ----
 

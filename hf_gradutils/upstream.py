@@ -1,14 +1,16 @@
 """Every private name of torch, accelerate, transformers and trl that the package leans on, and nothing else.
 
-Checked on torch 2.11, 2.13 and 2.15, accelerate 1.15, transformers 5.17 and 5.23, trl 1.16. ``tests/test_upstream.py``,
+Checked on torch 2.11, 2.13 and 2.15, accelerate 1.15, transformers 5.17 and 5.24, trl 1.16. ``tests/test_upstream.py``,
 for trl ``tests/test_trl.py``, fails when one of them moves. The private methods of ``transformers.Trainer`` that the
 Trainer overrides are listed in :data:`TRAINER_METHODS` and checked by the same test.
 """
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import operator
+import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,7 +21,11 @@ from torch._C._distributed_c10d import Store
 from torch.distributed import ProcessGroup, distributed_c10d
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
+from torch.distributed.utils import _apply_to_tensors
+from torch.nn.parallel import DistributedDataParallel
 
 TRAINER_METHODS = {
     "_clip_grad_norm": ("self", "model"),
@@ -36,10 +42,10 @@ TRAINER_METHODS = {
     "_prepare_inputs": ("self", "inputs"),
     "_update_auto_batch_size": ("self", "batch_size"),
 }
-"""Private methods of ``transformers.Trainer`` (5.17 to 5.23) with the parameters that the overrides rely on."""
+"""Private methods of ``transformers.Trainer`` (5.17 to 5.24) with the parameters that the overrides rely on."""
 
 TRAINER_ATTRIBUTES = ("_tr_loss", "_globalstep_last_logged")
-"""Private attributes that ``transformers.Trainer.train`` keeps its running loss in (5.17 to 5.23)."""
+"""Private attributes that ``transformers.Trainer.train`` keeps its running loss in (5.17 to 5.24)."""
 
 ACCELERATOR_ATTRIBUTES = ("_models", "_optimizers", "_schedulers", "_dataloaders")
 """Private attributes in which accelerate's Accelerator (1.15) keeps what it has prepared; our subclass reads them."""
@@ -121,6 +127,16 @@ def restore_fsdp2_sync_flags(flags: Sequence[tuple[Any, bool, bool]]) -> None:
         group.reduce_grads, group.all_reduce_grads = reduce_grads, all_reduce_grads
 
 
+def why_ddp_has_not_averaged(module: DistributedDataParallel) -> str:
+    """Why DDP would raise in its next forward: the parameters that its last backward has waited for; else empty."""
+    try:
+        module._check_reducer_finalized()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        lines = str(error).splitlines()
+        return next((line for line in lines if line.startswith("Parameter")), lines[0])
+    return ""
+
+
 def fsdp1_sync_flag(module: FullyShardedDataParallel) -> bool:
     """Whether the backward of one FSDP1 module reduces gradients. Its ``no_sync`` can only switch this off."""
     return bool(module._sync_gradients)
@@ -129,6 +145,62 @@ def fsdp1_sync_flag(module: FullyShardedDataParallel) -> bool:
 def set_fsdp1_sync_flag(module: FullyShardedDataParallel, value: bool) -> None:
     """Set what :func:`fsdp1_sync_flag` reads."""
     vars(module)["_sync_gradients"] = value  # a plain attribute, which nn.Module's type does not know
+
+
+def fsdp2_honours_grad_dtype() -> bool:
+    """Whether shards of gradients take the dtype that ``grad_dtype`` of their parameter says: from torch 2.15 on."""
+    return hasattr(FSDPParam, "unsharded_grad_dtype")
+
+
+def fsdp2_widen_new_gradients(module: FSDPModule) -> list[Tensor]:
+    """Let parameters without an accumulated gradient get their first one in the dtype that those of others have.
+
+    Before torch 2.15 gradients that were accumulated without being reduced are in ``reduce_dtype`` already and the last
+    micro-batch's own ones are not, and a reduction of both raises (pytorch#160279). Of one FSDP2 module, not of its
+    children; before its last backward.
+
+    Returns:
+        Whose ``grad_dtype`` was changed, for :func:`restore_grad_dtypes`.
+    """
+    changed: list[Tensor] = []
+    if fsdp2_honours_grad_dtype():
+        return changed
+    for group in _fsdp2_groups(module):
+        dtype = getattr(group, "_reduce_dtype", None)  # not there before the first forward
+        accumulated = [parameter.unsharded_accumulated_grad is not None for parameter in group.fsdp_params]
+        if dtype is None or not any(accumulated):
+            continue
+        for parameter, has_gradient in zip(group.fsdp_params, accumulated, strict=True):
+            unsharded = getattr(parameter, "_unsharded_param", None)
+            if not has_gradient and unsharded is not None and unsharded.grad is None:
+                unsharded.grad_dtype = dtype
+                changed.append(unsharded)
+    return changed
+
+
+def restore_grad_dtypes(parameters: Sequence[Tensor]) -> None:
+    """Let gradients have their parameter's own dtype again. What is accumulated of them has been taken."""
+    for parameter in parameters:
+        parameter.grad = None
+        parameter.grad_dtype = parameter.dtype
+
+
+def fsdp2_keep_losses(module: Any) -> None:
+    """Let a root of FSDP2 hand out scalars as the model computed them; all else is cast as its policy says."""
+    state = module._get_fsdp_state()
+    dtype = state._mp_policy.output_dtype
+    if dtype is not None:
+        state._mp_policy = dataclasses.replace(state._mp_policy, output_dtype=None)
+        module.register_forward_hook(functools.partial(_cast_outputs, dtype))
+
+
+def _cast_outputs(dtype: torch.dtype, module: nn.Module, args: Any, outputs: Any) -> Any:
+    return _apply_to_tensors(lambda t: t.to(dtype) if t.dim() and t.is_floating_point() else t, outputs)
+
+
+def fsdp2_adds_shards_by_position() -> bool:
+    """Whether HSDP adds reduced shards to those of earlier micro-batches by position alone: before torch 2.15."""
+    return not hasattr(FSDPParamGroup, "_get_partial_reduce_grad")
 
 
 def fsdp2_loses_gradients(module: FSDPModule, *, is_last: bool) -> bool:
@@ -309,7 +381,7 @@ def without_accelerate_state() -> Iterator[None]:
 
 
 def trainer_no_sync(trainer: Any, model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """What ``transformers.Trainer`` (5.17 to 5.23) runs a micro-batch in that does not end its window."""
+    """What ``transformers.Trainer`` (5.17 to 5.24) runs a micro-batch in that does not end its window."""
     from transformers.distributed.fsdp import is_fsdp_managed_module
 
     if getattr(trainer, "is_distributed_loading_by_transformers", False) and is_fsdp_managed_module(trainer.model):
@@ -317,6 +389,46 @@ def trainer_no_sync(trainer: Any, model: nn.Module) -> contextlib.AbstractContex
         return deferred
     waiting: contextlib.AbstractContextManager[None] = trainer.accelerator.no_sync(model)
     return waiting
+
+
+@contextlib.contextmanager
+def unscaling_local_parts(scaler: Any) -> Iterator[dict[int, list[Tensor]]]:
+    """Let ``GradScaler.unscale_`` (torch 2.11 to 2.15) take plain gradients and DTensors of any meshes side by side.
+
+    By itself it puts all of them into one list, which DTensor refuses. Each rank looks at its own parts only here: that
+    ranks agree on what they found is up to the caller.
+
+    Yields:
+        id of an unscaled optimizer → for each device, the flag that its step will ask: above 0 leaves the step out.
+    """
+    found: dict[int, list[Tensor]] = {}
+    unscale = scaler._unscale_grads_
+
+    def of_local_parts(optimizer: Any, *args: Any) -> dict[torch.device, Tensor]:
+        flags: dict[torch.device, Tensor] = unscale(_local_parts(optimizer), *args)
+        found[id(optimizer)] = list(flags.values())
+        return flags
+
+    scaler._unscale_grads_ = of_local_parts
+    try:
+        yield found
+    finally:
+        del scaler._unscale_grads_
+
+
+def _local_parts(optimizer: torch.optim.Optimizer) -> Any:
+    """The optimizer as ``GradScaler`` sees it, with this rank's parts in place of DTensors."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not any(isinstance(gradient, DTensor) for gradient in gradients):
+        return optimizer
+    parts = [_with_gradient(local_tensor(gradient)) for gradient in gradients]
+    return types.SimpleNamespace(param_groups=[{"params": parts}])
+
+
+def _with_gradient(gradient: Tensor) -> Tensor:
+    parameter = gradient.detach()
+    parameter.grad = gradient
+    return parameter
 
 
 def optimizers_of(accelerator: Any) -> list[Any]:

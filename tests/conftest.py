@@ -1,5 +1,6 @@
 """Tests leave the pytest process as they found it."""
 
+import gc
 import os
 import threading
 import time
@@ -30,6 +31,11 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all others are for CPUs, also where there is a GPU
     for message, category in UPSTREAM_WARNINGS:
         config.addinivalue_line("filterwarnings", f"ignore:{message}:{category.__name__}")
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # as in each rank
 
 
 @pytest.fixture(autouse=True)

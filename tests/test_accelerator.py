@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import AutocastKwargs, DistributedType, GradientAccumulationPlugin
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from accelerator_cases import make, run_loop, whole_gradients
 from counting import collectives, events_of, num_host_syncs
+from half_cases import with_scaler
 from heads import HEADS
 from torch import nn
 from trainer_cases import (
@@ -306,18 +306,10 @@ def test_parameters_of_no_model_are_refused():
 # ---- fp16 ----
 
 
-def _with_scaler(accelerator, init_scale=1024.0):
-    """fp16's loss scaling, which accelerate offers on accelerators only, put in place by hand."""
-    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
-    accelerator.native_amp = True
-    accelerator.autocast_handler = AutocastKwargs(enabled=False)
-    AcceleratorState._shared_state["_mixed_precision"] = "fp16"
-
-
 def test_optimizers_that_share_a_scaler_step_on_gradients_of_one_scale():
     reset_accelerate()
     accelerator = GradUtilsAccelerator(cpu=True, gradient_accumulation_steps=2)
-    _with_scaler(accelerator)
+    with_scaler(accelerator)
     accelerator.scaler.set_growth_interval(1)  # it changes at every update
     models = [Regression(0), Regression(1)]
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
@@ -352,7 +344,7 @@ def _copy(model):
 def test_an_overflow_skips_the_step_and_the_scheduler_holds():
     reset_accelerate()
     accelerator = GradUtilsAccelerator(cpu=True)
-    _with_scaler(accelerator, init_scale=2.0**127)
+    with_scaler(accelerator, init_scale=2.0**127)
     model = Regression(0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
@@ -650,7 +642,7 @@ def test_an_optimizer_that_steps_inside_backward_is_refused():
 
 
 def test_fields_come_from_keywords_then_variables_then_defaults(monkeypatch):
-    assert GradUtilsPlugin().sync == "defer"
+    assert GradUtilsPlugin().sync is None
     for name, text in {
         "SYNC": "every",
         "NORM_TYPE": "inf",

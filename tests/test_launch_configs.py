@@ -75,6 +75,51 @@ def test_one_and_two_cpu_ranks_take_the_same_two_steps(home, tmp_path):
     assert one[1] == pytest.approx(two[1], rel=1e-3)  # Adam's first step is the gradient's sign
 
 
+BF16 = {
+    "gpu_1": (1, {}),
+    "ddp_8": (2, {}),
+    "two_nodes": (2, {}),
+    "fsdp2_8": (2, {}),
+    "hsdp_2x8": (4, {"DP_SHARD": 2}),
+    "tp2_fsdp2_4": (4, {"DP_SHARD": 2}),
+    "cp2_fsdp2_4": (2, {"CP": 1, "DP_SHARD": 2}),
+}
+"""Those that say bf16 → the fewest ranks that have their layout, and the sizes of the axes with them. The attention of
+context parallelism does not run on CPU: its configuration is tried without that axis."""
+
+TASKS = {"causal-lm": "causal_lm", "seq2seq": "seq2seq", "sequence-classification": "sequence_classification"}
+NO_PLAN = [("tp2_fsdp2_4", "seq2seq")]
+"""T5 has no plan for tensor parallelism."""
+
+
+def test_every_configuration_in_bf16_is_tried():
+    assert {name for name in EXPECTED if told(name)[0].mixed_precision == "bf16"} == set(BF16)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("name", BF16)
+def test_every_configuration_in_bf16_trains_every_task(name, task, home, tmp_path):
+    num_ranks, sizes = BF16[name]
+    if IS_OLD and name == "tp2_fsdp2_4":
+        pytest.skip("transformers 5.17 spreads a model by tensor parallelism only")
+    args, env = told(name)
+    env |= {"ACCELERATE_MIXED_PRECISION": args.mixed_precision}  # which simple launchers say in another way
+    env |= {f"PARALLELISM_CONFIG_{axis}_SIZE": str(size) for axis, size in sizes.items()}
+    arguments = [f"configs/{TASKS[task]}.yaml", *ARGUMENTS[1:], "--output_dir", tmp_path]
+    if (name, task) in NO_PLAN:
+        with pytest.raises(RankFailure) as failure:
+            run_in_ranks(home, "finetune.py", arguments, num_ranks, env=env)
+        assert "has no `tp_plan`" in failure.value.reports[0].output + failure.value.reports[0].summary
+        return
+    layouts = run_in_ranks(home, "finetune.py", arguments, num_ranks, env=env)
+    is_sharded = "fsdp2" in name or "hsdp" in name
+    assert {layout["wrapper"] == "FSDP2" for layout in layouts} == {is_sharded}
+    steps = steps_of(tmp_path)
+    assert len(steps) == 2
+    assert all(step["loss"] > 0 and step["grad_norm"] > 0 for step in steps)
+    assert steps[1]["loss"] < steps[0]["loss"]
+
+
 SPREAD = {
     "ddp_8": ("finetune_no_trainer.py", 2, {}, "DistributedDataParallel", set()),
     "fsdp2_8": ("finetune.py", 2, {}, "FSDP2", {(2,)}),

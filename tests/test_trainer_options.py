@@ -5,12 +5,23 @@ import math
 import peft
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from accelerate.utils import AutocastKwargs
+from half_cases import with_scaler
 from heads import HEADS
 from torch.distributed.tensor import DTensor, distribute_tensor
-from trainer_cases import IS_OLD, LAYOUTS, load, make_data, make_model, norm, relative_error, run, train, truth
-from transformers import Trainer, TrainingArguments
+from trainer_cases import (
+    CHECKPOINTING,
+    IS_OLD,
+    LAYOUTS,
+    load,
+    make_data,
+    make_model,
+    norm,
+    relative_error,
+    run,
+    train,
+    truth,
+)
+from transformers import Trainer
 
 from hf_gradutils import GradUtilsAccelerator, GradUtilsTrainer
 from hf_gradutils.errors import InvalidArgumentError, LossUnitError
@@ -19,9 +30,6 @@ from hf_gradutils.plugin import GradUtilsPlugin
 
 TOLERANCE = 1e-5
 COMMON = ["1 rank", "ddp2", "fsdp2x2"]
-CHECKPOINTING = next(  # its name since transformers 5.23, and before
-    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
-)
 
 
 def gradient_of(model, head, data):
@@ -162,16 +170,13 @@ def test_autocast_to_bfloat16_is_as_near_too():
 
 
 class _Scaled(GradUtilsTrainer):
-    """fp16's loss scaling, which accelerate offers on accelerators only, put in place by hand."""
+    """fp16's loss scaling around a model that computes in float32, to see what scaling does."""
 
     init_scale = 2.0**16
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
-        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=self.init_scale)
-        self.accelerator.native_amp = True
-        self.accelerator.autocast_handler = AutocastKwargs(enabled=False)  # float32 inside, to see what scaling does
-        AcceleratorState._shared_state["_mixed_precision"] = "fp16"
+        with_scaler(self.accelerator, self.init_scale)
 
 
 class _Overflowing(_Scaled):

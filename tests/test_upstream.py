@@ -12,7 +12,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from ranks import ranks
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from trainer_cases import reset_accelerate
 from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer
 from transformers.distributed import DistributedConfig
@@ -114,6 +115,54 @@ def test_the_flags_of_fsdp2_can_be_read_and_written_back():
     upstream.restore_fsdp2_sync_flags(flags)
     assert [flag[1:] for flag in upstream.fsdp2_sync_flags(model)] == [(False, False)]
     assert upstream.default_store() is not None
+
+
+@ranks(2)
+def test_fsdp2_keeps_what_it_accumulates_where_we_look():
+    model = nn.Linear(4, 4)
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.bfloat16))
+    state = model._get_fsdp_state()
+    assert state._mp_policy.output_dtype == torch.bfloat16
+    model.set_requires_gradient_sync(False)
+    model(torch.ones(1, 4)).sum().backward()
+    (group,) = upstream._fsdp2_groups(model)
+    assert group._reduce_dtype == torch.float32
+    for parameter in group.fsdp_params:
+        assert parameter._unsharded_param.dtype == torch.bfloat16
+        assert parameter.unsharded_accumulated_grad.dtype == torch.float32
+    assert upstream.fsdp2_widen_new_gradients(model) == [], "all have one"
+    upstream.fsdp2_keep_losses(model)
+    upstream.fsdp2_keep_losses(model)
+    assert state._mp_policy.output_dtype is None
+    assert len(model._forward_hooks) == 2, "FSDP2's own, and ours once"
+    assert model(torch.ones(1, 4)).dtype == torch.bfloat16
+
+
+def test_torchs_scaler_unscales_by_the_method_that_we_replace():
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.full((2,), 8.0)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(()))  # makes the scale
+    with upstream.unscaling_local_parts(scaler) as found:
+        scaler.unscale_(optimizer)
+    assert weight.grad.tolist() == [2.0, 2.0]
+    [flag] = found[id(optimizer)]
+    flag.fill_(1.0)
+    scaler.step(optimizer)
+    assert weight.tolist() == [1.0, 1.0], "the flag is the one that the step asks"
+    assert "_unscale_grads_" not in vars(scaler)
+
+
+@ranks(2)
+def test_ddp_says_whether_it_has_averaged():
+    model = nn.Module()
+    model.used, model.unused = nn.Linear(2, 2), nn.Linear(2, 2)
+    model.forward = lambda x: model.used(x)
+    wrapped = DistributedDataParallel(model)
+    assert upstream.why_ddp_has_not_averaged(wrapped) == ""
+    wrapped(torch.ones(1, 2)).sum().backward()
+    assert upstream.why_ddp_has_not_averaged(wrapped).startswith("Parameter indices which did not receive grad")
 
 
 def test_the_detection_losses_ask_the_state_that_we_hide():

@@ -18,7 +18,7 @@ from heads import HEADS, without_batch_statistics
 from packaging.version import Version
 from ranks import run_ranks
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -29,6 +29,10 @@ from hf_gradutils import GradUtilsTrainer
 NUM_SAMPLES = 16
 IS_OLD = Version(transformers.__version__) < Version("5.23")
 """Checked on 5.17, which cannot do everything that 5.23 can."""
+CHECKPOINTING = (
+    "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
+)
+"""The argument that switches activation checkpointing on; from 5.23 on the first."""
 
 Rows = list[dict[str, Tensor]]
 
@@ -138,16 +142,17 @@ def run(function: Callable[..., Any], layout: str, *args: Any) -> list[Any]:
     return [function(layout, *args)] if num_ranks == 1 else run_ranks(function, num_ranks, layout, *args)
 
 
-TIED = ("t5 seq2seq", "bert masked")
+TIED = ("bert masked",)
 """Heads whose tied parameters accelerate 1.15 puts into two FSDP2 groups, which torch 2.13 refuses."""
 
 
-def shard_tied(model: nn.Module, layers: tuple[str, ...]) -> None:
-    """FSDP2 by hand: each layer a group, and all that is tied in the root's."""
+def shard_tied(model: nn.Module, layers: tuple[str, ...], dtype: torch.dtype | None = None) -> None:
+    """FSDP2 by hand: each layer a group, and all that is tied in the root's; computing in ``dtype``."""
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
     for module in model.modules():
         if type(module).__name__ in layers:
-            fully_shard(module)
-    fully_shard(model)
+            fully_shard(module, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
 
 
 def load(head: str, options: dict[str, Any]) -> nn.Module:
@@ -195,12 +200,15 @@ def train(
     data: Any = None,
     eval_data: Any = None,
     arguments: dict[str, Any] | None = None,
+    callback: TrainerCallback | None = None,
+    taps: bool = True,
     **kwargs: Any,
 ) -> tuple[Trainer, GradientTap]:
     """One optimizer step over all the data, on the ranks there are.
 
     Args:
         layout: A key of ``LAYOUTS``; None for what accelerate makes of the ranks, DDP or one process.
+        taps: Keep the gradients of each step; a callback, which folding into the optimizer refuses.
     """
     reset_accelerate()
     world_size = dist.get_world_size() if dist.is_initialized() else 1
@@ -230,7 +238,10 @@ def train(
         if model is None:
             model = load(head, spread.loading) if spread.loading else make_model(head)
         if layout == "fsdp2x2" and head in TIED:
-            shard_tied(model, layers)
+            named = {"bf16": torch.bfloat16, "fp16": torch.float16}
+            shard_tied(
+                model, layers, next((dtype for name, dtype in named.items() if (arguments or {}).get(name)), None)
+            )
             layers = tuple(f"FSDP{layer}" for layer in layers)  # what fully_shard has made of their names
         tap = GradientTap()
         trainer = trainer_class(
@@ -238,7 +249,7 @@ def train(
             args=TrainingArguments(**options | spread.arguments(layers) | (arguments or {})),
             train_dataset=data,
             eval_dataset=eval_data,
-            callbacks=[tap],
+            callbacks=[*([tap] if taps else []), *([callback] if callback else [])],
             **{"data_collator": HEADS[head].collate} | kwargs,
         )
         trainer.train()

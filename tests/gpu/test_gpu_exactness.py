@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, GradScalerKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, GradScalerKwargs, InitProcessGroupKwargs
 from accelerator_cases import run_loop
 from gpu.cuda_cases import DEVICE, SHARED, arguments_for, assert_on, exact_attention, run
+from half_cases import with_scaler
 from heads import HEADS
 from trainer_cases import LAYOUTS, make_data, make_model, norm, relative_error, train, truth
 from transformers import Trainer
@@ -183,9 +183,7 @@ class Scaled(GradUtilsTrainer):
         if accelerator.scaler is not None:
             accelerator.scaler = type(accelerator.scaler)(init_scale=1024.0)
         elif self.args.fp16:  # accelerate offers it on accelerators only
-            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-            accelerator.native_amp, accelerator.autocast_handler = True, AutocastKwargs(enabled=False)
-            AcceleratorState._shared_state["_mixed_precision"] = "fp16"
+            with_scaler(accelerator)
 
 
 def half_is_as_near(layout, device, arguments, options, most):

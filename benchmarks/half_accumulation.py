@@ -1,0 +1,93 @@
+"""How much of a gradient in bfloat16 is lost while it accumulates, and what accumulating in float32 gets back.
+
+Models whose parameters are bfloat16 themselves. The truth is the same weights in float64.
+"""
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterable, Sequence
+
+from half_exactness import Closeness, closeness
+from heads import HEADS
+from ranks import run_ranks
+from torch import Tensor
+from trainer_cases import LAYOUTS, make_data, make_model, train
+
+from hf_gradutils import GradUtilsPlugin
+
+NUM_SAMPLES = 128
+ACCUMULATIONS = (1, 8, 64)
+LAYOUTS_MEASURED = ("1 rank", "ddp2", "fsdp2x2")
+HEADS_MEASURED = ("llama causal", "bert classes", "vit images", "bert tokens")
+SETTINGS = {"bfloat16": False, "float32": True}
+"""What gradients accumulate in → ``accumulate_in_float32``."""
+
+Errors = dict[tuple[str, str, int], dict[str, Closeness]]
+"""(head, layout, accumulation) → what gradients accumulate in → how near the step's gradient was."""
+
+
+def measure(seed: int) -> Errors:
+    """All of it; prints as it goes."""
+    found: Errors = {}
+    for head in HEADS_MEASURED:
+        for layout in LAYOUTS_MEASURED:
+            for accumulation in ACCUMULATIONS:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    found[head, layout, accumulation] = _measure_cell(head, layout, accumulation, seed)
+                print(*_row(head, layout, accumulation, found[head, layout, accumulation]), sep="  ", flush=True)
+    return found
+
+
+def _measure_cell(head: str, layout: str, accumulation: int, seed: int) -> dict[str, Closeness]:
+    num_ranks = LAYOUTS[layout].num_ranks
+    return {
+        name: run_ranks(gradient_error, num_ranks, head, layout, accumulation, seed, wide, deadline_s=180)[0]
+        for name, wide in SETTINGS.items()
+    }
+
+
+def gradient_error(head: str, layout: str, accumulation: int, seed: int, wide: bool) -> Closeness:
+    """How near a step of the Trainer comes. Runs on every rank of the layout."""
+    logging.disable(logging.WARNING)
+    data = make_data(head, NUM_SAMPLES, seed=seed)
+    plugin = GradUtilsPlugin(accumulate_in_float32=wide, sync="defer")
+    model = make_model(head).bfloat16()
+    trainer, tap = train(head, accumulation, layout=layout, data=data, model=model, grad_plugin=plugin)
+    assert all(p.grad is None or p.grad.dtype == p.dtype for p in trainer.model.parameters())
+    return closeness(tap.steps[0], truth_of_rounded_weights(head, data))
+
+
+def truth_of_rounded_weights(head: str, data: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    model = make_model(head).bfloat16().double()
+    batch = HEADS[head].collate(list(data))
+    batch = {name: v.bfloat16().double() if v.is_floating_point() else v for name, v in batch.items()}
+    model(**batch)["loss"].backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def rows(found: Errors) -> Iterable[Sequence[str]]:
+    yield ("head", "layout", *(f"{name}, {n}" for name in SETTINGS for n in ACCUMULATIONS))
+    for head in HEADS_MEASURED:
+        for layout in LAYOUTS_MEASURED:
+            cells = [found[head, layout, n] for n in ACCUMULATIONS]
+            yield (head, layout, *(_number(cell[name]) for name in SETTINGS for cell in cells))
+
+
+def _row(head: str, layout: str, accumulation: int, cell: dict[str, Closeness]) -> Iterable[str]:
+    yield from (f"{head:14}", f"{layout:10}", f"accumulation {accumulation:3}")
+    yield from (f"{name} {_number(near)}" for name, near in cell.items())
+
+
+def _number(near: Closeness) -> str:
+    return f"{near.error:.1e}"
+
+
+def faults(found: Errors) -> list[str]:
+    """Where accumulating in float32 does not help at 64 micro-batches, or hurts at fewer."""
+    wrong = []
+    for (head, layout, accumulation), cell in found.items():
+        narrow, wide = (cell[name].error for name in SETTINGS)
+        if wide > narrow * (0.98 if accumulation == max(ACCUMULATIONS) else 1.02):
+            wrong.append(f"{head}, {layout}, accumulation {accumulation}: {wide:.2e} in float32, {narrow:.2e} without")
+    return wrong
