@@ -42,7 +42,7 @@ class WindowedAccelerator(Accelerator):  # type: ignore[misc]
     _prepared_as: dict[nn.Module, nn.Module]
     """A model as the loop has it, wrapped or not → what accelerate has prepared. Until something is prepared."""
     _half_parameters: dict[nn.Module, HalfParameters]
-    """Of each prepared model whose gradients are accumulated in float32."""
+    """Of each model, as in ``_prepared_as``, whose gradients are accumulated in float32."""
     _unscaled: list[Optimizer]
     """Optimizers whose gradients have lost fp16's scale in this step."""
     _found_inf: dict[int, list[Tensor]]
@@ -160,15 +160,17 @@ class WindowedAccelerator(Accelerator):  # type: ignore[misc]
         return self._prepared_as[model]
 
     def _half_parameters_of(self, model: nn.Module) -> HalfParameters:
+        """Of the model as the loop has it: only then DDP is seen around it."""
         prepared = self._prepared(model)
         if prepared not in self._half_parameters:
-            self._half_parameters[prepared] = HalfParameters.of(prepared)
+            self._half_parameters[prepared] = HalfParameters.of(model)
         return self._half_parameters[prepared]
 
     def _round_gradients(self, window: ModelWindow) -> None:
         """Give optimizers what they ask for: gradients of their parameters' dtype."""
-        for model in window.models if self._accumulates_wide else ():
-            self._half_parameters_of(model).round()
+        for model in window.models:
+            if (half := self._half_parameters.get(model)) is not None:
+                half.round()
 
     # ---- The end of a window ----
 
