@@ -39,17 +39,20 @@ only; DDP with `ddp_find_unused_parameters=True`, which gradient checkpointing t
 is **bold**, by the bounds of the one process. `nan` and `inf`: the gradient itself overflows."""
 
 _ACCUMULATION = """\
-Models whose parameters are bfloat16 (`model.bfloat16()`), {num_samples} rows: the relative error against the same
-weights in float64, by what `.grad` accumulates in (`accumulate_in_float32`). A sum of n gradients in bfloat16 adds
-about 1.1e-3 · √n; from {many} micro-batches on, where that is as much as computing in bfloat16 is off, `"auto"`
-accumulates in float32 and rounds once, when the gradient is complete. It takes 2 bytes more per parameter meanwhile.
+Models whose parameters are bfloat16 (`model.bfloat16()`), {num_samples} rows, `sync="defer"`: the relative error
+against the same weights in float64, by what `.grad` accumulates in (`accumulate_in_float32=False` and `True`). A sum
+of n gradients in bfloat16 adds about 1.1e-3 · √n. From {many} micro-batches on that is as much as computing in
+bfloat16 is off, and `"auto"`, the default, accumulates in float32 and rounds when the window ends. It takes 2 bytes
+more per parameter meanwhile; under FSDP2, where these are of whole gradients, only `True` does it.
 
-torch lets a gradient be wider than its parameter (`Tensor.grad_dtype`), with these exceptions. DDP's buckets take
-gradients of the parameter's dtype only: they are accumulated in float32, but rounded before they are averaged, and
-under `sync="every"` in every micro-batch. FSDP2 accumulates deferred gradients in float32 and reduces them in it on
-any torch, but shards that were reduced already (`sync="every"`, `"reduce_scatter"`) before torch 2.15 in the
-parameter's dtype. So do models that transformers has sharded itself (`DistributedConfig(fsdp_size=…)`), deferred or
-not, before torch 2.15; and FSDP1."""
+torch lets a gradient be wider than its parameter (`Tensor.grad_dtype`), with these exceptions:
+
+- DDP's buckets take gradients of the parameter's dtype only. The sum is rounded before the last micro-batch is added
+  and averaged, and under `sync="every"` in every micro-batch.
+- FSDP2 accumulates deferred gradients in float32 and reduces them in it on any torch; shards that were reduced
+  already (`sync="every"`, `"reduce_scatter"`) before torch 2.15 in the parameter's dtype.
+- Models that transformers has sharded itself (`DistributedConfig(fsdp_size=…)`) before torch 2.15, and FSDP1,
+  accumulate in the parameter's dtype."""
 
 _MEMORY = """\
 MiB that a step of a Llama (4 layers × 128, {vocab} words, rows of {length} tokens; {parameters:.1f} M parameters)

@@ -13,19 +13,19 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from hf_gradutils import environment, upstream
-from hf_gradutils.accelerator_windows import WindowedAccelerator
+from hf_gradutils.accelerator_windows import WindowedAccelerator, without_wrappers
 from hf_gradutils.dist_utils import clip_parameters
 from hf_gradutils.errors import InvalidArgumentError, TargetCountError
 from hf_gradutils.first_rank import FirstRankPerNode
 from hf_gradutils.half_precision import reduce_in_float32, reduce_parameters_in_float32
 from hf_gradutils.model_windows import ModelWindow
 from hf_gradutils.norms import check_norm_type
+from hf_gradutils.optimizer import GradUtilsOptimizer
 from hf_gradutils.partial_gradients import sum_increments
 from hf_gradutils.plugin import GradUtilsPlugin
 from hf_gradutils.reduction import reduce_packed, world_domain
 from hf_gradutils.scaling import check_max_norm
-from hf_gradutils.sync import SyncContext, communicates, find_wrappers
-from hf_gradutils.tied_embeddings import merge_tied_embeddings
+from hf_gradutils.sync import SyncContext, communicates, reduces_in_one_dtype
 from hf_gradutils.uneven import is_padding, padded_to_the_same_number
 from hf_gradutils.window import AccumulationWindow, loss_scale_for
 
@@ -119,11 +119,12 @@ class GradUtilsAccelerator(WindowedAccelerator):
     def prepare(self, *args: Any, **kwargs: Any) -> Any:
         """As in accelerate."""
         self._wrappers, self._prepared_as = {}, {}
-        for model in [arg for arg in args if isinstance(arg, nn.Module)] if self.is_fsdp2 else []:
-            merge_tied_embeddings(model)
-            if self._accumulates_wide and reduce_parameters_in_float32(self, model):
-                self._choose_policy(widens_gradients=True)
-        prepared = super().prepare(*args, **kwargs)
+        models = [arg for arg in args if isinstance(arg, nn.Module)]
+        if self._plugin.accumulate_in_float32 is True:
+            for model in models:
+                reduce_parameters_in_float32(self, model)
+        with upstream.sharding_tied_embeddings_together(models) if self.is_fsdp2 else contextlib.nullcontext():
+            prepared = super().prepare(*args, **kwargs)
         for model in self._models:
             sum_increments(model)
             if self._widens_gradients and isinstance(model, FSDPModule):
@@ -135,7 +136,9 @@ class GradUtilsAccelerator(WindowedAccelerator):
     ) -> nn.Module:
         """As in accelerate; a model that is sharded already (transformers' ``DistributedConfig``) is left as it is."""
         is_sharded = not self.is_fsdp2 and any(isinstance(p, DTensor) for p in model.parameters())
-        return super().prepare_model(model, device_placement, evaluation_mode or is_sharded)
+        prepared = super().prepare_model(model, device_placement, evaluation_mode or is_sharded)
+        self._outermost[without_wrappers(prepared)] = prepared
+        return prepared
 
     # ---- A micro-batch ----
 
@@ -171,9 +174,7 @@ class GradUtilsAccelerator(WindowedAccelerator):
 
     def _sync_context(self, model: nn.Module, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
         policy = self._policy_choice.policy(model, is_last=is_last)
-        if model not in self._wrappers:
-            self._wrappers[model] = find_wrappers(model)
-        wrappers = self._wrappers[model]
+        wrappers = self._wrappers_of(model)
         if self._accumulates_wide:
             self._half_parameters_of(model).begin(communicates(policy, is_last=is_last), is_last=is_last)
         return SyncContext(model, policy, is_last=is_last, wrappers=wrappers) if wrappers else contextlib.nullcontext()
@@ -240,8 +241,31 @@ class GradUtilsAccelerator(WindowedAccelerator):
             self._choose_loss_scale(window, counted.num_targets)
         window.is_open = True
         weighed = window.sums.weigh(loss, *counted)
-        # As accelerate does but for its division by the number of micro-batches; what it asks further is refused here.
-        (weighed if self.scaler is None else self.scaler.scale(weighed)).backward(**kwargs)
+        if self.scaler is not None:
+            self._check_scaled(window)
+            weighed = self.scaler.scale(weighed)
+        with self._last_backward(window) if self.sync_gradients else contextlib.nullcontext():
+            # As accelerate, but for its division by the number of micro-batches; what it asks further is refused here.
+            weighed.backward(**kwargs)  # type: ignore[no-untyped-call]
+
+    @contextlib.contextmanager
+    def _last_backward(self, window: ModelWindow) -> Iterator[None]:
+        """A backward that reduces: each of several in a micro-batch, and one that no context surrounds."""
+        with contextlib.ExitStack() as contexts:
+            for model in window.models:
+                if self._current is None and self._accumulates_wide:
+                    self._half_parameters_of(model).begin(communicates("defer", is_last=True), is_last=True)
+                contexts.enter_context(reduces_in_one_dtype(self._wrappers_of(model)))
+            yield
+
+    def _check_scaled(self, window: ModelWindow) -> None:
+        prepared = [o for o in upstream.optimizers_of(self) if isinstance(o, GradUtilsOptimizer)]
+        for optimizer in self._windows.optimizers_of(window, prepared) if self._unscaled else ():
+            if not optimizer.awaits_update and any(optimizer is known for known in self._unscaled):
+                raise InvalidArgumentError(
+                    "expected each backward of a step before its gradients are unscaled or clipped (fp16), got one "
+                    "after; clip once the losses of all models that the optimizer steps on have gone backward"
+                )
 
     def _check_one_loss(self, window: ModelWindow, options: dict[str, Any]) -> None:
         if self._micro_batch is None:

@@ -1,7 +1,8 @@
 """An Accelerator that keeps windows of micro-batches: who opens one, and all from its end to the optimizer's step."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from hf_gradutils.optimizer import GradUtilsOptimizer, StepOrder, as_flag, inner
 from hf_gradutils.plugin import GradUtilsPlugin
 from hf_gradutils.reduction import on_device
 from hf_gradutils.steps import Counters
-from hf_gradutils.sync import discard_deferred
+from hf_gradutils.sync import discard_deferred, find_wrappers
 from hf_gradutils.sync_auto import PolicyChoice
 from hf_gradutils.window import AccumulationWindow, WindowReport
 
@@ -41,6 +42,12 @@ class WindowedAccelerator(Accelerator):  # type: ignore[misc]
     """Of each model; looking for them takes a walk over all modules. Until something is prepared."""
     _prepared_as: dict[nn.Module, nn.Module]
     """A model as the loop has it, wrapped or not → what accelerate has prepared. Until something is prepared."""
+    _outermost: dict[nn.Module, nn.Module]
+    """A model without wrappers → as accelerate has wrapped it."""
+    _accumulates_wide: bool
+    """Gradients of parameters in half precision are accumulated in float32."""
+    _widens_gradients: bool
+    """FSDP2 accumulates in float32 what stock accelerate accumulates in half precision."""
     _half_parameters: dict[nn.Module, HalfParameters]
     """Of each model, as in ``_prepared_as``, whose gradients are accumulated in float32."""
     _unscaled: list[Optimizer]
@@ -61,14 +68,12 @@ class WindowedAccelerator(Accelerator):  # type: ignore[misc]
         self._current, self._micro_batch = None, None
         self._unscaled, self._found_inf, self._counters = [], {}, []
         self._accumulates_wide = accumulates_in_float32(plugin.accumulate_in_float32, num_micro_batches)
-        self._choose_policy(widens_gradients=widens_gradients)
-        self.forget_windows()
-
-    def _choose_policy(self, *, widens_gradients: bool) -> None:
-        each_batch = self.gradient_state.plugin_kwargs.get("sync_each_batch", False)
-        sync = self._plugin.effective_sync(each_batch=each_batch, widens_gradients=widens_gradients)
         self._widens_gradients = widens_gradients
+        each_batch = self.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+        sync = plugin.effective_sync(each_batch=each_batch, widens_gradients=widens_gradients)
         self._policy_choice = PolicyChoice(sync, self.device)
+        self._half_parameters, self._outermost = {}, {}
+        self.forget_windows()
 
     def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> GradUtilsOptimizer:
         """As in accelerate; the optimizer takes its steps the way the windows were closed.
@@ -109,6 +114,8 @@ class WindowedAccelerator(Accelerator):  # type: ignore[misc]
 
     def forget_windows(self) -> None:
         """Start over: forget the micro-batches so far, together with the gradients that the caller drops."""
+        for half in self._half_parameters.values():
+            half.round()
         self._windows = ModelWindows(self._make_window)
         self._wrappers, self._prepared_as, self._half_parameters = {}, {}, {}
 
@@ -133,7 +140,7 @@ class WindowedAccelerator(Accelerator):  # type: ignore[misc]
 
     def _num_replicas(self, models: tuple[nn.Module, ...]) -> int:
         """How many ranks see the same batch: those of tensor parallelism, as transformers or accelerate set it up."""
-        sizes = [getattr(_inside(model), "_tp_size", None) or 1 for model in models]
+        sizes = [getattr(without_wrappers(model), "_tp_size", None) or 1 for model in models]
         config = self.parallelism_config
         return max(*sizes, config.tp_size if config is not None else 1)
 
@@ -155,16 +162,31 @@ class WindowedAccelerator(Accelerator):  # type: ignore[misc]
     def _prepared(self, model: nn.Module) -> nn.Module:
         """The model as it was prepared, if this is what is inside."""
         if model not in self._prepared_as:  # asked in every micro-batch, and slow to find out
-            inside = _inside(model)
-            self._prepared_as[model] = next((p for p in self._models if _inside(p) is inside), model)
+            inside = without_wrappers(model)
+            self._prepared_as[model] = next((p for p in self._models if without_wrappers(p) is inside), model)
         return self._prepared_as[model]
 
+    def _wrappers_of(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        if model not in self._wrappers:
+            self._wrappers[model] = find_wrappers(self._outermost.get(without_wrappers(model), model))
+        return self._wrappers[model]
+
     def _half_parameters_of(self, model: nn.Module) -> HalfParameters:
-        """Of the model as the loop has it: only then DDP is seen around it."""
         prepared = self._prepared(model)
         if prepared not in self._half_parameters:
-            self._half_parameters[prepared] = HalfParameters.of(model)
+            wrapped = self._outermost.get(without_wrappers(model), model)
+            with_shards = self._plugin.accumulate_in_float32 is True
+            self._half_parameters[prepared] = HalfParameters.of(wrapped, with_shards=with_shards)
         return self._half_parameters[prepared]
+
+    @contextlib.contextmanager
+    def rounding_at_the_end(self) -> Iterator[None]:
+        """Leave no parameter with wider gradients than its own dtype, also after an exception."""
+        try:
+            yield
+        finally:
+            for half in self._half_parameters.values():
+                half.round()
 
     def _round_gradients(self, window: ModelWindow) -> None:
         """Give optimizers what they ask for: gradients of their parameters' dtype."""
@@ -322,7 +344,7 @@ class WindowedAccelerator(Accelerator):  # type: ignore[misc]
         super().end_training()
 
 
-def _inside(model: nn.Module) -> nn.Module:
+def without_wrappers(model: nn.Module) -> nn.Module:
     """The model without wrappers.
 
     ``unwrap_model`` would take DDP out of a compiled model for good.

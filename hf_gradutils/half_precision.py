@@ -1,7 +1,7 @@
 """Sums over micro-batches and ranks are kept in float32 where a model computes in half precision.
 
     mixed precision under FSDP2    gradients are accumulated and reduced in float32; layers hand out what they did
-    parameters in half precision   ``.grad`` is float32 between micro-batches and rounded once, at the window's end
+    parameters in half precision   ``.grad`` is float32 between micro-batches, and rounded when the window ends
 
 A sum of n gradients in bfloat16 is off by about 1.1e-3 · √n of its norm (docs/exactness.md).
 """
@@ -53,22 +53,16 @@ def reduce_in_float32(accelerator: Accelerator) -> bool:
     policy = plugin.mixed_precision_policy if plugin is not None else None
     if policy is None or policy.param_dtype not in _HALF:
         return False
-    if policy.reduce_dtype == policy.output_dtype == policy.param_dtype:  # accelerate's default, not the user's policy
+    if policy.reduce_dtype == policy.output_dtype == policy.param_dtype:  # accelerate's default
         plugin.mixed_precision_policy = policy = replace(policy, reduce_dtype=torch.float32)
     return bool(policy.reduce_dtype == torch.float32)
 
 
-def reduce_parameters_in_float32(accelerator: Accelerator, model: nn.Module) -> bool:
+def reduce_parameters_in_float32(accelerator: Accelerator, model: nn.Module) -> None:
     """The same for a model whose parameters are in half precision themselves, before accelerate shards it."""
     plugin = _fsdp2_plugin(accelerator)
-    if (
-        plugin is None
-        or plugin.mixed_precision_policy is not None
-        or not any(p.dtype in _HALF for p in _trained(model))
-    ):
-        return False
-    plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    return True
+    if plugin is not None and plugin.mixed_precision_policy is None and any(p.dtype in _HALF for p in _trained(model)):
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
 
 
 def _fsdp2_plugin(accelerator: Accelerator) -> Any:
@@ -91,21 +85,27 @@ class HalfParameters:
     others: list[nn.Parameter]
 
     @classmethod
-    def of(cls, model: nn.Module) -> "HalfParameters":
-        """Find them, but for those whose wrapper fixes the dtype: FSDP1, and FSDP2 before torch 2.15."""
+    def of(cls, model: nn.Module, *, with_shards: bool = True) -> "HalfParameters":
+        """Find them, but for those whose wrapper fixes the dtype: FSDP1, and FSDP2 before torch 2.15.
+
+        Args:
+            model: With what is wrapped around it.
+            with_shards: Look for FSDP2's as well.
+        """
         half = dict.fromkeys(p for p in _trained(model) if p.dtype in _HALF)
-        averaged: list[nn.Parameter] = []
-        sharded: list[nn.Parameter] = []
-        flat: list[nn.Parameter] = []
+        averaged: dict[nn.Parameter, None] = {}
+        sharded: dict[nn.Parameter, None] = {}
+        flat: dict[nn.Parameter, None] = {}
         for module in model.modules() if half else ():
             if isinstance(module, DistributedDataParallel):
-                averaged += [p for p in module.parameters() if p in half]
+                averaged |= dict.fromkeys(p for p in module.parameters() if p in half)
             elif isinstance(module, FSDPModule):
-                sharded += [p for p in module.parameters() if p in half and isinstance(p, DTensor)]
+                sharded |= dict.fromkeys(p for p in module.parameters() if p in half and isinstance(p, DTensor))
             elif isinstance(module, FullyShardedDataParallel):
-                flat += module.parameters()
-        others = [p for p in half if p not in {*averaged, *sharded, *flat}]
-        return cls(averaged, list(dict.fromkeys(sharded)) if upstream.fsdp2_honours_grad_dtype() else [], others)
+                flat |= dict.fromkeys(module.parameters())
+        others = [p for p in half if p not in averaged | sharded | flat]
+        honours = with_shards and upstream.fsdp2_honours_grad_dtype()
+        return cls(list(averaged), list(sharded) if honours else [], others)
 
     def begin(self, communicates: Communicates, *, is_last: bool) -> None:
         """Let a micro-batch add its gradients in float32, as far as what it communicates allows."""

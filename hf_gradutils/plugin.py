@@ -97,8 +97,8 @@ class GradUtilsPlugin(GradientAccumulationPlugin):  # type: ignore[misc]
     every one and replicas in the last, or ``auto``, by what memory allows. None is ``defer``, but ``auto`` where FSDP2
     accumulates in float32 what it would in half precision by itself. See ``docs/sync.md``."""
     accumulate_in_float32: AccumulateInFloat32 = field(default_factory=_setting("accumulate_in_float32", "auto"))
-    """Gradients of parameters in half precision (``model.bfloat16()``) are accumulated in float32 and rounded once, for
-    2 bytes more per parameter; ``auto``: from 32 micro-batches on. See ``docs/exactness.md``."""
+    """Gradients of parameters in half precision (``model.bfloat16()``) are accumulated in float32 and then rounded, for
+    2 bytes more per parameter; ``auto``: from 32 micro-batches on, but not under FSDP2. See ``docs/exactness.md``."""
     norm_type: float = field(default_factory=_setting("norm_type", 2.0))
     """p of the gradient norm that is logged and clipped to; ``inf`` is the largest element."""
     grad_norm_groups: NormGroups = field(default_factory=_setting("grad_norm_groups", None))

@@ -79,7 +79,7 @@ class SyncContext:
     ):
         self._wrappers = find_wrappers(model) if wrappers is None else wrappers
         self._communicates = communicates(policy, is_last=is_last)
-        self._ends_deferral = is_last and policy == "defer"
+        self._is_last = is_last
         self._undo: contextlib.ExitStack | None = None
 
     def __enter__(self) -> None:
@@ -93,13 +93,14 @@ class SyncContext:
                     module.require_backward_grad_sync = replicas
                 elif isinstance(module, FSDPModule):
                     undo.callback(upstream.restore_fsdp2_sync_flags, upstream.fsdp2_sync_flags(module))
-                    module.set_requires_gradient_sync(shards, recurse=False)
-                    module.set_requires_all_reduce(replicas, recurse=False)
-                    if self._ends_deferral and (widened := upstream.fsdp2_widen_new_gradients(module)):
-                        undo.callback(upstream.restore_grad_dtypes, widened)
+                    has_not_run = not shards and upstream.fsdp2_has_not_run(module)  # then its first time does not wait
+                    module.set_requires_gradient_sync(shards or has_not_run, recurse=False)
+                    module.set_requires_all_reduce(replicas or has_not_run, recurse=False)
                 elif isinstance(module, FullyShardedDataParallel):
                     undo.callback(upstream.set_fsdp1_sync_flag, module, upstream.fsdp1_sync_flag(module))
                     upstream.set_fsdp1_sync_flag(module, shards)
+            if self._is_last:
+                undo.enter_context(reduces_in_one_dtype(self._wrappers))
             self._undo = undo.pop_all()
 
     def __exit__(
@@ -135,6 +136,11 @@ class SyncContext:
                     "gradient checkpointing turns off, or accelerate's "
                     "DistributedDataParallelKwargs(find_unused_parameters=True)"
                 )
+
+
+def reduces_in_one_dtype(wrappers: Sequence[tuple[str, nn.Module]]) -> contextlib.AbstractContextManager[None]:
+    """A backward that reduces gradients of which FSDP2 has accumulated some, in float32, and others not."""
+    return upstream.fsdp2_widened_new_gradients([module for _, module in wrappers if isinstance(module, FSDPModule)])
 
 
 def discard_deferred(model: nn.Module) -> None:

@@ -116,7 +116,7 @@ class GradUtilsTrainerMixin(EvaluationMixin):
         discard_deferred(self.model)
         sum_increments(self.model)
         # The filter costs two host syncs per micro-batch, and the loss it filters is not the one logged here.
-        with self._nan_filter(False), self._checking_first():
+        with self._nan_filter(False), self._checking_first(), self.accelerator.rounding_at_the_end():
             return super().train(*args, **kwargs)
 
     @contextlib.contextmanager

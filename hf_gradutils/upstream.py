@@ -152,37 +152,53 @@ def fsdp2_honours_grad_dtype() -> bool:
     return hasattr(FSDPParam, "unsharded_grad_dtype")
 
 
-def fsdp2_widen_new_gradients(module: FSDPModule) -> list[Tensor]:
-    """Let parameters without an accumulated gradient get their first one in the dtype that those of others have.
+def fsdp2_has_not_run(module: FSDPModule) -> bool:
+    """Whether a backward that defers its reduction would raise, because a group has never been gathered.
+
+    Before torch 2.15 it looks for the gradient of gathered parameters, also in groups that took no part in any forward
+    so far, if gradients are accumulated in another dtype than they come in. Of one FSDP2 module, not of its children.
+    """
+    return not fsdp2_honours_grad_dtype() and any(
+        parameter.mp_policy.reduce_dtype not in (None, parameter.mp_policy.param_dtype)
+        and not hasattr(parameter, "_unsharded_param")
+        for group in _fsdp2_groups(module)
+        for parameter in group.fsdp_params[:1]  # all of a group are gathered together
+    )
+
+
+@contextlib.contextmanager
+def fsdp2_widened_new_gradients(modules: Sequence[FSDPModule]) -> Iterator[None]:
+    """A backward in which parameters get their first gradient in the dtype of those that others have accumulated.
 
     Before torch 2.15 gradients that were accumulated without being reduced are in ``reduce_dtype`` already and the last
-    micro-batch's own ones are not, and a reduction of both raises (pytorch#160279). Of one FSDP2 module, not of its
-    children; before its last backward.
-
-    Returns:
-        Whose ``grad_dtype`` was changed, for :func:`restore_grad_dtypes`.
+    micro-batch's own ones are not, and a reduction of both raises (pytorch#160279).
     """
-    changed: list[Tensor] = []
-    if fsdp2_honours_grad_dtype():
-        return changed
+    widened = [] if fsdp2_honours_grad_dtype() else [p for module in modules for p in _widen_new_gradients(module)]
+    try:
+        yield
+    finally:
+        for parameter in widened:
+            unsharded = parameter._unsharded_param
+            gradient, unsharded.grad, unsharded.grad_dtype = unsharded.grad, None, unsharded.dtype
+            if gradient is not None:  # not reduced after all
+                parameter.unsharded_accumulated_grad = gradient
+
+
+def _widen_new_gradients(module: FSDPModule) -> list[Any]:
+    widened = []
     for group in _fsdp2_groups(module):
         dtype = getattr(group, "_reduce_dtype", None)  # not there before the first forward
-        accumulated = [parameter.unsharded_accumulated_grad is not None for parameter in group.fsdp_params]
-        if dtype is None or not any(accumulated):
+        if dtype is None or not group.reduce_grads:
             continue
-        for parameter, has_gradient in zip(group.fsdp_params, accumulated, strict=True):
+        has_gradient = [parameter.unsharded_accumulated_grad is not None for parameter in group.fsdp_params]
+        if not any(has_gradient) or all(has_gradient):
+            continue
+        for parameter in group.fsdp_params:
             unsharded = getattr(parameter, "_unsharded_param", None)
-            if not has_gradient and unsharded is not None and unsharded.grad is None:
+            if parameter.unsharded_accumulated_grad is None and unsharded is not None and unsharded.grad is None:
                 unsharded.grad_dtype = dtype
-                changed.append(unsharded)
-    return changed
-
-
-def restore_grad_dtypes(parameters: Sequence[Tensor]) -> None:
-    """Let gradients have their parameter's own dtype again. What is accumulated of them has been taken."""
-    for parameter in parameters:
-        parameter.grad = None
-        parameter.grad_dtype = parameter.dtype
+                widened.append(parameter)
+    return widened
 
 
 def fsdp2_keep_losses(module: Any) -> None:
@@ -201,6 +217,36 @@ def _cast_outputs(dtype: torch.dtype, module: nn.Module, args: Any, outputs: Any
 def fsdp2_adds_shards_by_position() -> bool:
     """Whether HSDP adds reduced shards to those of earlier micro-batches by position alone: before torch 2.15."""
     return not hasattr(FSDPParamGroup, "_get_partial_reduce_grad")
+
+
+@contextlib.contextmanager
+def sharding_tied_embeddings_together(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Let accelerate's FSDP2 (1.15) put all embeddings of a model that hold one weight into one group.
+
+    T5, BART and their kin hold one as ``shared``, in the encoder and in the decoder. accelerate makes a group of the
+    first and leaves the others to the root's, and torch 2.13 refuses a parameter of two groups.
+    """
+    from torch.distributed import fsdp
+
+    fully_shard = fsdp.fully_shard  # accelerate imports it where it calls it
+
+    @functools.wraps(fully_shard)
+    def together(module: Any, **options: Any) -> Any:
+        named = module if isinstance(module, list) else [module]
+        weights = [part.weight for part in named if isinstance(part, nn.Embedding)]
+        tied = [
+            part
+            for model in models
+            for part in (model.modules() if weights else ())
+            if isinstance(part, nn.Embedding) and part not in named and any(part.weight is w for w in weights)
+        ]
+        return fully_shard([*named, *tied], **options) if tied else fully_shard(module, **options)
+
+    fsdp.fully_shard = together
+    try:
+        yield
+    finally:
+        fsdp.fully_shard = fully_shard
 
 
 def fsdp2_loses_gradients(module: FSDPModule, *, is_last: bool) -> bool:

@@ -13,7 +13,7 @@ from hf_gradutils import GradUtilsAccelerator
 
 
 class Seldom(nn.Module):
-    """A part of it takes part in few micro-batches only, and lies in one FSDP2 group with parts that always do."""
+    """A part of it takes part in few micro-batches only; most kinds share an FSDP2 group with parts that always do."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -23,6 +23,7 @@ class Seldom(nn.Module):
         self.layers = nn.Sequential(PlainLayer(), PlainLayer())
         self.tower = nn.Linear(4, 16)
         self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+        self.rare_layer = PlainLayer()  # which FSDP2 puts into a group of its own
         self.gate = nn.Parameter(torch.tensor([0.3]))
         self.head = nn.Linear(16, VOCAB)
 
@@ -31,6 +32,8 @@ class Seldom(nn.Module):
         is_rare = bool(flag.any())  # rows of a micro-batch have it in common, on all ranks
         if self.kind == "vision tower":
             hidden = hidden + (self.tower(flag[:, None].repeat(1, 4).to(hidden.dtype))[:, None] if is_rare else 0)
+        elif self.kind == "rare layer":
+            hidden = self.rare_layer(hidden) if is_rare else hidden
         elif self.kind == "rare branch":
             hidden = hidden * (1 + self.gate) if is_rare else hidden
         else:
@@ -39,7 +42,13 @@ class Seldom(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()), "logits": logits}
 
 
-SELDOM = ("vision tower", "rare branch", "expert chosen in Python")
+SELDOM = {
+    "vision tower": "tower.weight",
+    "rare branch": "gate",
+    "expert chosen in Python": "experts.1.weight",
+    "rare layer": "rare_layer.linear.weight",
+}
+"""Kind → a parameter of the seldom part."""
 
 
 def seldom_rows(num_rows: int, rare: Callable[[int], bool]) -> list[dict[str, Tensor]]:

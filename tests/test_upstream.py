@@ -119,18 +119,27 @@ def test_the_flags_of_fsdp2_can_be_read_and_written_back():
 
 @ranks(2)
 def test_fsdp2_keeps_what_it_accumulates_where_we_look():
+    if upstream.fsdp2_honours_grad_dtype():
+        return  # torch 2.15 widens by itself
     model = nn.Linear(4, 4)
     fully_shard(model, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.bfloat16))
     state = model._get_fsdp_state()
     assert state._mp_policy.output_dtype == torch.bfloat16
+    assert upstream.fsdp2_has_not_run(model)
     model.set_requires_gradient_sync(False)
     model(torch.ones(1, 4)).sum().backward()
     (group,) = upstream._fsdp2_groups(model)
+    assert not upstream.fsdp2_has_not_run(model)
     assert group._reduce_dtype == torch.float32
     for parameter in group.fsdp_params:
         assert parameter._unsharded_param.dtype == torch.bfloat16
         assert parameter.unsharded_accumulated_grad.dtype == torch.float32
-    assert upstream.fsdp2_widen_new_gradients(model) == [], "all have one"
+    model.set_requires_gradient_sync(True)
+    group.fsdp_params[0].unsharded_accumulated_grad = None
+    with upstream.fsdp2_widened_new_gradients([model]):
+        dtypes = [parameter._unsharded_param.grad_dtype for parameter in group.fsdp_params]
+        assert dtypes == [torch.float32, torch.bfloat16], "of the one that has none"
+    assert all(parameter._unsharded_param.grad_dtype == torch.bfloat16 for parameter in group.fsdp_params)
     upstream.fsdp2_keep_losses(model)
     upstream.fsdp2_keep_losses(model)
     assert state._mp_policy.output_dtype is None

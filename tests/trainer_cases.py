@@ -202,12 +202,14 @@ def train(
     arguments: dict[str, Any] | None = None,
     callback: TrainerCallback | None = None,
     taps: bool = True,
+    resume: str | None = None,
     **kwargs: Any,
 ) -> tuple[Trainer, GradientTap]:
     """One optimizer step over all the data, on the ranks there are.
 
     Args:
         layout: A key of ``LAYOUTS``; None for what accelerate makes of the ranks, DDP or one process.
+        resume: The checkpoint to go on from.
         taps: Keep the gradients of each step; a callback, which folding into the optimizer refuses.
     """
     reset_accelerate()
@@ -252,7 +254,7 @@ def train(
             callbacks=[*([tap] if taps else []), *([callback] if callback else [])],
             **{"data_collator": HEADS[head].collate} | kwargs,
         )
-        trainer.train()
+        trainer.train(resume_from_checkpoint=resume)
     wrapped = trainer.model_wrapped
     inside = getattr(wrapped, "_orig_mod", wrapped)  # of what torch.compile returns
     if spread.loading and hasattr(inside, "get_base_model"):
