@@ -2,7 +2,8 @@
 
     python benchmarks/heads_sweep.py [--heads Bert,ForCTC] [--seed 1] [--out docs/heads.md] [--json sweep.json]
 
-What is in the JSON file already, and was measured with the same seed, is not measured again.
+What is in the JSON file already, and was measured with the same seed, is not measured again. Losses of detectors need
+scipy, which nothing else here does: ``pip install scipy``.
 
 Each head is built tiny and trained for one optimizer step of 4 micro-batches of 4 rows with ragged targets. The truth
 is the gradient of the head's own loss for all 16 rows at once. Nothing is random and batch normalisation is in
