@@ -29,14 +29,14 @@ _BOUNDS = """\
 Half precision rounds, so no gradient is exact, and each cell is held against what rounding does there: the stock
 Trainer's cell where that one is right (in float32, with the same data, to 1e-5), else one process that computes the
 whole batch in the same precision in plain torch. *Off* is a cell whose error ‖g − g*‖ / ‖g*‖ is above {times_stock} ×
-stock's ({times_alone} × the one process's), or whose scale ⟨g, g*⟩ / ‖g*‖², in which rounding averages out, is further
-than {scales} from the reference's. A gradient {planted} times as long has to be off in every cell, or the command
-fails.
+stock's ({times_alone} × the one process's, {times_routed} × where a router may send a token elsewhere for a last
+bit), or whose scale ⟨g, g*⟩ / ‖g*‖², in which rounding averages out, is further than {scales} from the reference's. A
+gradient {planted} times as long has to be off in every cell, or the command fails.
 
 Mixed precision as the Trainer switches it on, `bf16=True` or `fp16=True`: autocast, but under `fsdp2x2` and `hsdp2x2`
 accelerate casts the weights. fp16 with a `GradScaler`, put in place by hand, since accelerate has one on accelerators
-only; DDP with `ddp_find_unused_parameters=True`, which gradient checkpointing turns off. Stock is wrong where a number
-is **bold**, by the bounds of the one process. `nan` and `inf`: the gradient itself overflows."""
+only; DDP with `ddp_find_unused_parameters=True`, which gradient checkpointing turns off. Stock is wrong where a
+number is **bold**, by the bounds of the one process. `nan` and `inf`: the gradient itself overflows."""
 
 _ACCUMULATION = """\
 Models whose parameters are bfloat16 (`model.bfloat16()`), {num_samples} rows, `sync="defer"`: the relative error
@@ -78,7 +78,7 @@ def measure(heads: Sequence[str], layouts: Sequence[str], seed: int, *, is_whole
             for head in heads:
                 row = {trainer: measure_cells(head, layout, precision, trainer, seed) for trainer in TRAINERS}
                 cells[head, layout, precision] = row
-                texts = (f"{trainer}: {' '.join(_texts(row, trainer, precision))}" for trainer in TRAINERS)
+                texts = (f"{trainer}: {' '.join(_texts(head, row, trainer, precision))}" for trainer in TRAINERS)
                 print(f"{precision:6}{layout:16}{head:24}" + "   ".join(texts), flush=True)
     part = Part(lines=[*_bounds(), "", *_summary(cells, layouts)], faults=faults(cells))
     for precision in DTYPES:
@@ -115,7 +115,11 @@ def unmeasured(cells: Cells, layouts: Sequence[str]) -> list[str]:
 def _bounds() -> list[str]:
     scales = " and ".join(f"{most} ({precision})" for precision, most in MOST_SCALE.items())
     text = _BOUNDS.format(
-        times_stock=MOST_TIMES["stock"], times_alone=MOST_TIMES["one process"], scales=scales, planted=PLANTED
+        times_stock=MOST_TIMES["stock"],
+        times_alone=MOST_TIMES["one process"],
+        times_routed=MOST_TIMES["one process with a router"],
+        scales=scales,
+        planted=PLANTED,
     )
     return text.splitlines()
 
@@ -131,13 +135,13 @@ def _memory() -> list[str]:
     return text.splitlines()
 
 
-def _is_off(row: dict[str, Result], trainer: str, key: Key, precision: str) -> bool:
+def _is_off(head: str, row: dict[str, Result], trainer: str, key: Key, precision: str) -> bool:
     """Ours by its reference; stock by the one process, which is the same for both."""
     cells = row[trainer]
     assert not isinstance(cells, str)
     cell = cells[key]
     if trainer == "ours":
-        return bool(why_wrong(cell.closeness, *reference_of(row, key), precision))
+        return bool(why_wrong(cell.closeness, *reference_of(head, row, key), precision))
     return bool(why_wrong(cell.closeness, "one process", cell.one_process, precision))
 
 
@@ -150,7 +154,9 @@ def _summary(cells: Cells, layouts: Sequence[str]) -> list[str]:
     ]
     for precision in DTYPES:
         for layout in layouts:
-            chosen = [row for (_, of, in_), row in cells.items() if (of, in_) == (layout, precision) and _runs(row)]
+            chosen = {
+                head: row for (head, of, in_), row in cells.items() if (of, in_) == (layout, precision) and _runs(row)
+            }
             rows.append((precision, layout, *_counts(chosen, precision)))
     return table(rows)
 
@@ -159,21 +165,23 @@ def _runs(row: dict[str, Result]) -> bool:
     return not all(isinstance(result, str) for result in row.values())
 
 
-def _counts(rows: Sequence[dict[str, Result]], precision: str) -> tuple[str, ...]:
-    keys = [(row, key) for row in rows if not isinstance(row["ours"], str) for key in row["ours"]]
-    ratios, offsets = [0.0], [0.0]
-    for row, key in keys:
-        got, (_, reference) = row["ours"][key].closeness, reference_of(row, key)  # type: ignore[index]
-        ratios.append(got.error / reference.error)
-        offsets.append(abs(got.scale - reference.scale))
+def _counts(rows: dict[str, dict[str, Result]], precision: str) -> tuple[str, ...]:
+    """Of the heads that run in one layout."""
+    ratios, offsets, num_cells = [0.0], [0.0], 0
     off = dict.fromkeys(TRAINERS, 0)
-    crashes = {trainer: sum(isinstance(row[trainer], str) for row in rows) for trainer in TRAINERS}
-    for row in rows:
+    crashes = {trainer: sum(isinstance(row[trainer], str) for row in rows.values()) for trainer in TRAINERS}
+    for head, row in rows.items():
         for trainer, result in row.items():
-            if not isinstance(result, str):
-                off[trainer] += sum(_is_off(row, trainer, key, precision) for key in result)
+            if isinstance(result, str):
+                continue
+            off[trainer] += sum(_is_off(head, row, trainer, key, precision) for key in result)
+            for key, cell in result.items() if trainer == "ours" else ():
+                _, reference = reference_of(head, row, key)
+                num_cells += 1
+                ratios.append(cell.closeness.error / reference.error)
+                offsets.append(abs(cell.closeness.scale - reference.scale))
     worst = (f"{max(ratios):.2f}", f"{max(offsets):.4f}")
-    counts = (str(len(rows)), str(len(keys)), str(off["ours"]), str(crashes["ours"]), *worst)
+    counts = (str(len(rows)), str(num_cells), str(off["ours"]), str(crashes["ours"]), *worst)
     return (*counts, str(off["stock"]), str(crashes["stock"]))
 
 
@@ -183,13 +191,15 @@ def _section(cells: Cells, layout: str, precision: str) -> list[str]:
     reasons: dict[str, int] = {}
     for (head, of, in_), row in cells.items():
         if (of, in_) == (layout, precision):
-            rows.append((head, *(text for trainer in TRAINERS for text in _texts(row, trainer, precision, reasons))))
+            rows.append(
+                (head, *(text for trainer in TRAINERS for text in _texts(head, row, trainer, precision, reasons)))
+            )
     numbered = [f"({number}) {reason}\\" for reason, number in reasons.items()]
     return ["", f"### {precision}, {layout}", "", *table(rows), *([""] if numbered else []), *numbered]
 
 
 def _texts(
-    row: dict[str, Result], trainer: str, precision: str, reasons: dict[str, int] | None = None
+    head: str, row: dict[str, Result], trainer: str, precision: str, reasons: dict[str, int] | None = None
 ) -> Iterable[str]:
     """Of each key; crashes by the number of their reason."""
     result = row[trainer]
@@ -201,7 +211,7 @@ def _texts(
             yield "–"
         else:
             number = f"{result[key].closeness.error:.1e}"
-            yield f"**{number}**" if _is_off(row, trainer, key, precision) else number
+            yield f"**{number}**" if _is_off(head, row, trainer, key, precision) else number
 
 
 def _short(reason: str) -> str:

@@ -694,6 +694,14 @@ def test_a_cell_that_is_off_is_a_fault():
     assert half_exactness.faults(_row(0.0151, 1.0, scaled))
 
 
+def test_a_router_that_sends_a_token_elsewhere_is_no_fault_but_a_wrong_scale_is():
+    [row] = _row(0.039, 0.99, Closeness(0.5, 1.4), is_right=False).values()
+    assert half_exactness.faults({("qwen3 moe aux", "layout", "bf16"): row}) == []
+    assert half_exactness.faults({("bert classes", "layout", "bf16"): row})
+    [row] = _row(0.039, 0.97, Closeness(0.5, 1.4), is_right=False).values()
+    assert half_exactness.faults({("qwen3 moe aux", "layout", "bf16"): row})
+
+
 def test_a_cell_that_a_planted_scale_passes_is_a_fault(monkeypatch):
     monkeypatch.setitem(half_exactness.MOST_SCALE, "bf16", 0.1)
     [fault] = half_exactness.faults(_row(0.5, 1.0, Closeness(0.5, 1.0)))
