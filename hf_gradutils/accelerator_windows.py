@@ -108,6 +108,7 @@ class WindowedAccelerator(Accelerator):  # type: ignore[misc]
     def free_memory(self, *objects: Any) -> Any:
         """As in accelerate."""
         self.forget_windows()
+        self._outermost.clear()
         return super().free_memory(*objects)
 
     # ---- Windows ----
