@@ -84,10 +84,10 @@ def _number(near: Closeness) -> str:
 
 
 def faults(found: Errors) -> list[str]:
-    """Where accumulating in float32 does not help at 64 micro-batches, or hurts at fewer."""
+    """Where accumulating in float32 does not help at 64 micro-batches, or hurts at fewer by more than luck does."""
     wrong = []
     for (head, layout, accumulation), cell in found.items():
         narrow, wide = (cell[name].error for name in SETTINGS)
-        if wide > narrow * (0.98 if accumulation == max(ACCUMULATIONS) else 1.02):
+        if wide > narrow * (0.98 if accumulation == max(ACCUMULATIONS) else 1.1):
             wrong.append(f"{head}, {layout}, accumulation {accumulation}: {wide:.2e} in float32, {narrow:.2e} without")
     return wrong

@@ -170,7 +170,8 @@ def _gradient(
 ) -> dict[str, Tensor]:
     arguments: dict[str, Any] = {"train_sampling_strategy": "sequential", CHECKPOINTING: checkpointing}
     arguments["max_grad_norm"] = 1e9  # clips nothing, but sees to it that stock unscales fp16 before the tap
-    arguments["ddp_find_unused_parameters"] = True if layout.startswith("ddp") else None  # checkpointing turns it off
+    # Checkpointing turns it off. The process group of one rank has DDP around the model too.
+    arguments["ddp_find_unused_parameters"] = True if layout in ("1 rank", "ddp2", "ddp4") else None
     if precision is not None:
         arguments[precision] = True
     done, tap = train(
