@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import half_report
 from heads import HEADS
 from ranks import RankFailure, run_ranks
-from sections import section, with_section
+from sections import section, short_reason, with_section
 from trainer_cases import LAYOUTS, make_data, micro_batches_of, norm, relative_error, train, truth_of_micro_batches
 from transformers import Trainer
 
@@ -187,7 +187,7 @@ def _section(cells: Cells, layout: str) -> list[str]:
         texts = []
         for result in row.values():
             if isinstance(result, str):
-                number = reasons.setdefault(_short(result), len(reasons) + 1)
+                number = reasons.setdefault(short_reason(result), len(reasons) + 1)
                 word = "n/a" if _is_out_of_reach(row) else "crashes"
                 texts += [f"{word} ({number})"] * len(ACCUMULATIONS)
             else:
@@ -198,11 +198,6 @@ def _section(cells: Cells, layout: str) -> list[str]:
 
 def _number(error: float) -> str:
     return f"{error:.1e}" if error <= WRONG else f"**{error:.1e}**"
-
-
-def _short(reason: str) -> str:
-    first_line = reason.split("\n")[0].replace("|", "/")
-    return first_line if len(first_line) <= 200 else first_line[:200] + " …"
 
 
 def _is_out_of_reach(row: dict[str, Result]) -> bool:
@@ -270,7 +265,7 @@ def measure_all(heads: list[str], layouts: list[str], seed: int) -> Cells:
 
 def _line(result: Result) -> str:
     if isinstance(result, str):
-        return f"crashes: {_short(result)[:120]}"
+        return f"crashes: {short_reason(result)[:120]}"
     return " ".join(f"{error.gradient:.1e}" for error in result)
 
 

@@ -19,7 +19,7 @@ from half_exactness import (
     reference_of,
     why_wrong,
 )
-from sections import Part, table
+from sections import Part, short_reason, table
 
 from hf_gradutils.half_precision import MANY_MICRO_BATCHES
 
@@ -206,14 +206,13 @@ def _texts(
     for key in KEYS:
         if isinstance(result, str):
             word = "crashes" if _runs(row) else "n/a"
-            yield word if reasons is None else f"{word} ({reasons.setdefault(_short(result), len(reasons) + 1)})"
+            yield (
+                word
+                if reasons is None
+                else f"{word} ({reasons.setdefault(short_reason(result, 160), len(reasons) + 1)})"
+            )
         elif key not in result:
             yield "–"
         else:
             number = f"{result[key].closeness.error:.1e}"
             yield f"**{number}**" if _is_off(head, row, trainer, key, precision) else number
-
-
-def _short(reason: str) -> str:
-    first_line = reason.split("\n")[0].replace("|", "/")
-    return first_line if len(first_line) <= 160 else first_line[:160] + " …"

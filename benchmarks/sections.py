@@ -1,5 +1,7 @@
 """Sections and tables of a Markdown page: one part of it is measured on this machine, another on a different one."""
 
+import re
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,3 +69,10 @@ def _bounds(lines: list[str], heading: str) -> tuple[int, int] | None:
 def _stripped(lines: list[str]) -> list[str]:
     """Without empty lines before and after."""
     return "\n".join(lines).strip("\n").splitlines()
+
+
+def short_reason(reason: str, width: int = 200) -> str:
+    """The first line of an error, for a table: without the names of temporary folders."""
+    folders = rf"{re.escape(tempfile.gettempdir())}/[^\s.]+"
+    first_line = re.sub(folders, "a temporary folder", reason.split("\n")[0]).replace("|", "/")
+    return first_line if len(first_line) <= width else first_line[:width] + " …"

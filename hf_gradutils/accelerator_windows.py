@@ -115,8 +115,7 @@ class WindowedAccelerator(Accelerator):  # type: ignore[misc]
 
     def forget_windows(self) -> None:
         """Start over: forget the micro-batches so far, together with the gradients that the caller drops."""
-        for half in self._half_parameters.values():
-            half.round()
+        self._round_all()
         self._windows = ModelWindows(self._make_window)
         self._wrappers, self._prepared_as, self._half_parameters = {}, {}, {}
 
@@ -186,8 +185,11 @@ class WindowedAccelerator(Accelerator):  # type: ignore[misc]
         try:
             yield
         finally:
-            for half in self._half_parameters.values():
-                half.round()
+            self._round_all()
+
+    def _round_all(self) -> None:
+        for half in self._half_parameters.values():
+            half.round()
 
     def _round_gradients(self, window: ModelWindow) -> None:
         """Give optimizers what they ask for: gradients of their parameters' dtype."""

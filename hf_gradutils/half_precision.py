@@ -110,10 +110,7 @@ class HalfParameters:
     def begin(self, communicates: Communicates, *, is_last: bool) -> None:
         """Let a micro-batch add its gradients in float32, as far as what it communicates allows."""
         _set_gradient_dtype(self.sharded, torch.float32)
-        if communicates.replicas:
-            _set_gradient_dtype(self.averaged, None)
-        else:
-            _set_gradient_dtype(self.averaged, torch.float32)
+        _set_gradient_dtype(self.averaged, None if communicates.replicas else torch.float32)
         if not is_last:  # a single micro-batch has nothing to be added to
             _set_gradient_dtype(self.others, torch.float32)
 
