@@ -1,0 +1,160 @@
+"""What users have: import lines, names, loggers, variables and the command stay where they are."""
+
+import dataclasses
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import hf_gradutils
+from hf_gradutils.plugin import GradUtilsPlugin
+
+ROOT = Path(__file__).parent.parent
+
+TOP_LEVEL = [
+    "FirstRankPerNode",
+    "GradUtilsAccelerator",
+    "GradUtilsPlugin",
+    "GradUtilsSeq2SeqTrainer",
+    "GradUtilsTrainer",
+    "GradUtilsTrainerMixin",
+    "InvarianceReport",
+    "barrier_and_log",
+    "check_invariance",
+    "check_loop_invariance",
+    "check_window_invariance",
+    "clip_grad_by_total_norm_",
+    "clip_gradients",
+    "get_grad_norm",
+    "get_sync_ctx",
+    "reduce_loss",
+    "rescale_gradients",
+    "route_first_rank",
+]
+
+PLACES = {
+    "hf_gradutils.dist_utils": [
+        "FirstRankPerNode",
+        "barrier_and_log",
+        "clip_gradients",
+        "get_sync_ctx",
+        "logger",
+        "reduce_loss",
+        "rescale_gradients",
+    ],
+    "hf_gradutils.grad_utils": ["clip_grad_by_total_norm_", "get_grad_norm"],
+    "hf_gradutils.errors": [
+        "FirstRankError",
+        "GradUtilsError",
+        "InvalidArgumentError",
+        "InvarianceError",
+        "LauncherError",
+        "LossUnitError",
+        "NonfiniteGradientError",
+        "ReplicaMismatchError",
+        "TargetCountError",
+    ],
+    "hf_gradutils.trainer": ["GradUtilsSeq2SeqTrainer", "GradUtilsTrainer", "GradUtilsTrainerMixin"],
+    "hf_gradutils.accelerator": ["GradUtilsAccelerator"],
+    "hf_gradutils.invariance": ["check_invariance", "check_loop_invariance", "check_window_invariance"],
+    "hf_gradutils.first_rank_upstream": ["route_first_rank"],
+    "hf_gradutils.sync": ["SyncContext", "discard_deferred"],
+    "hf_gradutils.window": ["AccumulationWindow", "WindowReport"],
+    "hf_gradutils.plots": ["Run", "plot_runs", "read_run"],
+    "hf_gradutils.cli": ["main"],
+}
+"""Modules that pages or recipes import from → the names they import."""
+
+LOGGERS = {
+    "hf_gradutils.channel",
+    "hf_gradutils.dist_utils",
+    "hf_gradutils.first_rank",
+    "hf_gradutils.invariance",
+    "hf_gradutils.nonfinite",
+    "hf_gradutils.store",
+    "hf_gradutils.sync_auto",
+}
+
+VARIABLES = {
+    "HF_GRADUTILS_ACCUMULATE_IN_FLOAT32",
+    "HF_GRADUTILS_CHECK_LOSS_UNIT",
+    "HF_GRADUTILS_FOLD_INTO_OPTIMIZER",
+    "HF_GRADUTILS_GRAD_NORM_GROUPS",
+    "HF_GRADUTILS_LOSS_UNIT",
+    "HF_GRADUTILS_MAX_SKIPPED_STEPS",
+    "HF_GRADUTILS_NORM_TYPE",
+    "HF_GRADUTILS_ON_NONFINITE",
+    "HF_GRADUTILS_OWNERSHIP",
+    "HF_GRADUTILS_SYNC",
+}
+
+
+def test_the_top_level_names_are_these():
+    assert hf_gradutils.__all__ == TOP_LEVEL
+    for name in TOP_LEVEL:
+        assert getattr(hf_gradutils, name).__name__ == name
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_names_are_where_pages_and_recipes_import_them_from(place):
+    module = importlib.import_module(place)
+    for name in PLACES[place]:
+        assert hasattr(module, name), f"{place}.{name}"
+        assert getattr(hf_gradutils, name, getattr(module, name)) is getattr(module, name)
+
+
+def test_every_import_line_of_the_pages_and_recipes_works():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").rglob("*.py")]
+    pattern = re.compile(r"^\s*from (hf_gradutils[\w.]*) import (\([^)]*\)|[^\n(#]*)", re.MULTILINE)
+    lines = {match.groups() for page in pages for match in pattern.finditer(page.read_text())}
+    assert len(lines) > 10
+    for module, names in lines:
+        for name in names.strip("()\n ").split(","):
+            if name.strip():
+                assert hasattr(importlib.import_module(module), name.split(" as ")[0].strip()), (module, name)
+
+
+def test_the_documented_modules_are_attributes_of_the_package():
+    code = "import hf_gradutils as h; h.dist_utils.clip_gradients, h.grad_utils.get_grad_norm, h.errors.GradUtilsError"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_loggers_keep_their_names():
+    code = (
+        "import importlib, json, logging, pkgutil, hf_gradutils as h\n"
+        "for module in pkgutil.walk_packages(h.__path__, 'hf_gradutils.'):\n"
+        "    importlib.import_module(module.name)\n"
+        "loggers = logging.root.manager.loggerDict\n"
+        "names = [n for n in loggers if n.startswith('hf_gradutils') and isinstance(loggers[n], logging.Logger)]\n"
+        "print(json.dumps(names))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert set(json.loads(done.stdout.splitlines()[-1])) == LOGGERS
+
+
+def test_the_variables_set_the_fields_of_the_plugin(monkeypatch):
+    prefix = "HF_GRADUTILS_"
+    own = {field.name for field in dataclasses.fields(GradUtilsPlugin)}
+    assert {name.removeprefix(prefix).lower() for name in VARIABLES} < own
+    texts = {"NORM_TYPE": "1", "OWNERSHIP": '{"experts.*": "sharded"}', "MAX_SKIPPED_STEPS": "3", "LOSS_UNIT": "rows"}
+    texts |= {"ON_NONFINITE": "skip", "SYNC": "every", "GRAD_NORM_GROUPS": "layer", "ACCUMULATE_IN_FLOAT32": "true"}
+    texts |= {"CHECK_LOSS_UNIT": "false", "FOLD_INTO_OPTIMIZER": "true"}
+    assert {prefix + name for name in texts} == VARIABLES
+    default = GradUtilsPlugin()
+    for name, text in texts.items():
+        monkeypatch.setenv(prefix + name, text)
+        assert getattr(GradUtilsPlugin(), name.lower()) != getattr(default, name.lower()), name
+
+
+def test_the_command_is_called_hf_gradutils():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"hf-gradutils": "hf_gradutils.cli:main"}
+    done = subprocess.run(
+        [Path(sys.executable).with_name("hf-gradutils"), "--help"], check=True, capture_output=True, text=True
+    )
+    assert "{env,check,plot}" in done.stdout
