@@ -19,7 +19,7 @@ from sections import Part, Table
 from torch import Tensor
 from torch.optim import AdamW
 
-from hf_gradutils.optimizer import as_flag
+from hf_gradutils.accelerator._optimizer import as_flag
 from hf_gradutils.window import WindowReport
 
 NUM_COPIES = 4

@@ -23,8 +23,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_gradutils.sync import SyncContext
-from hf_gradutils.sync_auto import SYNCS, PolicyChoice, Sync, deferred_bytes
+from hf_gradutils.sync import SYNCS, PolicyChoice, Sync, SyncContext
+from hf_gradutils.sync._auto import deferred_bytes
 from hf_gradutils.window import AccumulationWindow
 
 WRAPPERS = ("DDP 2", "FSDP2 2")

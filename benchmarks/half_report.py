@@ -21,7 +21,7 @@ from half_exactness import (
 )
 from sections import Part, short_reason, table
 
-from hf_gradutils.half_precision import MANY_MICRO_BATCHES
+from hf_gradutils.accelerator._half_precision import MANY_MICRO_BATCHES
 
 KEYS: tuple[Key, ...] = tuple((n, checkpointing) for checkpointing in (False, True) for n in ACCUMULATIONS)
 

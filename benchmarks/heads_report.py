@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import hf_gradutils
-from hf_gradutils.known_heads import NO_UNIT, UNITS
+from hf_gradutils.targets.known_heads import NO_UNIT, UNITS
 
 
 @dataclass

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
-from hf_gradutils import upstream
+from hf_gradutils.upstream.dtensor import local_tensor
 from hf_gradutils.window import AccumulationWindow
 
 LAYOUTS: dict[str, dict[str, int]] = {
@@ -229,7 +229,7 @@ def _measure_on_rank(layout: str, num_parameters: int, num_repeats: int) -> dict
     axes = LAYOUTS[layout]
     mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes)) if axes else None
     model, norm = _make_model(layout, num_parameters, mesh)
-    gradients = [upstream.local_tensor(p.grad) for p in model.parameters()]
+    gradients = [local_tensor(p.grad) for p in model.parameters()]
     saved = [gradient.clone() for gradient in gradients]
 
     def ready(method: Method) -> Callable[[], Tensor]:

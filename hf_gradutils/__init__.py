@@ -1,28 +1,27 @@
 """The gradient of one device with the whole batch, in every parallel layout.
 
-The utilities need torch alone and are imported at once; Trainer, Accelerator and plugin bring transformers and
-accelerate along and are imported when they are first asked for.
+Every name is imported when it is first used, with what it needs and no more: first ranks and barriers load torch
+alone, the utilities DTensor as well, Trainer, Accelerator and plugin transformers and accelerate.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hf_gradutils.dist_utils import (
-    FirstRankPerNode,
-    barrier_and_log,
-    clip_gradients,
-    get_sync_ctx,
-    reduce_loss,
-    rescale_gradients,
-)
-from hf_gradutils.grad_utils import clip_grad_by_total_norm_, get_grad_norm
-
 if TYPE_CHECKING:
-    from hf_gradutils.accelerator import GradUtilsAccelerator
-    from hf_gradutils.first_rank_upstream import route_first_rank
-    from hf_gradutils.invariance import check_invariance, check_loop_invariance, check_window_invariance
-    from hf_gradutils.invariance_report import InvarianceReport
-    from hf_gradutils.plugin import GradUtilsPlugin
+    from hf_gradutils import dist_utils as dist_utils
+    from hf_gradutils import errors as errors
+    from hf_gradutils import grad_utils as grad_utils
+    from hf_gradutils.accelerator import GradUtilsAccelerator, GradUtilsPlugin
+    from hf_gradutils.coordination import FirstRankPerNode, barrier_and_log
+    from hf_gradutils.coordination.route import route_first_rank
+    from hf_gradutils.dist_utils import clip_gradients, get_sync_ctx, reduce_loss, rescale_gradients
+    from hf_gradutils.grad_utils import clip_grad_by_total_norm_, get_grad_norm
+    from hf_gradutils.invariance import (
+        InvarianceReport,
+        check_invariance,
+        check_loop_invariance,
+        check_window_invariance,
+    )
     from hf_gradutils.trainer import GradUtilsSeq2SeqTrainer, GradUtilsTrainer, GradUtilsTrainerMixin
 
 __all__ = [
@@ -48,21 +47,29 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-_LAZY = {
-    "route_first_rank": "hf_gradutils.first_rank_upstream",
-    "GradUtilsAccelerator": "hf_gradutils.accelerator",
-    "InvarianceReport": "hf_gradutils.invariance_report",
-    "check_invariance": "hf_gradutils.invariance",
-    "check_loop_invariance": "hf_gradutils.invariance",
-    "check_window_invariance": "hf_gradutils.invariance",
-    "GradUtilsPlugin": "hf_gradutils.plugin",
-    "GradUtilsSeq2SeqTrainer": "hf_gradutils.trainer",
-    "GradUtilsTrainer": "hf_gradutils.trainer",
-    "GradUtilsTrainerMixin": "hf_gradutils.trainer",
+_MODULES = ("dist_utils", "errors", "grad_utils")
+"""Documented modules, which are attributes of the package as well."""
+
+_PLACES = {
+    "accelerator": ("GradUtilsAccelerator", "GradUtilsPlugin"),
+    "coordination": ("FirstRankPerNode", "barrier_and_log"),
+    "coordination.route": ("route_first_rank",),
+    "dist_utils": ("clip_gradients", "get_sync_ctx", "reduce_loss", "rescale_gradients"),
+    "grad_utils": ("clip_grad_by_total_norm_", "get_grad_norm"),
+    "invariance": ("InvarianceReport", "check_invariance", "check_loop_invariance", "check_window_invariance"),
+    "trainer": ("GradUtilsSeq2SeqTrainer", "GradUtilsTrainer", "GradUtilsTrainerMixin"),
 }
+"""Module → the names that come from it."""
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"hf_gradutils.{name}")
+    for module, names in _PLACES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"hf_gradutils.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_MODULES])

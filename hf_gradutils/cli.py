@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from hf_gradutils import environment
-from hf_gradutils.channel import Channel, poll
+from hf_gradutils import _environment
+from hf_gradutils.coordination.channel import Channel, poll
+from hf_gradutils.coordination.ranks import current_ranks
+from hf_gradutils.coordination.store import leave, open_channel
 from hf_gradutils.errors import GradUtilsError, InvalidArgumentError
 from hf_gradutils.plots import plot_runs, read_run
-from hf_gradutils.store import leave, open_channel
-from hf_gradutils.topology import current_ranks
 
 PACKAGES = ("hf-gradutils", "torch", "accelerate", "transformers", "datasets", "trl", "peft", "matplotlib")
 
@@ -109,11 +109,11 @@ def _machine() -> list[str]:
 
 def _settings() -> list[str]:
     """Variables that set fields of the plugin, checked."""
-    from hf_gradutils.plugin import GradUtilsPlugin
+    from hf_gradutils.accelerator import GradUtilsPlugin
 
     GradUtilsPlugin()  # says so if one means nothing
-    values = environment.read_settings()
-    return [f"{environment.SETTING}{name.upper()}={value}" for name, value in values.items()]
+    values = _environment.read_settings()
+    return [f"{_environment.SETTING}{name.upper()}={value}" for name, value in values.items()]
 
 
 def _ranks_of(channel: Channel, timeout_s: float) -> list[str]:
@@ -132,7 +132,7 @@ def _ranks_of(channel: Channel, timeout_s: float) -> list[str]:
         )
     except TimeoutError as error:
         raise InvalidArgumentError(f"{error}; start all ranks, or raise --timeout_s") from None
-    launched = environment.read_launched_rank()
+    launched = _environment.read_launched_rank()
     lines = [
         f"launcher     {'none, a process group' if launched is None else launched.launcher}",
         f"store        {channel.origin}",

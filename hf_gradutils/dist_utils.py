@@ -5,23 +5,23 @@ Each works without a process group and gives the same answer there.
 
 import contextlib
 import logging
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from hf_gradutils import upstream
-from hf_gradutils.barrier import barrier_and_log
+from hf_gradutils._collectives import reduce_packed, world_domain
+from hf_gradutils._devices import on_device
+from hf_gradutils.coordination.barrier import barrier_and_log
+from hf_gradutils.coordination.first_rank import FirstRankPerNode
 from hf_gradutils.errors import InvalidArgumentError
-from hf_gradutils.first_rank import FirstRankPerNode
-from hf_gradutils.norms import check_norm_type
-from hf_gradutils.ownership import Ownership, plan_for_model, trainable_parameters
-from hf_gradutils.reduction import on_device, reduce_packed, world_domain
-from hf_gradutils.scaling import check_max_norm, clip_coefficient, scale_
+from hf_gradutils.gradients.clip import clip_parameters
+from hf_gradutils.gradients.plan import Ownership, trainable_parameters
+from hf_gradutils.gradients.power_sums import check_norm_type
+from hf_gradutils.gradients.scaling import check_max_norm, scale_
 from hf_gradutils.sync import SyncContext
-from hf_gradutils.total_norm import collect_gradients, reduce_with_norm
+from hf_gradutils.upstream.dtensor import local_tensor
 
 __all__ = [
     "FirstRankPerNode",
@@ -104,7 +104,7 @@ def rescale_gradients(
     Collectives: one all-reduce over ``dp_group``. Host syncs: none; as :func:`clip_gradients` for offloaded gradients.
     """
     domain = world_domain(dp_group)
-    grads = [upstream.local_tensor(p.grad) for p in model.parameters() if p.grad is not None]
+    grads = [local_tensor(p.grad) for p in model.parameters() if p.grad is not None]
     count = num_tokens_for_grad_scaling.detach().sum().to(torch.float64)
     if grads:
         count = on_device(count, grads[0].device)
@@ -157,23 +157,3 @@ def clip_gradients(
     return clip_parameters(
         model, trainable_parameters(model), max_norm, foreach=foreach, norm_type=p, group=group, ownership=ownership
     )
-
-
-@torch.no_grad()
-def clip_parameters(
-    model: nn.Module,
-    parameters: Sequence[nn.Parameter],
-    max_norm: float,
-    *,
-    foreach: bool = True,
-    norm_type: float = 2.0,
-    group: ProcessGroup | None = None,
-    ownership: Ownership | None = None,
-) -> Tensor:
-    """:func:`clip_gradients` for some of a model's parameters, in the model's order and the same ones on all ranks."""
-    plan = plan_for_model(model, parameters, group=group, ownership=ownership)
-    gradients = collect_gradients(parameters, plan)
-    norms, _ = reduce_with_norm(plan, gradients, norm_type, foreach=foreach)
-    if not math.isinf(max_norm):
-        scale_(gradients.shards, clip_coefficient(norms.total, max_norm), foreach=foreach, kind=gradients.kind)
-    return norms.total

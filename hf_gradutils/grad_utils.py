@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from hf_gradutils import upstream
+from hf_gradutils._collectives import domain_of
+from hf_gradutils._devices import on_device
 from hf_gradutils.errors import InvalidArgumentError, ReplicaMismatchError
-from hf_gradutils.norms import check_norm_type, power_sums
-from hf_gradutils.ownership import plan_for_grid
-from hf_gradutils.reduction import domain_of, on_device
-from hf_gradutils.scaling import check_max_norm, clip_coefficient, scale_
-from hf_gradutils.total_norm import collect_gradients, reduce_with_norm
+from hf_gradutils.gradients.plan import plan_for_grid
+from hf_gradutils.gradients.power_sums import check_norm_type, power_sums
+from hf_gradutils.gradients.scaling import check_max_norm, clip_coefficient, scale_
+from hf_gradutils.gradients.total_norm import collect_gradients, reduce_with_norm
+from hf_gradutils.upstream.dtensor import local_tensor
 
 
 @torch.no_grad()
@@ -41,7 +42,7 @@ def clip_grad_by_total_norm_(
         InvalidArgumentError: ``max_grad_norm`` ≤ 0, or ``dtype`` is no float dtype.
     """
     max_norm = check_max_norm(max_grad_norm)
-    grads = [upstream.local_tensor(p.grad) for p in _as_list(parameters) if p.grad is not None]
+    grads = [local_tensor(p.grad) for p in _as_list(parameters) if p.grad is not None]
     if isinstance(total_norm, DTensor):
         total_norm = total_norm.full_tensor()
     norm = total_norm if isinstance(total_norm, Tensor) else torch.tensor(float(total_norm), dtype=torch.float64)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_gradutils import upstream
+from hf_gradutils.upstream.dtensor import local_tensor
 
 
 def events_of(function: Callable[[], Any]) -> list[Any]:
@@ -43,7 +43,7 @@ class Traffic(TorchDispatchMode):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        gradients = [upstream.local_tensor(p.grad) for p in model.parameters()]
+        gradients = [local_tensor(p.grad) for p in model.parameters()]
         self.storages = {gradient.untyped_storage().data_ptr() for gradient in gradients}
         self.size = sum(gradient.nbytes for gradient in gradients)
         self.read = self.written = 0.0
@@ -74,4 +74,4 @@ class Traffic(TorchDispatchMode):
 
 def _local_tensors(value: Any) -> list[Tensor]:
     items = value if isinstance(value, list | tuple) else [value]
-    return [upstream.local_tensor(item) for item in items if isinstance(item, Tensor)]
+    return [local_tensor(item) for item in items if isinstance(item, Tensor)]

@@ -98,7 +98,7 @@ def meet(folder: Path, num_ranks: int) -> None:
 
     A rank 0 that hosts the store may otherwise end before a slow rank has found it: then there is nobody to tell that.
     """
-    from hf_gradutils.store import open_channel
+    from hf_gradutils.coordination.store import open_channel
 
     open_channel()
     (folder / f"here-{rank()}").touch()
@@ -116,7 +116,7 @@ def prepare(folder: Path, fault=None, *, seconds: float = PREPARE_S) -> None:
 
 def on_a_host_of_its_own() -> None:
     """Let this node's ranks look like those of another machine: they see the processes of their node only."""
-    from hf_gradutils import topology
+    from hf_gradutils.coordination import ranks as topology
 
     boot_id = f"boot of node {os.environ['GROUP_RANK']}"
     topology._boot_id = lambda: boot_id

@@ -9,7 +9,7 @@ import pytest
 from ranks import RankFailure, run_ranks
 
 from hf_gradutils import barrier_and_log
-from hf_gradutils.barrier import wait_for_all
+from hf_gradutils.coordination.barrier import wait_for_all
 from hf_gradutils.errors import GradUtilsError
 
 

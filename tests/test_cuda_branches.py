@@ -15,11 +15,14 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from trainer_cases import reset_accelerate
 
-from hf_gradutils import clip_gradients, norms, reduction, rescale_gradients, upstream
-from hf_gradutils.arithmetic import is_exact_in_itself
-from hf_gradutils.norms import power_sums
-from hf_gradutils.optimizer import GradUtilsOptimizer, StepOrder
-from hf_gradutils.scaling import scale_
+from hf_gradutils import _collectives as reduction
+from hf_gradutils import clip_gradients, rescale_gradients
+from hf_gradutils._precision import is_exact_in_itself
+from hf_gradutils.accelerator._optimizer import GradUtilsOptimizer, StepOrder
+from hf_gradutils.gradients import power_sums as norms
+from hf_gradutils.gradients.power_sums import power_sums
+from hf_gradutils.gradients.scaling import scale_
+from hf_gradutils.upstream.torch import _unused_flag
 from hf_gradutils.window import AccumulationWindow
 
 CUDA = torch.device("cuda:0")
@@ -44,7 +47,7 @@ SCALING = {
 @pytest.fixture(autouse=True)
 def _fake_mode():
     """One mode per test: tensors of two do not mix, so nothing that the package keeps may outlive it."""
-    kept = (upstream._unused_flag, norms._lengths)
+    kept = (_unused_flag, norms._lengths)
     for cache in kept:
         cache.cache_clear()
     with FakeTensorMode():

@@ -43,8 +43,8 @@ def test_examples_are_found_and_those_marked_so_are_not_run():
 
 
 def test_the_errors_of_the_page_on_errors_exist():
-    package = Path(hf_gradutils.trainer.__file__).parent
-    sources = " ".join(path.read_text() for path in package.glob("*.py"))
+    package = Path(hf_gradutils.__file__).parent
+    sources = " ".join(path.read_text() for path in package.rglob("*.py"))
     # A message may be broken into several literals.
     sources = re.sub(r'"\s*f?"', "", sources)
     wanted = re.findall(r'^### "(.*)"$', (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)

@@ -45,8 +45,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from hf_gradutils import FirstRankPerNode
+from hf_gradutils.coordination.store import leave, open_channel
 from hf_gradutils.errors import FirstRankError, LauncherError
-from hf_gradutils.store import leave, open_channel
 
 LAUNCHES = ["one agent with 4 ranks", "two agents with 2 ranks each", "4 plain processes"]
 ONE_AGENT, TWO_AGENTS, PLAIN = LAUNCHES

@@ -12,10 +12,11 @@ import torch.distributed as dist
 from first_rank_cases import Metronome, meet, wait_for
 from ranks import RankFailure, ranks, run_ranks
 
-from hf_gradutils import FirstRankPerNode, heartbeat
-from hf_gradutils.environment import read_launched_rank
+from hf_gradutils import FirstRankPerNode
+from hf_gradutils._environment import read_launched_rank
+from hf_gradutils.coordination import heartbeat
+from hf_gradutils.coordination.store import current_channel, leave
 from hf_gradutils.errors import FirstRankError, InvalidArgumentError
-from hf_gradutils.store import current_channel, leave
 
 
 def rank() -> int:
@@ -147,7 +148,7 @@ def test_a_rank_alone_on_its_node_is_given_up_after_a_long_silence(tmp_path):
 
 
 def _die_alone(folder):
-    from hf_gradutils import topology
+    from hf_gradutils.coordination import ranks as topology
 
     topology._boot_id = lambda: node()
     heartbeat.BEAT_S, heartbeat.SILENCE_S = 0.1, 0.5
@@ -192,7 +193,7 @@ def _launched_by(folder, variables):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"):
         del os.environ[name]
     os.environ.update({name: value.format(**places) for name, value in variables.items()})
-    from hf_gradutils import topology
+    from hf_gradutils.coordination import ranks as topology
 
     topology._boot_id = lambda: f"boot of {places['node']}"
     with FirstRankPerNode() as is_first:

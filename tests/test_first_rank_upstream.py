@@ -9,10 +9,9 @@ from accelerate import Accelerator, PartialState
 from ranks import run_ranks
 from transformers import TrainingArguments
 
-from hf_gradutils.accelerator import GradUtilsAccelerator
+from hf_gradutils.accelerator import GradUtilsAccelerator, GradUtilsPlugin
+from hf_gradutils.coordination.route import route_first_rank
 from hf_gradutils.errors import FirstRankError
-from hf_gradutils.first_rank_upstream import route_first_rank
-from hf_gradutils.plugin import GradUtilsPlugin
 
 ASKED = {
     "Accelerator, local": lambda: Accelerator(cpu=True).local_main_process_first(),

@@ -41,15 +41,19 @@ from trainer_cases import (
 )
 from transformers import Trainer, TrainerCallback
 
-from hf_gradutils import GradUtilsAccelerator, GradUtilsPlugin, GradUtilsTrainer, upstream
+from hf_gradutils import GradUtilsAccelerator, GradUtilsPlugin, GradUtilsTrainer
+from hf_gradutils._undisturbed import undisturbed
+from hf_gradutils.accelerator._half_precision import HalfParameters, accumulates_in_float32
 from hf_gradutils.errors import InvalidArgumentError, LossUnitError
-from hf_gradutils.half_precision import HalfParameters, accumulates_in_float32
-from hf_gradutils.loss_probe import check_additivity, settle_unit, undisturbed
-from hf_gradutils.sync import SyncContext, communicates
-from hf_gradutils.sync_auto import PolicyChoice, sparing_policy
-from hf_gradutils.targets import TargetCounter
+from hf_gradutils.sync import PolicyChoice, SyncContext, communicates
+from hf_gradutils.sync._auto import sparing_policy
+from hf_gradutils.targets.counter import TargetCounter
+from hf_gradutils.targets.probe import check_additivity
+from hf_gradutils.targets.unit import settle_unit
+from hf_gradutils.upstream.dtensor import local_tensor
+from hf_gradutils.upstream.fsdp import _fsdp2_groups, fsdp2_adds_shards_by_position
 
-NEEDS_EVERY_PARAMETER = upstream.fsdp2_adds_shards_by_position()
+NEEDS_EVERY_PARAMETER = fsdp2_adds_shards_by_position()
 """Before torch 2.15."""
 
 
@@ -108,7 +112,7 @@ def _reduced(head, precision):
             group._reduce_dtype
             for module in trainer.model.modules()
             if isinstance(module, FSDPModule)
-            for group in upstream._fsdp2_groups(module)
+            for group in _fsdp2_groups(module)
         ),
     }
 
@@ -331,7 +335,7 @@ def _put_back():
         model.zero_grad()
     if not NEEDS_EVERY_PARAMETER:
         return True
-    unsharded = [p._unsharded_param for group in upstream._fsdp2_groups(model) for p in group.fsdp_params]
+    unsharded = [p._unsharded_param for group in _fsdp2_groups(model) for p in group.fsdp_params]
     return all(p.grad_dtype == p.dtype == torch.bfloat16 and p.grad is None for p in unsharded)
 
 
@@ -489,12 +493,12 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(layout):
 def _overflow(layout):
     def spoil(model):
         if dist.get_rank() == 1:
-            upstream.local_tensor(model.down.weight.grad)[0, 0] = math.inf
+            local_tensor(model.down.weight.grad)[0, 0] = math.inf
 
     model, accelerator, optimizer = _loop(layout, spoil)
-    before = [upstream.local_tensor(p.detach()).clone() for p in model.parameters()]
+    before = [local_tensor(p.detach()).clone() for p in model.parameters()]
     optimizer.step()
-    after = [upstream.local_tensor(p.detach()) for p in model.parameters()]
+    after = [local_tensor(p.detach()) for p in model.parameters()]
     is_left_out = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     optimizer.zero_grad()
     accelerator._update_scale()

@@ -26,7 +26,8 @@ from hf_gradutils import (
     rescale_gradients,
 )
 from hf_gradutils.errors import InvalidArgumentError, InvarianceError
-from hf_gradutils.invariance_report import Comparison, InvarianceReport
+from hf_gradutils.invariance import InvarianceReport
+from hf_gradutils.invariance._report import Comparison
 
 COPIES, PARTS, LAYOUT, TARGETS = range(4)
 HEAD = "llama causal"

@@ -11,11 +11,11 @@ from torch import nn
 from trainer_cases import IS_OLD, make_data, make_model, relative_error, train
 from transformers.loss.loss_for_object_detection import ImageLoss
 
-from hf_gradutils import upstream
+from hf_gradutils.accelerator import GradUtilsPlugin
 from hf_gradutils.errors import LossUnitError, TargetCountError
-from hf_gradutils.known_heads import NO_UNIT, UNITS, known_head
-from hf_gradutils.plugin import GradUtilsPlugin
-from hf_gradutils.targets import TargetCounter
+from hf_gradutils.targets.counter import TargetCounter
+from hf_gradutils.targets.known_heads import NO_UNIT, UNITS, known_head
+from hf_gradutils.upstream.accelerate import without_accelerate_state
 
 TOLERANCE = 1e-5
 
@@ -238,7 +238,7 @@ def test_boxes_are_counted_and_images_without_any_have_their_loss(accumulation):
 def _boxes_are_exact(accumulation):
     rows = _boxes()
     model = DabDetrForObjectDetection()
-    with upstream.without_accelerate_state():
+    with without_accelerate_state():
         model(**_collate_boxes(rows))["loss"].backward()
     want = {name: p.grad.double() for name, p in model.named_parameters()}
     arguments = {"train_sampling_strategy": "sequential"}

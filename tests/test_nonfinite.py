@@ -10,9 +10,8 @@ from trainer_cases import LAYOUTS, relative_error, run, train
 from transformers import Trainer, TrainerCallback
 
 from hf_gradutils import GradUtilsTrainer
+from hf_gradutils.accelerator import Counters, GradUtilsPlugin
 from hf_gradutils.errors import InvalidArgumentError, NonfiniteGradientError
-from hf_gradutils.plugin import GradUtilsPlugin
-from hf_gradutils.steps import Counters
 
 HEAD = "llama causal"
 WHERE = "model.layers.1.mlp.up_proj.weight"

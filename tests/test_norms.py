@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_gradutils.errors import InvalidArgumentError
-from hf_gradutils.norms import check_norm_type, power_sums, root
+from hf_gradutils.gradients.power_sums import check_norm_type, power_sums, root
 
 P = [1.0, 2.0, 3.0, math.inf]
 

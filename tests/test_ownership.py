@@ -12,8 +12,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from hf_gradutils import clip_gradients, get_grad_norm
+from hf_gradutils._collectives import domain_of
 from hf_gradutils.errors import InvalidArgumentError, ReplicaMismatchError
-from hf_gradutils.reduction import domain_of
 
 
 @ranks(2)

@@ -79,7 +79,7 @@ def test_a_wheel_carries_the_package_and_nothing_else(tmp_path):
     subprocess.run(build, check=True, capture_output=True, env=env)
     (wheel,) = tmp_path.glob("hf_gradutils-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    modules = {f"hf_gradutils/{path.name}" for path in (ROOT / "hf_gradutils").glob("*.py")}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "hf_gradutils").rglob("*.py")}
     assert modules | {"hf_gradutils/py.typed"} <= set(names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"hf_gradutils"}
     target = tmp_path / "site"

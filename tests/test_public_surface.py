@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import hf_gradutils
-from hf_gradutils.plugin import GradUtilsPlugin
+from hf_gradutils.accelerator import GradUtilsPlugin
 
 ROOT = Path(__file__).parent.parent
 
@@ -96,6 +96,7 @@ VARIABLES = {
 
 def test_the_top_level_names_are_these():
     assert hf_gradutils.__all__ == TOP_LEVEL
+    assert dir(hf_gradutils) == sorted([*TOP_LEVEL, "dist_utils", "errors", "grad_utils"])
     for name in TOP_LEVEL:
         assert getattr(hf_gradutils, name).__name__ == name
 
@@ -158,3 +159,23 @@ def test_the_command_is_called_hf_gradutils():
         [Path(sys.executable).with_name("hf-gradutils"), "--help"], check=True, capture_output=True, text=True
     )
     assert "{env,check,plot}" in done.stdout
+
+
+IMPORTS = {
+    "FirstRankPerNode": {"torch.distributed.tensor", "torch.distributed.fsdp", "sympy", "accelerate", "transformers"},
+    "barrier_and_log": {"torch.distributed.tensor", "torch.distributed.fsdp", "sympy", "accelerate", "transformers"},
+    "clip_gradients": {"accelerate", "transformers", "datasets"},
+    "get_grad_norm": {"accelerate", "transformers", "datasets"},
+    "get_sync_ctx": {"accelerate", "transformers", "datasets"},
+    "GradUtilsPlugin": {"trl", "peft", "matplotlib"},
+    "GradUtilsTrainer": {"trl", "matplotlib"},
+    "route_first_rank": {"trl", "matplotlib", "hf_gradutils.trainer"},
+}
+"""Name → modules that its import must not load."""
+
+
+@pytest.mark.parametrize("name", IMPORTS)
+def test_a_name_loads_what_it_needs_and_no_more(name):
+    code = f"import json, sys; from hf_gradutils import {name}; print(json.dumps(list(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert IMPORTS[name] & set(json.loads(done.stdout.splitlines()[-1])) == set()

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from hf_gradutils import upstream
-from hf_gradutils.scaling import clip_coefficient, scale_
+from hf_gradutils.gradients.scaling import clip_coefficient, scale_
+from hf_gradutils.upstream.torch import foreach_mul_in_fp32_, foreach_mul_promoted_
 
 
 @pytest.mark.parametrize("foreach", [True, False])
@@ -26,8 +26,8 @@ def test_every_dtype_is_multiplied_in_at_least_float32(dtype, foreach):
 def test_what_is_multiplied_by_promotion_is_what_the_kernel_for_many_gives(dtype):
     tensors = [torch.randn(shape).to(dtype) for shape in [(1000,), (3, 4), (1,), (), (0, 2)]]
     factor, expected = torch.tensor(0.123456789), [tensor.clone() for tensor in tensors]
-    upstream.foreach_mul_in_fp32_(expected, factor)
-    upstream.foreach_mul_promoted_(tensors, factor)
+    foreach_mul_in_fp32_(expected, factor)
+    foreach_mul_promoted_(tensors, factor)
     assert all(torch.equal(got, want) for got, want in zip(tensors, expected, strict=True))
 
 

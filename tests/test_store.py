@@ -9,8 +9,8 @@ import torch.distributed as dist
 from ranks import ranks, run_ranks
 
 from hf_gradutils import FirstRankPerNode
+from hf_gradutils.coordination.store import current_channel, leave, open_channel
 from hf_gradutils.errors import LauncherError
-from hf_gradutils.store import current_channel, leave, open_channel
 
 
 def rank() -> int:

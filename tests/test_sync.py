@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import profile
 
 from hf_gradutils import get_sync_ctx
-from hf_gradutils.upstream import fsdp2_sync_flags
+from hf_gradutils.upstream.fsdp import fsdp2_sync_flags
 
 
 def state_of(model):

@@ -41,11 +41,13 @@ from trainer_cases import IS_OLD, make_data, train, truth
 from trainer_cases import make_model as make_model_of
 from trainer_cases import relative_error as relative_error_of_sums
 
-from hf_gradutils import GradUtilsPlugin, GradUtilsTrainer, sync_auto, upstream
+from hf_gradutils import GradUtilsPlugin, GradUtilsTrainer
 from hf_gradutils.accelerator import GradUtilsAccelerator
 from hf_gradutils.errors import InvalidArgumentError
-from hf_gradutils.sync import SyncContext, communicates, discard_deferred
-from hf_gradutils.sync_auto import PolicyChoice, decide, deferred_bytes, free_bytes
+from hf_gradutils.sync import PolicyChoice, SyncContext, communicates, discard_deferred, free_bytes
+from hf_gradutils.sync import _auto as sync_auto
+from hf_gradutils.sync._auto import decide, deferred_bytes
+from hf_gradutils.upstream.fsdp import fsdp1_sync_flag, fsdp2_sync_flags
 
 ACCUMULATION = 4
 POLICIES = ("defer", "every", "reduce_scatter")
@@ -102,7 +104,7 @@ def num_ranks_of(layout):
 def num_groups(model):
     """Buckets or groups that have something to train; a group of several modules is one."""
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    groups = {id(group): group for module in modules for group, *_ in upstream.fsdp2_sync_flags(module)}
+    groups = {id(group): group for module in modules for group, *_ in fsdp2_sync_flags(module)}
     return sum(any(p.sharded_param.requires_grad for p in group.fsdp_params) for group in groups.values()) or 1
 
 
@@ -243,9 +245,9 @@ def flags_of(model):
         if isinstance(module, DistributedDataParallel):
             flags.append(module.require_backward_grad_sync)
         elif isinstance(module, FSDPModule):
-            flags += [tuple(pair) for _, *pair in upstream.fsdp2_sync_flags(module)]
+            flags += [tuple(pair) for _, *pair in fsdp2_sync_flags(module)]
         elif isinstance(module, FullyShardedDataParallel):
-            flags.append(upstream.fsdp1_sync_flag(module))
+            flags.append(fsdp1_sync_flag(module))
     return flags
 
 

@@ -5,9 +5,10 @@ import os
 import pytest
 from ranks import ranks
 
-from hf_gradutils.environment import LAUNCHERS, read_rendezvous
+from hf_gradutils._environment import LAUNCHERS, read_rendezvous
+from hf_gradutils.coordination.process import current_process, is_alive
+from hf_gradutils.coordination.ranks import current_ranks
 from hf_gradutils.errors import LauncherError
-from hf_gradutils.topology import current_process, current_ranks, is_alive
 
 
 @pytest.fixture(autouse=True)

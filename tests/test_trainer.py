@@ -22,8 +22,8 @@ from trainer_cases import (
 from transformers import Trainer
 
 from hf_gradutils import GradUtilsTrainer, clip_gradients, get_sync_ctx, reduce_loss, rescale_gradients
+from hf_gradutils.accelerator import GradUtilsPlugin
 from hf_gradutils.errors import InvalidArgumentError, LossUnitError, TargetCountError
-from hf_gradutils.plugin import GradUtilsPlugin
 
 TOLERANCE = 1e-5
 COMMON = ["1 rank", "ddp2", "fsdp2x2"]

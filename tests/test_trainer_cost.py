@@ -13,7 +13,7 @@ from trainer_cases import make_data, run, train
 from transformers import Trainer
 
 from hf_gradutils import GradUtilsTrainer
-from hf_gradutils.plugin import GradUtilsPlugin
+from hf_gradutils.accelerator import GradUtilsPlugin
 
 
 @pytest.mark.parametrize("layout", ["1 rank", "ddp2"])

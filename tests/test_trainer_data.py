@@ -13,7 +13,7 @@ from transformers import DataCollatorWithFlattening, Trainer
 
 from hf_gradutils import GradUtilsTrainer
 from hf_gradutils.errors import InvalidArgumentError
-from hf_gradutils.micro_batches import BatchStream, MicroBatches, Padding
+from hf_gradutils.trainer._batches import BatchStream, MicroBatches, Padding
 
 TOLERANCE = 1e-5
 HEAD = "t5 seq2seq"

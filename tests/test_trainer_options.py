@@ -24,9 +24,9 @@ from trainer_cases import (
 from transformers import Trainer
 
 from hf_gradutils import GradUtilsAccelerator, GradUtilsTrainer
+from hf_gradutils.accelerator import GradUtilsPlugin
 from hf_gradutils.errors import InvalidArgumentError, LossUnitError
-from hf_gradutils.loss_probe import loss_ignores_first_position
-from hf_gradutils.plugin import GradUtilsPlugin
+from hf_gradutils.targets.probe import loss_ignores_first_position
 
 TOLERANCE = 1e-5
 COMMON = ["1 rank", "ddp2", "fsdp2x2"]

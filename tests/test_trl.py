@@ -25,10 +25,11 @@ from transformers import (
     Trainer,
 )
 
-from hf_gradutils import trl_trainers, upstream
+from hf_gradutils.accelerator import GradUtilsPlugin
 from hf_gradutils.errors import InvalidArgumentError, LossUnitError
-from hf_gradutils.plugin import GradUtilsPlugin
+from hf_gradutils.targets import trl as trl_trainers
 from hf_gradutils.trainer import GradUtilsTrainerMixin
+from hf_gradutils.upstream.trl import TRL_AUXILIARY, TRL_METRICS
 
 trl = pytest.importorskip("trl")
 from trl import (  # noqa: E402
@@ -495,10 +496,10 @@ def test_a_trainer_that_overrides_an_exact_one_is_not_taken_for_it():
 def test_the_attributes_of_trl_are_still_there(trainer_class):
     assert trainer_class.__name__ in trl_trainers.EXACT
     source = inspect.getsource(trainer_class)
-    for name in upstream.TRL_METRICS:
+    for name in TRL_METRICS:
         assert f"self.{name} = " in source, f"{trainer_class.__name__} no longer keeps {name}"
     if trainer_class is not RewardTrainer:
-        for name in upstream.TRL_AUXILIARY:
+        for name in TRL_AUXILIARY:
             assert f"self.{name} = " in source
             assert f"if self.{name}:" in source
 

@@ -10,7 +10,7 @@ import torch
 from gpu.cuda_cases import DEVICE, on_ranks
 from torch import nn
 
-from hf_gradutils.optimizer import as_flag
+from hf_gradutils.accelerator._optimizer import as_flag
 from hf_gradutils.window import AccumulationWindow
 
 NUM_STEPS = 4

@@ -26,8 +26,8 @@ from trainer_cases import relative_error as relative_error_of_sums
 from transformers import Trainer
 
 from hf_gradutils import GradUtilsPlugin, GradUtilsTrainer
-from hf_gradutils.sync import SyncContext
-from hf_gradutils.sync_auto import deferred_bytes, free_bytes
+from hf_gradutils.sync import SyncContext, free_bytes
+from hf_gradutils.sync._auto import deferred_bytes
 
 POLICIES = ("defer", "every", "reduce_scatter")
 MIB = 2**20

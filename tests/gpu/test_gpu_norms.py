@@ -24,7 +24,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from hf_gradutils import clip_gradients
-from hf_gradutils.norms import power_sums, root
+from hf_gradutils.gradients.power_sums import power_sums, root
 from hf_gradutils.window import AccumulationWindow
 
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 1e-5, torch.float16: 1e-5}

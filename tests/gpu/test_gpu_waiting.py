@@ -16,10 +16,9 @@ from trainer_cases import make_data, make_model, reset_accelerate, train
 from transformers import Trainer
 
 from hf_gradutils import GradUtilsAccelerator, GradUtilsPlugin, GradUtilsTrainer, clip_gradients, rescale_gradients
+from hf_gradutils.accelerator._optimizer import as_flag
 from hf_gradutils.errors import NonfiniteGradientError
-from hf_gradutils.nonfinite import StepGuard
-from hf_gradutils.optimizer import as_flag
-from hf_gradutils.window import AccumulationWindow
+from hf_gradutils.window import AccumulationWindow, StepGuard
 
 DTYPES = {
     "fp32": [torch.float32],

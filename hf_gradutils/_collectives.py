@@ -1,0 +1,134 @@
+"""The ranks whose contributions are added, and the one packed collective that adds them."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from hf_gradutils._devices import _device_for, on_device
+from hf_gradutils.errors import InvalidArgumentError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """Ranks that a sum runs over.
+
+    Summing over each of ``groups`` in turn adds every rank of the domain once: the groups are the axes of a
+    grid. No group at all is a domain of this rank alone.
+    """
+
+    groups: tuple[ProcessGroup, ...]
+    num_ranks: int
+
+    @property
+    def ranks(self) -> frozenset[tuple[int, ...]]:
+        """The axes as sets of global ranks; equal for equal domains, also in another process."""
+        return frozenset(tuple(dist.get_process_group_ranks(group)) for group in self.groups)
+
+
+ALONE = Domain(groups=(), num_ranks=1)
+
+
+def world_domain(group: ProcessGroup | None = None) -> Domain:
+    """All ranks of ``group``; of the default group when None; this rank alone without a process group."""
+    if group is None:
+        if not (dist.is_available() and dist.is_initialized()):
+            return ALONE
+        group = dist.group.WORLD
+    if group is None or dist.get_world_size(group) == 1:
+        return ALONE
+    return Domain(groups=(group,), num_ranks=dist.get_world_size(group))
+
+
+def domain_of(groups: Sequence[ProcessGroup | None]) -> Domain:
+    """The grid that the given groups span; None and groups of one rank span nothing.
+
+    A group inside another one (a dimension of a flattened mesh) adds nothing. When the grid covers every
+    rank, the default group stands for all axes, which makes one collective of several.
+
+    Raises:
+        InvalidArgumentError: two groups share this rank and some others but not all, so that no sum counts
+            every rank once.
+    """
+    axes: dict[frozenset[int], ProcessGroup] = {}
+    for group in groups:
+        if group is not None and dist.get_world_size(group) > 1:
+            axes.setdefault(frozenset(dist.get_process_group_ranks(group)), group)
+    largest = [ranks for ranks in axes if not any(ranks < other for other in axes)]
+    for i, ranks in enumerate(largest):
+        for other in largest[:i]:
+            if len(ranks & other) > 1:
+                raise InvalidArgumentError(
+                    f"expected groups that meet in one rank or contain one another, got ranks {sorted(ranks)} "
+                    f"and {sorted(other)}; pass one group that covers both"
+                )
+    num_ranks = math.prod(len(ranks) for ranks in largest)
+    if len(largest) > 1 and num_ranks == dist.get_world_size():
+        return world_domain()
+    return Domain(groups=tuple(axes[ranks] for ranks in largest), num_ranks=num_ranks)
+
+
+@torch.no_grad()
+def reduce_packed(domain: Domain, sums: Tensor, maxima: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Add ``sums`` and take the largest of ``maxima`` over the domain, in one go.
+
+    Args:
+        domain: Who takes part; every rank of it must call, with vectors of the same lengths.
+        sums: Shape (n,), float64. Left unchanged.
+        maxima: Shape (m,), float64, or None. NaN on one rank gives NaN on all.
+
+    Returns:
+        The same vectors, reduced, on the device that ``sums`` came on.
+
+    Collectives: per axis of the domain one all-reduce; with ``maxima`` one all-gather instead, because a sum
+    and a maximum do not fit one all-reduce, and MAX reductions drop NaN. Host syncs: as :func:`all_reduce_`.
+    """
+    if not domain.groups:
+        return sums.clone(), None if maxima is None else maxima.clone()
+    if maxima is None:
+        return all_reduce_(domain, sums.clone()), None
+    device = sums.device
+    num_sums = sums.numel()
+    packed = on_device(torch.cat((sums, maxima)), _device_for(domain.groups[0], device))
+    for group in domain.groups:
+        rows = packed.new_empty(dist.get_world_size(group), packed.numel())
+        dist.all_gather(list(rows.unbind(0)), packed, group=group)
+        packed = torch.cat((rows[:, :num_sums].sum(0), rows[:, num_sums:].amax(0)))
+    packed = on_device(packed, device)
+    return packed[:num_sums], packed[num_sums:]
+
+
+@torch.no_grad()
+def all_reduce_(domain: Domain, sums: Tensor) -> Tensor:
+    """Add ``sums`` over the domain, in place; returns it.
+
+    Args:
+        domain: Who takes part; every rank of it must call, with vectors of the same length.
+        sums: Shape (n,), float64.
+
+    Collectives: one all-reduce per axis of the domain. Host syncs: none; one where ``sums`` is on the CPU and the group
+    cannot carry it from there.
+    """
+    if domain.groups:
+        carried = on_device(sums, _device_for(domain.groups[0], sums.device))
+        for group in domain.groups:
+            dist.all_reduce(carried, group=group)
+        if carried is not sums:
+            sums.copy_(carried)
+    return sums
+
+
+def gather_objects(domain: Domain, mine: T) -> list[T]:
+    """What every rank of the domain's first axis passes, in their order. One object gather; every rank must call."""
+    if not domain.groups:
+        return [mine]
+    records: list[Any] = [None] * dist.get_world_size(domain.groups[0])
+    dist.all_gather_object(records, mine, group=domain.groups[0])
+    return records

@@ -1,0 +1,67 @@
+"""Devices and dtypes of tensors, and moving between devices."""
+
+import operator
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on ``device``; itself, without a call, where it is there already.
+
+    Host syncs: one on the way from an accelerator to the CPU, where it could be read before it has come; else none.
+    """
+    return tensor if tensor.device == device else tensor.to(device, non_blocking=device.type != "cpu")
+
+
+class Kind(NamedTuple):
+    """Device and dtype of all of some tensors; None where they differ."""
+
+    device: torch.device | None
+    dtype: torch.dtype | None
+
+
+def common_kind(tensors: Sequence[Tensor]) -> Kind:
+    """What the tensors have in common; asked at every step, so without making hundreds of device objects."""
+    if not tensors:
+        return Kind(None, None)
+    numbers = set(map(Tensor.get_device, tensors))  # -1 is the CPU; a process has one kind of accelerator
+    dtypes = set(map(_get_dtype, tensors))
+    return Kind(tensors[0].device if len(numbers) == 1 else None, tensors[0].dtype if len(dtypes) == 1 else None)
+
+
+_get_dtype = operator.attrgetter("dtype")
+
+
+def _device_for(group: ProcessGroup, device: torch.device) -> torch.device:
+    """Where a vector that is on ``device`` goes to be reduced.
+
+    The same kind of device on every rank, also on one whose gradients are offloaded, or that has none: a group may have
+    a backend for each kind, and they do not meet.
+    """
+    backends = dict(entry.split(":") for entry in str(dist.get_backend_config(group)).split(",") if ":" in entry)
+    is_one = len(set(backends.values())) == 1
+    if not backends or (is_one and device.type in backends):
+        return device
+    accelerator = next((kind for kind in backends if kind != "cpu"), None)
+    if accelerator is None:
+        return torch.device("cpu")
+    if device.type == accelerator:
+        return device
+    return torch.device(accelerator, torch.accelerator.current_device_index())
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes: its parameters' device, or that of their mesh if they are offloaded from it."""
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        return torch.device("cpu")
+    kind = parameter.device_mesh.device_type if isinstance(parameter, DTensor) else parameter.device.type
+    if kind == parameter.device.type:
+        return parameter.device
+    return torch.device(kind, torch.accelerator.current_device_index())

@@ -1,0 +1,174 @@
+"""The settings of the Trainer and of the Accelerator."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from accelerate.utils import GradientAccumulationPlugin
+
+from hf_gradutils import _environment
+from hf_gradutils.accelerator._half_precision import AccumulateInFloat32, check_accumulate_in_float32
+from hf_gradutils.errors import InvalidArgumentError
+from hf_gradutils.gradients.names import NormGroups, check_norm_groups
+from hf_gradutils.gradients.plan import Ownership, check_ownership
+from hf_gradutils.gradients.power_sums import check_norm_type
+from hf_gradutils.sync import SYNCS, Sync
+from hf_gradutils.targets.counter import CountTargets, LossUnit, TargetCounter
+from hf_gradutils.window import OnNonfinite, StepGuard
+
+
+def _switch(text: str) -> bool:
+    values = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+    return values[text.lower()]
+
+
+def _switch_or_auto(text: str) -> Any:
+    return "auto" if text.lower() == "auto" else _switch(text)
+
+
+def _groups(text: str) -> Any:
+    return text if not text.startswith("{") else _mapping(text)
+
+
+def _mapping(text: str) -> dict[str, str]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(text)
+    return value
+
+
+_FROM_TEXT: dict[str, tuple[Callable[[str], Any], str]] = {
+    "loss_unit": (str, "a unit"),
+    "check_loss_unit": (_switch, "true or false"),
+    "sync": (str, "a policy"),
+    "accumulate_in_float32": (_switch_or_auto, "true, false or auto"),
+    "norm_type": (float, "a number"),
+    "grad_norm_groups": (_groups, """'layer', or JSON like {"group": "pattern"}"""),
+    "ownership": (_mapping, """JSON like {"pattern": "sharded"}"""),
+    "on_nonfinite": (str, "a policy"),
+    "max_skipped_steps": (int, "a whole number"),
+    "fold_into_optimizer": (_switch, "true or false"),
+}
+"""Field → how to read it from its variable, and what is expected there."""
+
+
+def _from_variables() -> dict[str, Any]:
+    """The fields that variables set. InvalidArgumentError names a variable that says nothing of the kind."""
+    values = {}
+    for name, text in _environment.read_settings().items():
+        variable = f"{_environment.SETTING}{name.upper()}"
+        if name not in _FROM_TEXT:
+            known = ", ".join(f"{_environment.SETTING}{known.upper()}" for known in _FROM_TEXT)
+            raise InvalidArgumentError(f"{variable} sets nothing; the variables are {known}")
+        parse, expected = _FROM_TEXT[name]
+        try:
+            values[name] = parse(text)
+        except (ValueError, KeyError):
+            raise InvalidArgumentError(f"{variable} must be {expected}, got {text!r}") from None
+    return values
+
+
+def _setting(name: str, default: Any) -> Callable[[], Any]:
+    """What a field that was not passed takes: what its variable says, else the default."""
+    return lambda: _from_variables().get(name, default)
+
+
+@dataclass
+class GradUtilsPlugin(GradientAccumulationPlugin):  # type: ignore[misc]
+    """How gradients are accumulated.
+
+    For ``GradUtilsTrainer(grad_plugin=…)`` and ``GradUtilsAccelerator(gradient_accumulation_plugin=…)``. A field that
+    is not passed takes its value from the variable ``HF_GRADUTILS_<FIELD>``, as ``HF_GRADUTILS_SYNC``. accelerate's own
+    fields (``num_steps``, …) are for the Accelerator; a Trainer has arguments for them.
+
+    Raises:
+        InvalidArgumentError: a setting that means nothing, with what it may be and the variable it comes from.
+    """
+
+    loss_unit: LossUnit = field(default_factory=_setting("loss_unit", "auto"))
+    """What the loss is a mean over; ``auto`` asks the labels and the loss itself."""
+    count_targets: CountTargets | None = None
+    """Batch → number of targets, a 0-d tensor; overrides ``loss_unit``."""
+    check_loss_unit: bool = field(default_factory=_setting("check_loss_unit", True))
+    """Verify on the first batch, with three forwards, that the loss is a mean over what is counted."""
+    sync: Sync | None = field(default_factory=_setting("sync", None))
+    """When gradients are communicated: ``defer`` to the last micro-batch, ``every`` one, ``reduce_scatter`` shards in
+    every one and replicas in the last, or ``auto``, by what memory allows. None is ``defer``, but ``auto`` where FSDP2
+    accumulates in float32 what it would in half precision by itself. See ``docs/sync.md``."""
+    accumulate_in_float32: AccumulateInFloat32 = field(default_factory=_setting("accumulate_in_float32", "auto"))
+    """Gradients of parameters in half precision (``model.bfloat16()``) are accumulated in float32 and then rounded, for
+    2 bytes more per parameter; ``auto``: from 32 micro-batches on, but not under FSDP2. See ``docs/exactness.md``."""
+    norm_type: float = field(default_factory=_setting("norm_type", 2.0))
+    """p of the gradient norm that is logged and clipped to; ``inf`` is the largest element."""
+    grad_norm_groups: NormGroups = field(default_factory=_setting("grad_norm_groups", None))
+    """Groups of parameters whose norms are logged as ``grad_norm/<group>``: ``"layer"``, or group → name pattern."""
+    ownership: Ownership | None = field(default_factory=_setting("ownership", None))
+    """Plain parameters of which ranks hold different parts, see :func:`hf_gradutils.clip_gradients`."""
+    on_nonfinite: OnNonfinite = field(default_factory=_setting("on_nonfinite", "raise"))
+    """What becomes of a step whose gradient is inf or NaN anywhere. See ``docs/nonfinite.md``."""
+    max_skipped_steps: int = field(default_factory=_setting("max_skipped_steps", 10))
+    """Steps in a row that ``on_nonfinite="skip"`` leaves out; one more is an error."""
+    fold_into_optimizer: bool = field(default_factory=_setting("fold_into_optimizer", False))
+    """Let a fused optimizer do the scaling, which saves one pass over the gradients. Whatever reads ``.grad`` before
+    the step sees it unscaled."""
+
+    def __post_init__(self) -> None:
+        try:
+            self._check()
+        except InvalidArgumentError as error:
+            said = [name for name, value in _from_variables().items() if getattr(self, name) == value]
+            named = [f"{_environment.SETTING}{name.upper()}" for name in said if str(error).startswith(name)]
+            raise InvalidArgumentError(f"{named[0]}: {error}" if named else str(error)) from None
+
+    def _check(self) -> None:
+        self.counter()
+        self.guard()
+        if self.sync is not None and self.sync not in SYNCS:
+            raise InvalidArgumentError(f"sync must be one of {', '.join(SYNCS)}, got {self.sync!r}")
+        check_accumulate_in_float32(self.accumulate_in_float32)
+        self.effective_sync(each_batch=self.sync_each_batch)
+        check_norm_type(self.norm_type)
+        check_norm_groups(self.grad_norm_groups)
+        check_ownership(self.ownership or {})
+
+    def of_accelerate(self, num_steps: int) -> GradientAccumulationPlugin:
+        """What accelerate itself is to know."""
+        own = {field.name: getattr(self, field.name) for field in fields(GradientAccumulationPlugin)}
+        return GradientAccumulationPlugin(**own | {"num_steps": num_steps})
+
+    def to_kwargs(self) -> dict[str, Any]:
+        """Refused: only an Accelerator that is not ours asks, and it would weigh no micro-batch by its targets."""
+        raise InvalidArgumentError(
+            "expected GradUtilsAccelerator for a GradUtilsPlugin, got accelerate's Accelerator, which would drop all "
+            "it says; use hf_gradutils.GradUtilsAccelerator(gradient_accumulation_plugin=…), or pass accelerate's own "
+            "GradientAccumulationPlugin"
+        )
+
+    def counter(self) -> TargetCounter:
+        """Counts a batch's targets as these settings say."""
+        return TargetCounter(self.loss_unit, self.count_targets)
+
+    def guard(self) -> StepGuard:
+        """Judges steps as these settings say."""
+        return StepGuard(self.on_nonfinite, self.max_skipped_steps)
+
+    def effective_sync(self, *, each_batch: bool, widens_gradients: bool = False) -> Sync:
+        """The policy, with accelerate's own option ``sync_each_batch`` taken for ``every``.
+
+        Args:
+            each_batch: What that option says.
+            widens_gradients: Gradients of one micro-batch and all deferred ones are wider than without this package.
+        """
+        if each_batch and self.sync not in (None, "defer", "every"):
+            raise InvalidArgumentError(
+                f"expected sync or accelerate's sync_each_batch, got sync={self.sync!r} and sync_each_batch=True; "
+                "leave out sync_each_batch, which means sync='every'"
+            )
+        default: Sync = "auto" if widens_gradients else "defer"
+        return "every" if each_batch else self.sync or default
+
+    def accumulation_settings(self) -> list[str]:
+        """``name=value`` of everything set that accelerate's own plugin has, which a Trainer takes elsewhere."""
+        own = {field.name: field.default for field in fields(GradientAccumulationPlugin)}
+        return [f"{name}={getattr(self, name)!r}" for name, default in own.items() if getattr(self, name) != default]

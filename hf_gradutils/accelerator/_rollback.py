@@ -1,0 +1,26 @@
+"""Counters to put back when the device turns out to have skipped a step."""
+
+import copy
+from typing import Any
+
+from torch import Tensor
+
+
+class Counters:
+    """What Trainer counts on after a step, whether or not the device has left that step out."""
+
+    def __init__(self, global_step: int, scheduler: Any, optimizer: Any):
+        self._global_step = global_step
+        self._scheduler = copy.deepcopy(scheduler.state_dict())
+        # A rate that is a tensor is changed in place.
+        self._rates = [copy.deepcopy(group["lr"]) for group in optimizer.param_groups]
+
+    def restore(self, scheduler: Any, optimizer: Any) -> int:
+        """Put the scheduler and its learning rates back; returns the number of steps taken."""
+        scheduler.load_state_dict(self._scheduler)
+        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].copy_(rate)
+            else:
+                group["lr"] = rate
+        return self._global_step

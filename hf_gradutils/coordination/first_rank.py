@@ -1,0 +1,245 @@
+"""The first rank of each node runs a block before the node's other ranks.
+
+Who waits for whom is decided here. How a rank waits for another's turn is in :mod:`hf_gradutils.turns`: on
+the store channel and by watching processes; no process group, hence no process group timeout, takes part.
+"""
+
+import contextlib
+import inspect
+import os
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Literal, Self, TypeVar, get_args
+
+import torch.distributed as dist
+
+from hf_gradutils import _environment
+from hf_gradutils.coordination.meeting import NodeTurn, wait_for_nodes
+from hf_gradutils.coordination.nodes import elect_first, is_known_first
+from hf_gradutils.coordination.shared_directory import is_shared
+from hf_gradutils.coordination.store import current_channel, open_channel
+from hf_gradutils.coordination.turn import Block, Patience, Turn, describe_loss
+from hf_gradutils.errors import FirstRankError, InvalidArgumentError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+Scope = Literal["node", "world", "auto"]
+
+POLL_S = 0.25
+"""Longest pause between two looks of a waiting rank: 1,000 ranks then ask a store for 7 % of what it can answer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Entry:
+    """What ``__enter__`` leaves for ``__exit__``."""
+
+    block: Block | None
+    """None in a world of one."""
+
+    turns: tuple[Turn, ...]
+    """The turns to report on; none on ranks that only wait."""
+
+    is_outermost: bool
+    pid: int
+
+
+class _Depth(threading.local):
+    """How many blocks this thread is in."""
+
+    value = 0
+
+
+_depth = _Depth()
+
+
+class FirstRankPerNode(contextlib.ContextDecorator):
+    """Let the first rank of each node finish a block before the node's other ranks enter it.
+
+        with FirstRankPerNode() as is_first:  # True on the first rank
+            dataset = load_dataset(...)  # the first rank prepares, the others find the cache
+
+        @FirstRankPerNode()
+        def prepare(): ...
+
+    It works before, after and around ``init_process_group``, without a launcher (a world of one) and
+    nested. Whatever ends the first rank's block other than success, its own death included, is raised on
+    the waiting ranks; they never enter. Time does not matter: the block may take hours.
+
+    Nodes run the block independently of each other. Behind the outermost block they wait for each other, since
+    a rank that went on would meet the process group's timeout in its next collective; what failed on one
+    node is raised there on all.
+
+    Blocks pair up by name and by how often each rank has entered that name, so a rank that skips one block
+    does not shift the others; nor does one that skips a call of a decorated function, which all ranks call from
+    the same places, then, or give a ``name``. Nothing inside may need the other ranks (no collectives).
+
+    Args:
+        name: The same on all ranks. Default: where the block is (module, function and line of the ``with``,
+            or the name of the decorated function and where it is called).
+        scope: ``"node"``: every node prepares for itself. ``"world"``: for a cache that the nodes share; global
+            rank 0 is the only first, then come the first ranks of the nodes, then the rest, so that a cache that
+            is not shared after all is prepared once per node and by nobody at the same time. ``"auto"``: one of
+            these, after a look whether the nodes share ``cache_dir``.
+        cache_dir: What ``"auto"`` looks at. Default: the cache directory of datasets.
+        waits_for_nodes: Whether nodes wait for each other behind the block. False where only some nodes come.
+        poll_s: Longest pause between two looks of a waiting rank.
+        log_every_s: A waiting rank logs what it waits for this often, as a warning.
+        timeout_s: Waiting ranks give up after that; None never.
+
+    Collectives: none. The ranks of a node enter, each once; with ``waits_for_nodes``, ``"world"`` or ``"auto"``
+    at least the first rank of every node does.
+
+    Raises:
+        FirstRankError: on waiting ranks, when the first rank failed, ended, or ``timeout_s`` passed.
+        LauncherError: there are several ranks and no way to reach them.
+        InvalidArgumentError: an option out of range, or a generator or coroutine function to decorate.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str | None = None,
+        scope: Scope = "node",
+        cache_dir: str | os.PathLike[str] | None = None,
+        waits_for_nodes: bool = True,
+        poll_s: float = POLL_S,
+        log_every_s: float = 60.0,
+        timeout_s: float | None = None,
+    ) -> None:
+        for option, value in (("poll_s", poll_s), ("log_every_s", log_every_s), ("timeout_s", timeout_s)):
+            if value is not None and not value > 0:
+                raise InvalidArgumentError(f"{option} must be > 0, got {value}")
+        if scope not in get_args(Scope):
+            raise InvalidArgumentError(f"scope must be 'node', 'world' or 'auto', got {scope!r}")
+        self._name = name
+        self._function: str | None = None
+        self._scope: Scope = scope
+        self._cache_dir = cache_dir
+        self._waits_for_nodes = waits_for_nodes
+        self._patience = Patience(poll_s=poll_s, log_every_s=log_every_s, timeout_s=timeout_s)
+        # By thread, because one object may be entered in several, and nested in each.
+        self._entries: dict[int, list[_Entry]] = {}
+
+    def __call__(self, func: F) -> F:
+        """Decorate a function: each call is a block of its own, named after the function and the place of the call."""
+        kinds = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+        if any(is_kind(func) for is_kind in kinds):
+            raise InvalidArgumentError(
+                f"FirstRankPerNode decorates plain functions, got {func!r}, whose body runs after the call "
+                "has returned; use `with FirstRankPerNode():` inside it"
+            )
+        named = self._recreate_cm()
+        function = inspect.unwrap(func)
+        named._function = f"{function.__module__}.{getattr(function, '__qualname__', type(function).__name__)}"
+        return super(FirstRankPerNode, named).__call__(func)
+
+    def _recreate_cm(self) -> Self:
+        copy = type(self).__new__(type(self))
+        copy.__dict__.update(self.__dict__, _entries={})
+        return copy
+
+    def _try_bootstrap_pg(self) -> bool:
+        """Open the channel that the ranks talk through when no process group exists yet.
+
+        Leaves no process group behind, despite its name. Entering does this by itself.
+
+        Returns:
+            True when this call opened it; False when there was nothing to do: a process group exists, the
+            channel is open already, or this is a world of one.
+        """
+        if dist.is_initialized() or current_channel() is not None:
+            return False
+        return open_channel(log_every_s=self._patience.log_every_s) is not None
+
+    def __enter__(self) -> bool:
+        """Enter; True on the first rank at once, False on the others after it has finished."""
+        block: Block | None = None
+        turns: list[Turn] = []
+        is_first = True
+        channel = open_channel(log_every_s=self._patience.log_every_s)
+        if channel is not None:
+            name = self._name or self._describe_site(sys._getframe(1))
+            block = Block(channel=channel, name=name, count=channel.next_count(name))
+            turns, is_first = self._wait_for_turn(block)
+        entry = _Entry(block=block, turns=tuple(turns), is_outermost=_depth.value == 0, pid=os.getpid())
+        self._entries.setdefault(threading.get_ident(), []).append(entry)
+        _depth.value += 1
+        return is_first
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_val: BaseException | None,
+        exc_tb: TracebackType | None,
+    ) -> None:
+        """Publish how this rank's turn ended, if it had one, and wait for the other nodes. Exceptions keep going."""
+        thread = threading.get_ident()
+        entry = self._entries[thread].pop()
+        if not self._entries[thread]:
+            del self._entries[thread]
+        _depth.value -= 1
+        # A child that was forked inside the block leaves it too, and must not speak for its parent.
+        if entry.block is None or entry.pid != os.getpid():
+            return
+        for turn in entry.turns:
+            turn.end(exc_val)
+        # A rank that runs an inner block first may have others waiting for it in an outer one: it must not wait.
+        if exc_val is None and entry.is_outermost and self._waits_for_nodes:
+            wait_for_nodes(entry.block, self._patience)
+
+    def _describe_site(self, frame: FrameType | None) -> str:
+        """The name of a block that was not given one: a rank may skip it, and so one call of a function."""
+        site = _call_site(frame)
+        return site if self._function is None else f"{self._function}, called in {site}"
+
+    def _wait_for_turn(self, block: Block) -> tuple[list[Turn], bool]:
+        """Return when this rank may enter, with the turns it has, begun, and whether it is first of all."""
+        mine: list[Turn] = []
+        try:
+            turns = self._order(block)
+            mine = [turn for turn in turns if turn.is_mine]
+            for turn in turns:
+                if turn.is_mine:
+                    break
+                turn.wait(self._patience)
+            for turn in mine:
+                turn.begin()
+        except RuntimeError as lost:
+            raise FirstRankError(describe_loss(block)) from lost
+        except BaseException as error:
+            # The others would wait for a part that this rank is not going to run.
+            if not mine and is_known_first(block.channel):
+                mine = [NodeTurn(block, block.channel.ranks.node, block.channel.ranks.global_rank)]
+            for turn in mine:
+                turn.end(error)
+            raise
+        return mine, turns[0].is_mine
+
+    def _order(self, block: Block) -> list[Turn]:
+        """The turns, one after the other, that the ranks of this node wait for."""
+        channel = block.channel
+        first = self._patience.wait(lambda: elect_first(channel), lambda: _describe_election(block))
+        here = NodeTurn(block, channel.ranks.node, first)
+        scope = self._scope
+        if scope == "auto":
+            directory = Path(self._cache_dir) if self._cache_dir else _environment.read_cache_directory()
+            scope = "world" if is_shared(block, directory, self._patience) else "node"
+        return [Turn(block, "world", 0), here] if scope == "world" else [here]
+
+
+def _describe_election(block: Block) -> str:
+    rank = block.channel.ranks.global_rank
+    return f"rank {rank} waits for the first rank of its node, which has not reached any block ({block.name})"
+
+
+def _call_site(frame: FrameType | None) -> str:
+    """Module, function and line of a block, the same on every rank."""
+    while frame is not None and frame.f_globals.get("__name__") == "contextlib":
+        frame = frame.f_back  # ExitStack.enter_context, or the call of a decorated function
+    if frame is None:
+        return "unknown"
+    return f"{frame.f_globals.get('__name__')}.{frame.f_code.co_qualname}:{frame.f_lineno}"

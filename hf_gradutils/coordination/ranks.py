@@ -1,0 +1,68 @@
+"""The place of this process in the job: its ranks and its node.
+
+Ranks come from the process group if there is one, else from one launcher, else there is a world of one.
+"""
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from hf_gradutils import _environment
+from hf_gradutils.coordination.process import _host_node
+from hf_gradutils.errors import LauncherError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ranks:
+    """This process's place among all processes of the job."""
+
+    global_rank: int
+    world_size: int
+    local_rank: int | None
+    """Rank on its node; None when nothing says (a process group made without a launcher)."""
+
+    node: str
+    """Equal on the processes of one node, different between nodes. Two torchrun agents are two nodes."""
+
+    local_size: int | None
+    """How many ranks the node has; None when nothing says."""
+
+
+def current_ranks() -> Ranks:
+    """The ranks of this process as they are now.
+
+    The launcher's local rank and node are believed only while the launcher agrees with the process group
+    about rank and world size: processes that one task of SLURM spawned all inherit SLURM_LOCALID=0.
+
+    Raises:
+        LauncherError: the launcher's variables contradict themselves and there is no process group.
+    """
+    if not dist.is_initialized():
+        launched = _environment.read_launched_rank()
+        if launched is None:
+            return Ranks(global_rank=0, world_size=1, local_rank=0, node=_host_node(), local_size=1)
+        global_rank, world_size = launched.global_rank, launched.world_size
+    elif dist.get_backend() == "fake":
+        # Its world exists in the imagination of one process.
+        return Ranks(global_rank=0, world_size=1, local_rank=0, node=_host_node(), local_size=1)
+    else:
+        global_rank, world_size = dist.get_rank(), dist.get_world_size()
+        launched = _launched_as(global_rank, world_size)
+    node = None if launched is None else launched.node_rank
+    return Ranks(
+        global_rank=global_rank,
+        world_size=world_size,
+        local_rank=None if launched is None else launched.local_rank,
+        node=_host_node() if node is None else str(node),
+        local_size=None if launched is None else launched.local_size,
+    )
+
+
+def _launched_as(global_rank: int, world_size: int) -> _environment.LaunchedRank | None:
+    try:
+        launched = _environment.read_launched_rank()
+    except LauncherError:
+        return None  # the process group knows better
+    if launched is None or (launched.global_rank, launched.world_size) != (global_rank, world_size):
+        return None
+    return launched

@@ -1,0 +1,17 @@
+"""The proof in the user's hands: the gradient does not depend on how the batch is cut up and spread."""
+
+from hf_gradutils.invariance._check import (
+    CheckBeforeTraining,
+    check_invariance,
+    check_loop_invariance,
+    check_window_invariance,
+)
+from hf_gradutils.invariance._report import InvarianceReport
+
+__all__ = [
+    "CheckBeforeTraining",
+    "InvarianceReport",
+    "check_invariance",
+    "check_loop_invariance",
+    "check_window_invariance",
+]

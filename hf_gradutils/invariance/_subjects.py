@@ -1,0 +1,273 @@
+"""What a check of invariance is made on: the steps of a Trainer, ours or not, or of a loop with an Accelerator."""
+
+import contextlib
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeAlias
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from hf_gradutils._collectives import reduce_packed, world_domain
+from hf_gradutils._devices import device_of
+from hf_gradutils._precision import is_exact_in_itself, uses_exact_arithmetic
+from hf_gradutils._undisturbed import in_evaluation_mode
+from hf_gradutils.accelerator import GradUtilsAccelerator
+from hf_gradutils.errors import InvalidArgumentError
+from hf_gradutils.sync import discard_deferred
+from hf_gradutils.targets.auxiliary_loss import without_auxiliary
+from hf_gradutils.targets.counter import TargetCounter
+from hf_gradutils.upstream.accelerate import optimizers_of
+
+Rows: TypeAlias = list[Any]
+RunWindow: TypeAlias = Callable[[list[Any]], Tensor | float]
+"""This rank's micro-batches → the window's loss; leaves the gradient of the optimizer step in ``.grad``."""
+LossAndTargets: TypeAlias = Callable[[nn.Module, Any], tuple[Tensor, Tensor | int]]
+"""(model, batch) → its own mean loss, and the number of targets that is a mean over."""
+
+
+class Subject(Protocol):
+    """Something that turns micro-batches into a gradient."""
+
+    model: nn.Module
+    """Wrapped and sharded, ready to train."""
+    num_ranks: int
+    num_data_ranks: int
+    data_rank: int
+    is_exact: bool
+    """float32 or better, without autocast or TF32."""
+    advice: str
+    """What to do where gradients are wrong."""
+
+    def rows(self, num_rows: int) -> Rows:
+        """The first samples of the dataset, the same on all ranks."""
+
+    def run(self, parts: Sequence[Rows]) -> float:
+        """Leave the gradient of a step with these micro-batches on this rank in ``.grad``; the loss that is logged."""
+
+    def batch(self, rows: Rows) -> Any:
+        """On this rank's device."""
+
+    def own_mean(self, model: nn.Module, batch: Any) -> Tensor:
+        """The loss of one batch on one process, without any wrapper's or rank's help."""
+
+    def counter(self, model: nn.Module) -> TargetCounter:
+        """Counts the targets of a batch as the training does."""
+
+    def as_it_was(self) -> contextlib.AbstractContextManager[None]:
+        """Afterwards everything is as before."""
+
+
+class _OwnLoop:
+    """What loops of one's own have in common."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: Sequence[Any],
+        collate: Callable[[Rows], Any],
+        loss_and_targets: LossAndTargets,
+        device: torch.device,
+    ):
+        self.model = model
+        self._rows = rows
+        self._collate = collate
+        self._loss_and_targets = loss_and_targets
+        self._device = device
+
+    def rows(self, num_rows: int) -> Rows:
+        """The first samples of the dataset, the same on all ranks."""
+        if len(self._rows) < num_rows:
+            raise InvalidArgumentError(f"expected at least {num_rows} rows, got {len(self._rows)}; lower num_samples")
+        return [self._rows[index] for index in range(num_rows)]
+
+    def batch(self, rows: Rows) -> Any:
+        """As in :class:`Subject`."""
+        return send_to_device(self._collate(rows), self._device)
+
+    def own_mean(self, model: nn.Module, batch: Any) -> Tensor:
+        """As in :class:`Subject`."""
+        return self._loss_and_targets(model, batch)[0]
+
+    def counter(self, model: nn.Module) -> TargetCounter:
+        """As in :class:`Subject`."""
+        return TargetCounter(count=lambda batch: torch.as_tensor(self._loss_and_targets(model, batch)[1]))
+
+
+class LoopSubject(_OwnLoop):
+    """A loop with an Accelerator, ours or accelerate's."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        rows: Sequence[Any],
+        collate: Callable[[Rows], Any],
+        loss_and_targets: LossAndTargets,
+    ):
+        super().__init__(model, rows, collate, loss_and_targets, accelerator.device)
+        self.accelerator = accelerator
+        self._is_ours = isinstance(accelerator, GradUtilsAccelerator)
+        self.num_ranks = accelerator.num_processes
+        self.is_exact = uses_exact_arithmetic(accelerator, model)
+        config = accelerator.parallelism_config
+        num_sharers = 1 if config is None else config.tp_size * config.cp_size * getattr(config, "sp_size", 1)
+        self.num_data_ranks = self.num_ranks // num_sharers
+        self.data_rank = accelerator.process_index // num_sharers
+        self.advice = (
+            "num_targets is not what the loss is a mean over"
+            if self._is_ours
+            else "accelerate's Accelerator does not weigh micro-batches by their targets; use "
+            "hf_gradutils.GradUtilsAccelerator and backward(loss, num_targets=…)"
+        )
+
+    def run(self, parts: Sequence[Rows]) -> float:
+        """As in :class:`Subject`."""
+        accelerator, model = self.accelerator, self.model
+        discard_deferred(model)
+        if isinstance(accelerator, GradUtilsAccelerator):
+            accelerator.forget_windows()
+        accelerator.gradient_accumulation_steps = len(parts)
+        total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+        for index, part in enumerate(parts):
+            is_last = index == len(parts) - 1
+            accelerator.sync_gradients = is_last
+            batch = self.batch(part)
+            with self._sync_context(is_last):
+                loss, num_targets = self._loss_and_targets(model, batch)
+                if isinstance(accelerator, GradUtilsAccelerator):
+                    accelerator.backward(loss, num_targets=num_targets, model=model)
+                else:
+                    accelerator.backward(loss)
+            total += loss.detach() / len(parts)
+        if isinstance(accelerator, GradUtilsAccelerator):
+            accelerator.close_window(model, step=1)
+            return _finish(accelerator, model)
+        return _mean_over_ranks(total)
+
+    def _sync_context(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
+        if not is_last:
+            return self.accelerator.no_sync(self.model)  # type: ignore[no-any-return]
+        if isinstance(self.accelerator, GradUtilsAccelerator):
+            return self.accelerator.sync_context(self.model)
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def as_it_was(self) -> Iterator[None]:
+        """As in :class:`Subject`."""
+        steps, step = self.accelerator.gradient_accumulation_steps, self.accelerator.step
+        try:
+            with _untouched(self.model), _accelerator_untouched(self.accelerator):
+                yield
+        finally:
+            self.accelerator.gradient_accumulation_steps, self.accelerator.step = steps, step
+
+
+class WindowSubject(_OwnLoop):
+    """A loop of plain torch: data parallelism of any kind, or one process."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: Sequence[Any],
+        collate: Callable[[Rows], Any],
+        run_window: RunWindow,
+        loss_and_targets: LossAndTargets,
+    ):
+        super().__init__(model, rows, collate, loss_and_targets, device_of(model))
+        self._run_window = run_window
+        self.num_ranks = self.num_data_ranks = dist.get_world_size() if dist.is_initialized() else 1
+        self.data_rank = dist.get_rank() if dist.is_initialized() else 0
+        self.is_exact = is_exact_in_itself(model, self._device)
+        self.advice = "the window's end does not divide by the targets that the losses are means over"
+
+    def run(self, parts: Sequence[Rows]) -> float:
+        """As in :class:`Subject`."""
+        discard_deferred(self.model)
+        return float(self._run_window([self.batch(part) for part in parts]))
+
+    def as_it_was(self) -> contextlib.AbstractContextManager[None]:
+        """As in :class:`Subject`."""
+        return _untouched(self.model)
+
+
+def _finish(accelerator: GradUtilsAccelerator, model: nn.Module) -> float:
+    """What a fused optimizer would have done on the way to the step; the loss."""
+    report = accelerator.report
+    assert report is not None
+    for optimizer in optimizers_of(accelerator):
+        order, optimizer.order = optimizer.order, None
+        if order is not None and order.divisor is not None:
+            for p in model.parameters():
+                if p.grad is not None:
+                    p.grad.mul_(report.multiplier.to(p.grad.dtype))
+            break
+    return float(report.loss)
+
+
+def _mean_over_ranks(loss: Tensor) -> float:
+    domain = world_domain()
+    return float(reduce_packed(domain, loss.view(1))[0] / domain.num_ranks)
+
+
+@contextlib.contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Without dropout; gradients, buffers, modes and random states are as before afterwards."""
+    gradients = [(p, p.grad) for p in model.parameters()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    numpy = sys.modules.get("numpy")
+    state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
+    for p, _ in gradients:
+        p.grad = None
+    try:
+        with in_evaluation_mode(model), without_auxiliary(model), _staying_in_its_mode(model):
+            yield
+    finally:
+        random.setstate(state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
+        discard_deferred(model)
+        with torch.no_grad():
+            for b, value in buffers:
+                b.copy_(value)
+        for p, gradient in gradients:
+            p.grad = gradient
+
+
+@contextlib.contextmanager
+def _accelerator_untouched(accelerator: Accelerator) -> Iterator[None]:
+    sync = accelerator.sync_gradients
+    try:
+        yield
+    finally:
+        accelerator.sync_gradients = sync
+        if isinstance(accelerator, GradUtilsAccelerator):
+            accelerator.forget_windows()
+            accelerator.report = None
+            for optimizer in optimizers_of(accelerator):
+                optimizer.order = None
+
+
+@contextlib.contextmanager
+def _staying_in_its_mode(model: nn.Module) -> Iterator[None]:
+    """A Trainer switches to training mode in every micro-batch."""
+    vars(model)["train"] = lambda mode=True: model
+    try:
+        yield
+    finally:
+        del vars(model)["train"]
+
+
+def describe(subject: Subject, num_rows: int) -> str:
+    """The layout, the samples and the arithmetic."""
+    kinds = sorted({str(p.dtype).removeprefix("torch.") for p in subject.model.parameters()})
+    rounds = "" if subject.is_exact else ", rounded arithmetic"
+    num_ranks = subject.num_ranks
+    ranks = (
+        "1 rank" if num_ranks == 1 else f"{num_ranks} ranks, {subject.num_data_ranks} of them with data of their own"
+    )
+    return f"{num_rows} samples, {ranks}, {type(subject.model).__name__}, {'/'.join(kinds)}{rounds}"

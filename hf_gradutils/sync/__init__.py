@@ -1,0 +1,26 @@
+"""When gradients are communicated while a window of micro-batches accumulates."""
+
+from hf_gradutils.sync._auto import SYNCS, PolicyChoice, Sync, free_bytes
+from hf_gradutils.sync._context import (
+    Communicates,
+    SyncContext,
+    SyncPolicy,
+    communicates,
+    discard_deferred,
+    find_wrappers,
+    reduces_in_one_dtype,
+)
+
+__all__ = [
+    "SYNCS",
+    "Communicates",
+    "PolicyChoice",
+    "Sync",
+    "SyncContext",
+    "SyncPolicy",
+    "communicates",
+    "discard_deferred",
+    "find_wrappers",
+    "free_bytes",
+    "reduces_in_one_dtype",
+]

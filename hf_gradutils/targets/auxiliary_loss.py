@@ -1,0 +1,37 @@
+"""The auxiliary loss of a mixture of experts, which is no mean over targets."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    TrainerBase = Any  # any Trainer class
+else:
+    TrainerBase = object
+
+
+def auxiliary_places(model: nn.Module) -> Iterator[tuple[Any, str]]:
+    """Where a mixture of experts says by how much it adds its auxiliary loss to the loss: (object, attribute)."""
+    config: Any = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else None
+    for place in (model, config, text_config):
+        for name in ("router_aux_loss_coef", "aux_loss_coef"):
+            if isinstance(getattr(place, name, None), int | float):
+                yield place, name
+
+
+def _auxiliary_coefficient(model: nn.Module) -> float:
+    """By how much a mixture of experts adds its auxiliary loss to the loss; 0 if it does not say."""
+    return next((float(getattr(place, name)) for place, name in auxiliary_places(model)), 0.0)
+
+
+@contextlib.contextmanager
+def without_auxiliary(model: nn.Module) -> Iterator[None]:
+    """Leave a mixture's auxiliary loss out, which is no mean over targets."""
+    with contextlib.ExitStack() as stack:
+        for place, name in [found for module in model.modules() for found in auxiliary_places(module)]:
+            stack.callback(setattr, place, name, getattr(place, name))
+            setattr(place, name, 0.0)
+        yield

@@ -1,0 +1,150 @@
+"""Heads of transformers whose loss is no mean over what their labels suggest, by class name.
+
+Measured on the heads of transformers 5.23 that could be built, see ``docs/heads.md``; the rule of ``auto`` and the
+question whether a head shifts settle the others. Names are looked up along the class hierarchy, so that subclasses,
+and the classes that ``fully_shard`` derives, are found too. ``tests/test_known_heads.py`` fails when a name moves.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from hf_gradutils.targets.counter import IGNORE_INDEX, LossUnit
+
+_CONTRASTIVE = "it contrasts every sample with the others of its micro-batch, so a smaller micro-batch is another task"
+_TWO_MEANS = "it adds two means over different numbers of targets"
+_RANDOM = "it draws random points or masks in every forward"
+_ROOTS = "it weighs two means by the square roots of their numbers of targets"
+_SHARED_DELAYS = "its autocorrelation picks the delays for all rows of a micro-batch together"
+_DENOISING = (
+    "it draws noisy copies of the boxes in every forward, as many as the fullest image of a micro-batch needs; with "
+    "num_denoising=0 in the configuration it is a mean over boxes"
+)
+
+NO_UNIT = {
+    **dict.fromkeys(
+        [
+            "AltCLIPModel",
+            "BlipModel",
+            "ChineseCLIPModel",
+            "CLIPModel",
+            "CLIPSegModel",
+            "GroupViTModel",
+            "MetaClip2Model",
+            "Owlv2Model",
+            "OwlViTModel",
+            "Siglip2Model",
+            "SiglipModel",
+            "Tipsv2Model",
+            "VideoPrismClipModel",
+            "VisionTextDualEncoderModel",
+            "XCLIPModel",
+        ],
+        _CONTRASTIVE,
+    ),
+    **dict.fromkeys(
+        [
+            "AlbertForPreTraining",
+            "BertForPreTraining",
+            "BigBirdForPreTraining",
+            "ErnieForPreTraining",
+            "FNetForPreTraining",
+            "LxmertForPreTraining",
+            "MegatronBertForPreTraining",
+            "MobileBertForPreTraining",
+            "VisualBertForPreTraining",
+            "Deimv2ForObjectDetection",
+            "DetrForObjectDetection",
+            "DetrForSegmentation",
+            "MaskFormerForInstanceSegmentation",
+            "TableTransformerForObjectDetection",
+            "YolosForObjectDetection",
+        ],
+        _TWO_MEANS,
+    ),
+    **dict.fromkeys(
+        [
+            "EomtDinov3ForUniversalSegmentation",
+            "EomtForUniversalSegmentation",
+            "Mask2FormerForUniversalSegmentation",
+            "OneFormerForUniversalSegmentation",
+            "RfDetrForInstanceSegmentation",
+            "ViTMAEForPreTraining",
+        ],
+        _RANDOM,
+    ),
+    "AutoformerForPrediction": _SHARED_DELAYS,
+    "DFineForObjectDetection": _ROOTS,
+    "GLPNForDepthEstimation": "it is the square root of a difference of means",
+}
+"""Class name → why its loss is no mean over anything that could be counted."""
+
+UNITS: dict[str, LossUnit] = {
+    **dict.fromkeys(["ElectraForPreTraining", "FunnelForPreTraining"], "attended_tokens"),
+    **dict.fromkeys(
+        [
+            "ConditionalDetrForObjectDetection",
+            "ConditionalDetrForSegmentation",
+            "DabDetrForObjectDetection",
+            "DeformableDetrForObjectDetection",
+            "LwDetrForObjectDetection",
+            "RfDetrForObjectDetection",
+            "RTDetrForObjectDetection",
+            "RTDetrV2ForObjectDetection",
+        ],
+        "boxes",
+    ),
+    # Tokens as for others, but their decoder cannot start without any label, as the question about the shift has it.
+    **dict.fromkeys(["MBartForConditionalGeneration", "PLBartForConditionalGeneration"], "tokens"),
+    # Labels of tokens, but a mean over questions; and labels that -100 must not be among.
+    **dict.fromkeys(["ParakeetForTDT", "TapasForQuestionAnswering"], "rows"),
+    **dict.fromkeys(
+        [
+            "DeiTForMaskedImageModeling",
+            "FocalNetForMaskedImageModeling",
+            "SwinForMaskedImageModeling",
+            "Swinv2ForMaskedImageModeling",
+            "ViTForMaskedImageModeling",
+        ],
+        "masked_patches",
+    ),
+}
+"""Class name → what its loss averages over."""
+
+
+@dataclass(frozen=True, slots=True)
+class KnownHead:
+    """What is known of a head by its class."""
+
+    loss_unit: LossUnit | None
+    """None: it has none, see ``reason``."""
+    ignore_index: int = IGNORE_INDEX
+    reason: str = ""
+
+
+def known_head(model: nn.Module) -> KnownHead | None:
+    """What the table knows of a model's class; None if the general rule holds.
+
+    Args:
+        model: The model itself, without wrappers around it.
+    """
+    config: Any = getattr(model, "config", None)
+    for name in (base.__name__ for base in type(model).__mro__):
+        if name in NO_UNIT:
+            return KnownHead(None, reason=f"{name}: {NO_UNIT[name]}")
+        if UNITS.get(name) == "boxes" and getattr(config, "num_denoising", None):
+            return KnownHead(None, reason=f"{name}: {_DENOISING}")
+        if name in UNITS:
+            return KnownHead(UNITS[name])
+        if name.endswith("ForCTC") and hasattr(config, "ctc_loss_reduction"):
+            return KnownHead("sum" if config.ctc_loss_reduction == "sum" else "rows")
+        if name.endswith("ForRNNT") and hasattr(config, "blank_token_id"):
+            return KnownHead("tokens", ignore_index=config.blank_token_id)
+        if name.endswith("ForSemanticSegmentation"):
+            for attribute in ("semantic_loss_ignore_index", "loss_ignore_index"):
+                if hasattr(config, attribute):
+                    # One class: a mean over all pixels, ignored ones with a loss of 0.
+                    is_binary = getattr(config, "num_labels", None) == 1
+                    return KnownHead("rows" if is_binary else "tokens", ignore_index=getattr(config, attribute))
+    return None

@@ -1,0 +1,101 @@
+"""What is known of trl's trainers: what their losses average over, and what ``compute_loss`` does besides.
+
+trl is optional and never imported: a trainer is known by the first class in its hierarchy that trl defines, so that
+users' subclasses are found and trl's own, which may batch or divide differently, are not taken for their parents.
+Checked on trl 1.16; ``tests/test_trl.py`` fails when a name moves.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_gradutils.targets.rows import count_rows
+from hf_gradutils.upstream.trl import TRL_AUXILIARY, TRL_METRICS
+
+PAIRED = ("DPOTrainer", "RewardTrainer")
+"""Their loss is a mean over pairs, and a batch holds all chosen rows, then all rejected ones."""
+
+EXACT = ("SFTTrainer", *PAIRED)
+
+_OWN_COUNT = "divides its loss by a count of its own"
+NOT_EXACT = {
+    "DistillationTrainer": _OWN_COUNT,
+    "GRPOTrainer": _OWN_COUNT,
+    "KTOTrainer": "estimates a divergence from each micro-batch, whose loss changes with its size",
+    "RLOOTrainer": "makes its micro-batches itself",
+}
+"""Class name → why no weight makes its micro-batches add up."""
+
+DPO_WITHOUT_UNIT = {
+    **dict.fromkeys(
+        ["aot", "aot_unpaired"], "sorts the pairs of its micro-batch, so a smaller micro-batch is another loss"
+    ),
+    "sft": "is a mean over the tokens of the chosen answers; alone, it is exact with "
+    "count_targets=lambda batch: batch['completion_mask'].chunk(2)[0][:, 1:].sum()",
+}
+"""``DPOConfig.loss_type`` → why it is no mean over pairs."""
+
+
+def trl_name(trainer: object) -> str | None:
+    """Name of the trl trainer that this one is or derives from; None if there is none."""
+    for base in type(trainer).__mro__:
+        if base.__module__.partition(".")[0] == "trl" and not base.__name__.startswith("_"):
+            return base.__name__
+    return None
+
+
+def why_not_exact(trainer: object) -> str:
+    """Why a trainer of trl cannot be made exact, as the end of "got X, which …"; empty if it can, or is not trl's."""
+    name = trl_name(trainer)
+    if name is None or name in EXACT:
+        return ""
+    return NOT_EXACT.get(name, "is not known to take a mean over samples or tokens")
+
+
+def why_without_unit(trainer: Any) -> str:
+    """Why the loss of a trainer for pairs is no mean over them; empty if it is one."""
+    loss_types = trainer.args.loss_type if trl_name(trainer) == "DPOTrainer" else []
+    for loss_type in [loss_types] if isinstance(loss_types, str) else loss_types:
+        if loss_type in DPO_WITHOUT_UNIT:
+            return f"loss_type {loss_type!r} {DPO_WITHOUT_UNIT[loss_type]}"
+    return ""
+
+
+def num_blocks(trainer: object) -> int:
+    """In how many blocks the rows of a batch lie, each with one row a sample in the same order."""
+    return 2 if trl_name(trainer) in PAIRED else 1
+
+
+def count_pairs(batch: Mapping[str, Any]) -> Tensor:
+    """Pairs of a batch of preferences, shape ()."""
+    return torch.tensor(count_rows(batch, num_blocks=2))
+
+
+@contextlib.contextmanager
+def loss_only(trainer: Any, *, with_auxiliary: bool = True) -> Iterator[None]:
+    """Inside, ``compute_loss`` of a trl trainer leaves no metrics, and gathers none: ranks may ask different things.
+
+    Args:
+        trainer: Any Trainer; nothing happens to one that is not trl's.
+        with_auxiliary: Add the auxiliary loss of a mixture of experts if the trainer does.
+    """
+    if trl_name(trainer) is None:
+        yield
+        return
+    accelerator, attributes = trainer.accelerator, vars(trainer)
+    kept = {name: attributes[name] for name in (*TRL_METRICS, *TRL_AUXILIARY) if name in attributes}
+    attributes.update({name: copy.deepcopy(attributes[name]) for name in TRL_METRICS})
+    if not with_auxiliary:
+        attributes.update({name: False for name in TRL_AUXILIARY if name in attributes})
+    gathers = dict.fromkeys(("gather", "gather_for_metrics"), lambda tensor, *args, **kwargs: tensor)
+    vars(accelerator).update(gathers)
+    try:
+        yield
+    finally:
+        for name in gathers:
+            del vars(accelerator)[name]
+        attributes.update(kept)

@@ -1,0 +1,117 @@
+"""Find out what a loss is a mean over, on the first batch and on all ranks alike."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_gradutils._collectives import reduce_packed, world_domain
+from hf_gradutils.errors import LossUnitError, TargetCountError
+from hf_gradutils.targets.counter import TargetCounter, check_count
+from hf_gradutils.targets.probe import (
+    _TOLERANCE,
+    _TOLERANCE_REDUCED,
+    _UNCHECKED,
+    HOW_TO_FIX,
+    LossOf,
+    check_additivity,
+    loss_ignores_first_position,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What the first batch told, the same on every rank."""
+
+    head_shifts: bool
+    """Position 0 of each row is no target; False where it does not matter."""
+    targets_per_micro_batch: float
+    """Mean over the ranks."""
+
+
+def settle_unit(
+    head_loss_of: LossOf,
+    loss_of: Callable[[Mapping[str, Any], TargetCounter], Tensor],
+    batch: Mapping[str, Any],
+    counter: TargetCounter,
+    *,
+    check: bool,
+    exact_arithmetic: bool,
+    smooths_labels: bool = False,
+    num_blocks: int = 1,
+) -> Settled:
+    """Find out whether the head shifts, and make sure that the loss is a mean over what is counted.
+
+    Args:
+        head_loss_of: The loss of the head itself, asked whether it shifts. Called under :func:`undisturbed`.
+        loss_of: (batch, its counter) → the loss that is trained. Called under :func:`undisturbed`.
+        batch: This rank's first micro-batch.
+        counter: What the user, or the table of known heads, said.
+        check: Verify additivity.
+        exact_arithmetic: float32 or better, without autocast or TF32.
+        smooths_labels: The shift matters whatever the count, because label smoothing has to shift like the head.
+        num_blocks: How the batch lies, see :mod:`hf_gradutils.batches`.
+
+    Collectives: two all-reduces over all ranks, one before the first forward and one after the last: every
+        rank learns of every rank's failure, and none waits in a forward that another does not enter.
+        Host syncs: one per forward, one to choose the parts, and one per all-reduce.
+
+    Raises:
+        TargetCountError: some rank cannot count its targets.
+        LossUnitError: the loss is not additive on some rank, or ranks disagree about the shift.
+    """
+    domain = world_domain()
+    failure: TargetCountError | None = None
+    try:
+        counter(batch)
+    except TargetCountError as error:
+        failure = error
+    (num_failures,), _ = reduce_packed(domain, torch.tensor([failure is not None], dtype=torch.float64))
+    if failure is not None:
+        raise failure
+    if num_failures:
+        raise TargetCountError(
+            f"{num_failures:.0f} of {domain.num_ranks} ranks cannot count the targets of their first batch"
+        )
+
+    asks = (TargetCounter() if smooths_labels else counter).asks_whether_the_head_shifts(batch)
+    shifts = asks and loss_ignores_first_position(head_loss_of, batch)
+    settled = replace(counter, head_shifts=shifts)
+    additivity = _UNCHECKED
+    if check:
+        additivity = check_additivity(
+            lambda part: loss_of(part, settled),
+            batch,
+            settled,
+            num_blocks=num_blocks,
+            exact_arithmetic=exact_arithmetic,
+        )
+    is_wrong = additivity.relative_error > (_TOLERANCE if exact_arithmetic else _TOLERANCE_REDUCED)
+    mine = torch.tensor([shifts, is_wrong, float(settled(batch))], dtype=torch.float64)
+    num_shifting, num_wrong, total_targets = reduce_packed(domain, mine)[0].tolist()
+    check_count(total_targets)
+
+    if num_shifting not in (0, domain.num_ranks):
+        raise LossUnitError(
+            f"expected the head to shift its labels on all ranks or on none, but it does on {num_shifting:.0f} of "
+            f"{domain.num_ranks}; set loss_unit='tokens' or 'shifted_tokens'"
+        )
+    if num_wrong:
+        seen = (
+            f"L(AB)·n(AB) = {additivity.whole:.7g} but L(A)·n(A) + L(B)·n(B) = {sum(additivity.parts):.7g}, relative "
+            f"difference {additivity.relative_error:.1e}"
+            if is_wrong
+            else f"seen on {num_wrong:.0f} of {domain.num_ranks} ranks"
+        )
+        raise LossUnitError(
+            f"the loss is not a mean over the targets counted ({_how_it_counts(counter)}): {seen}; {HOW_TO_FIX}"
+        )
+    return Settled(head_shifts=shifts, targets_per_micro_batch=total_targets / domain.num_ranks)
+
+
+def _how_it_counts(counter: TargetCounter) -> str:
+    if counter.count is None:
+        return f"loss_unit={counter.loss_unit!r}"
+    return f"count_targets={getattr(counter.count, '__name__', repr(counter.count))}"

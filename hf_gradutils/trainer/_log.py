@@ -1,0 +1,64 @@
+"""Sums over optimizer steps for a Trainer's log."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from hf_gradutils.window import WindowReport
+
+
+class RunningLog:
+    """Sums over the optimizer steps since the last log, on the device."""
+
+    def __init__(self, device: torch.device):
+        self._zero = torch.zeros((), dtype=torch.float64, device=device)
+        self._last: WindowReport | None = None
+        self._loss_before = self._targets_before = self._loss = self._num_targets = self._zero
+        self._taken_before = self._num_taken = self._num_steps = 0
+
+    def _start_anew(self) -> None:
+        self._loss_before = self._loss_before + self._loss
+        self._taken_before += self._num_taken
+        self._targets_before = self.total_targets
+        self._loss = self._num_targets = self._zero
+        self._num_taken = self._num_steps = 0
+
+    @property
+    def total_targets(self) -> Tensor:
+        """Of all steps so far, taken or not; shape (), float64."""
+        return self._targets_before + self._num_targets
+
+    def add(self, report: WindowReport, *, is_taken: bool, starts_anew: bool) -> None:
+        """Count one step; what has been logged is dropped first if it ``starts_anew``."""
+        if starts_anew:
+            self._start_anew()
+        self._last = report
+        self._num_steps += 1
+        if is_taken:
+            self._num_taken += 1
+            self._loss = self._loss + report.loss
+            self._num_targets = self._num_targets + report.num_targets
+        else:
+            self._targets_before = self._targets_before + report.num_targets
+
+    @property
+    def loss(self) -> Tensor:
+        """What Trainer divides by all steps since the last log to get the mean loss of those that were taken.
+
+        Where none was, the mean of all before, so that one bad step does not turn the mean of the training into NaN.
+        """
+        loss, num_taken = (self._loss, self._num_taken) if self._num_taken else (self._loss_before, self._taken_before)
+        return loss if num_taken == self._num_steps else loss * (self._num_steps / max(num_taken, 1))
+
+    def entries(self, has_groups: bool) -> dict[str, float]:
+        """What a log entry has besides, or in place of, Trainer's own. Host syncs."""
+        assert self._last is not None
+        entries: dict[str, float] = {"num_targets": round(self._num_targets.item())}
+        if not self._num_taken:
+            entries["loss"] = math.nan
+        if has_groups:
+            norms = self._last.group_norms
+            values = torch.stack(list(norms.values())).tolist()
+            entries |= {f"grad_norm/{group}": value for group, value in zip(norms, values, strict=True)}
+        return entries

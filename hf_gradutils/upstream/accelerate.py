@@ -1,0 +1,61 @@
+"""Private names of accelerate (1.15)."""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+ACCELERATOR_ATTRIBUTES = ("_models", "_optimizers", "_schedulers", "_dataloaders")
+"""Private attributes in which accelerate's Accelerator (1.15) keeps what it has prepared; our subclass reads them."""
+
+
+@contextlib.contextmanager
+def sharding_tied_embeddings_together(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Let accelerate's FSDP2 (1.15) put all embeddings of a model that hold one weight into one group.
+
+    T5, BART and their kin hold one as ``shared``, in the encoder and in the decoder. accelerate makes a group of the
+    first and leaves the others to the root's, and torch 2.13 refuses a parameter of two groups.
+    """
+    from torch.distributed import fsdp
+
+    fully_shard = fsdp.fully_shard  # accelerate imports it where it calls it
+
+    @functools.wraps(fully_shard)
+    def together(module: Any, **options: Any) -> Any:
+        named = module if isinstance(module, list) else [module]
+        weights = [part.weight for part in named if isinstance(part, nn.Embedding)]
+        tied = [
+            part
+            for model in models
+            for part in (model.modules() if weights else ())
+            if isinstance(part, nn.Embedding) and part not in named and any(part.weight is w for w in weights)
+        ]
+        return fully_shard([*named, *tied], **options) if tied else fully_shard(module, **options)
+
+    fsdp.fully_shard = together
+    try:
+        yield
+    finally:
+        fsdp.fully_shard = fully_shard
+
+
+@contextlib.contextmanager
+def without_accelerate_state() -> Iterator[None]:
+    """Let transformers' detection losses divide by this rank's own boxes.
+
+    They ask accelerate's state for other ranks to average the number over, and divide by it once too often.
+    """
+    from accelerate import PartialState
+
+    state, PartialState._shared_state = PartialState._shared_state, {}
+    try:
+        yield
+    finally:
+        PartialState._shared_state = state
+
+
+def optimizers_of(accelerator: Any) -> list[Any]:
+    """What accelerate's Accelerator has prepared as optimizers (accelerate 1.15)."""
+    return list(accelerator._optimizers)

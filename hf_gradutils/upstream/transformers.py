@@ -1,0 +1,73 @@
+"""Private names of transformers (5.17 to 5.24)."""
+
+import contextlib
+import inspect
+from typing import Any
+
+from torch import nn
+from torch.distributed import ProcessGroup
+
+TRAINER_METHODS = {
+    "_clip_grad_norm": ("self", "model"),
+    "_get_grad_norm": ("self", "model", "grad_norm"),
+    "_get_num_items_in_batch": ("self", "batch_samples", "device"),
+    "_init_training_state": (
+        "self",
+        "max_steps",
+        "num_update_steps_per_epoch",
+        "num_train_epochs",
+        "resume_from_checkpoint",
+        "trial",
+    ),
+    "_prepare_inputs": ("self", "inputs"),
+    "_update_auto_batch_size": ("self", "batch_size"),
+}
+"""Private methods of ``transformers.Trainer`` (5.17 to 5.24) with the parameters that the overrides rely on."""
+
+
+TRAINER_ATTRIBUTES = ("_tr_loss", "_globalstep_last_logged")
+"""Private attributes that ``transformers.Trainer.train`` keeps its running loss in (5.17 to 5.24)."""
+
+
+_PARTIAL_STYLE = "ReplicatedWithGradAllReduce"
+"""The tensor-parallel style of transformers whose hook all-reduces an accumulated gradient."""
+
+
+def take_accumulated_all_reduces(model: nn.Module) -> list[tuple[nn.Module, ProcessGroup]]:
+    """Remove the hooks of transformers' tensor parallelism that all-reduce ``.grad``, the accumulated gradient.
+
+    Returns:
+        The modules whose own parameters' gradients have to be summed over the group instead. 5.17 hooks the
+        module's backward, 5.23 its parameters, on the first forward.
+    """
+    taken = []
+    for module in model.modules():
+        forward: Any = vars(module).get("forward")
+        if _PARTIAL_STYLE in getattr(forward, "__qualname__", ""):
+            names = inspect.getclosurevars(forward).nonlocals
+            module.forward = names["original_forward"]
+            for parameter in names["is_already_hooked"].values():
+                _drop(parameter._post_accumulate_grad_hooks)
+            taken.append((module, inspect.getclosurevars(names["_all_reduce_grad"]).nonlocals["mesh"].get_group()))
+        for hook in _drop(module._backward_hooks):
+            taken.append((module, inspect.getclosurevars(hook).nonlocals["mesh"].get_group()))
+    return taken
+
+
+def _drop(hooks: dict[int, Any]) -> list[Any]:
+    """Remove transformers' hooks from a dict of hooks; returns them."""
+    theirs = {key: hook for key, hook in hooks.items() if _PARTIAL_STYLE in getattr(hook, "__qualname__", "")}
+    for key in theirs:
+        del hooks[key]
+    return list(theirs.values())
+
+
+def trainer_no_sync(trainer: Any, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """What ``transformers.Trainer`` (5.17 to 5.24) runs a micro-batch in that does not end its window."""
+    from transformers.distributed.fsdp import is_fsdp_managed_module
+
+    if getattr(trainer, "is_distributed_loading_by_transformers", False) and is_fsdp_managed_module(trainer.model):
+        deferred: contextlib.AbstractContextManager[None] = trainer._defer_fsdp_gradient_reduction()
+        return deferred
+    waiting: contextlib.AbstractContextManager[None] = trainer.accelerator.no_sync(model)
+    return waiting

@@ -1,0 +1,209 @@
+"""One accumulation window: weigh every micro-batch by its targets, then turn the sum into the exact mean.
+
+    micro-batch m:   (L[m] · n[m] / K).backward()        L the micro-batch's own mean, n its targets
+    window's end:    grad ·= K · R / S                   R ranks, S = Σ n over micro-batches and ranks
+
+Data-parallel wrappers average over D ranks, and T = R / D ranks see the same batch (tensor parallelism), so
+S = T·N and K·R/S = K·D/N with N the targets of the whole batch: what is left is Σ n·∇L / N. K is a power of
+two that keeps the backward's magnitudes near those of a mean, which matters in fp16; it cancels exactly.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hf_gradutils._devices import on_device
+from hf_gradutils.errors import InvalidArgumentError
+from hf_gradutils.gradients.names import NormGroups, unwrapped_name
+from hf_gradutils.gradients.plan import Ownership, Plan, plan_for_model, trainable_gradients
+from hf_gradutils.gradients.scaling import clip_divisor, scale_
+from hf_gradutils.gradients.total_norm import Norms, collect_gradients, reduce_with_norm
+
+_FEWEST = 1e-12
+"""A window without targets has gradients of zero; any finite divisor leaves them so."""
+
+
+@dataclass(frozen=True, slots=True)
+class WindowReport:
+    """What one optimizer step was made of.
+
+    Tensors on the device, float64; each is worked out by a few operations when it is asked for, and waits for the
+    device only where somebody reads it.
+    """
+
+    grad_norm: Tensor
+    """Shape (): norm of the exact mean gradient before clipping."""
+    multiplier: Tensor
+    """Shape (): what the gradients were, or are still to be, multiplied by."""
+    micro_batch_losses: list[Tensor]
+    """This rank's own mean losses, as they came."""
+    plan: Plan
+    _norms: Norms
+    _sums: Tensor
+    """(Σ n/K, Σ n·L/K) over all ranks, and the ranks with data."""
+    _divisor: Tensor
+    """Σ n/K / R: what turns a norm of ``.grad`` into one of the mean gradient."""
+    _loss_scale: float
+    _num_replicas: int
+    _is_sum: bool
+
+    @property
+    def loss(self) -> Tensor:
+        """Σ n·L / Σ n over micro-batches and data ranks, shape (); 0 for a window without targets."""
+        count, weighted, *_ = self._sums.unbind()
+        if self._is_sum:
+            count = torch.full_like(count, self._num_replicas / self._loss_scale)
+        return weighted / count.clamp(min=_FEWEST)
+
+    @property
+    def num_targets(self) -> Tensor:
+        """Σ n over micro-batches and data ranks, shape (); a tensor-parallel replica counts once."""
+        return self._sums.select(0, 0) * (self._loss_scale / self._num_replicas)
+
+    @property
+    def num_ranks_with_data(self) -> Tensor:
+        """Ranks that have batches for another window, shape (); asked for with ``has_data_left``."""
+        return self._sums.select(0, 2)
+
+    @property
+    def is_finite(self) -> Tensor:
+        """Whether every element of the gradient is, on every rank; shape (), bool, the same on all ranks."""
+        return self.grad_norm.isfinite()
+
+    @property
+    def group_norms(self) -> dict[str, Tensor]:
+        """Norm group → norm of its part of the exact mean gradient before clipping, shape ()."""
+        return dict(zip(self.plan.groups, (self._norms.of_groups() / self._divisor).unbind(), strict=True))
+
+    def nonfinite_parameters(self) -> list[str]:
+        """Names of the parameters whose gradients are not finite on this rank. A host sync."""
+        names = self.plan.names
+        return [
+            unwrapped_name(names[parameter])
+            for parameters, powers in self._norms.powers
+            for parameter, power in zip(parameters, powers.tolist(), strict=True)
+            if not math.isfinite(power)
+        ]
+
+
+class AccumulationWindow:
+    """Sums of the micro-batches whose gradients are in ``.grad`` now.
+
+    It lives as long as those gradients: ``close`` empties it, and the next ``weigh`` starts a new window.
+
+    Args:
+        device: Where the sums live; the losses' device.
+        loss_scale: K, a power of two, the same on every rank and from ``weigh`` to ``close``.
+        num_replicas: Ranks that see the same batch, R / D: 1 for data parallelism of any kind.
+        is_sum: The losses are sums, not means: they add up to that of the whole batch and are not divided.
+    """
+
+    def __init__(self, device: torch.device, *, loss_scale: float = 1.0, num_replicas: int = 1, is_sum: bool = False):
+        if loss_scale <= 0 or not math.log2(loss_scale).is_integer():
+            raise InvalidArgumentError(f"loss_scale must be a power of two, got {loss_scale}")
+        self._loss_scale = loss_scale
+        self._inverse_loss_scale = torch.full((), 1 / loss_scale, dtype=torch.float64, device=device)
+        self._num_replicas = num_replicas
+        self._is_sum = is_sum
+        self._device = device
+        self._sums: Tensor | None = None
+        self._losses: list[Tensor] = []
+
+    def weigh(self, loss: Tensor, num_targets: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The loss to call ``backward`` on, in at least float32 (bf16 would round n / K to 8 bits).
+
+        Args:
+            loss: Shape (), the micro-batch's own mean over its targets.
+            num_targets: Shape (), any dtype: the targets that mean is over. At 0 the loss counts for nothing.
+            weight: Shape (), what turns the loss into the sum over its targets, where that is not their number.
+
+        Collectives: none. Host syncs: none.
+        """
+        scaled = factor = self._over_loss_scale(num_targets)
+        if weight is not None and weight is not num_targets:
+            factor = self._over_loss_scale(weight)
+        own_mean = loss.detach().to(self._device, torch.float64)
+        added = torch.stack((scaled, (own_mean * factor).masked_fill_(factor == 0, 0.0)))
+        self._sums = added if self._sums is None else self._sums.add_(added)
+        self._losses.append(own_mean)
+        wide = loss if loss.dtype in (torch.float32, torch.float64) else loss.float()
+        return wide * factor.to(wide.device, wide.dtype)
+
+    def _over_loss_scale(self, number: Tensor) -> Tensor:
+        number = number.detach() if number.requires_grad else number
+        return on_device(number, self._device) * self._inverse_loss_scale  # exact: a power of two
+
+    def discard(self) -> None:
+        """Forget the micro-batches so far, together with the gradients that the caller drops."""
+        self._sums = None
+        self._losses = []
+
+    @torch.no_grad()
+    def close(
+        self,
+        model: nn.Module,
+        max_norm: float = math.inf,
+        *,
+        norm_type: float = 2.0,
+        ownership: Ownership | None = None,
+        norm_groups: NormGroups = None,
+        scales: bool = True,
+        has_data_left: bool | None = None,
+    ) -> WindowReport:
+        """Make ``.grad`` the exact mean gradient of the window, clipped to ``max_norm``, and start afresh.
+
+        Args:
+            model: All of the model that is trained; its gradients are synchronised.
+            max_norm: Greater than 0; inf does not clip.
+            norm_type: p of the norm; inf is the largest element.
+            ownership: As in :func:`hf_gradutils.dist_utils.clip_gradients`.
+            norm_groups: Groups whose norms the report has, beside the total.
+            scales: False leaves ``.grad`` as it is: somebody else multiplies it by the report's ``multiplier``.
+            has_data_left: Whether this rank has batches for another window, where ranks want to know of each other;
+                given on all ranks or on none.
+
+        Collectives: one all-reduce over all ranks (an all-gather for p = inf); every rank must call. The
+            first call for a model also builds its plan. Host syncs: none; one where gradients are offloaded to the CPU.
+        """
+        parameters, every_gradient = trainable_gradients(model)
+        plan = plan_for_model(model, parameters, ownership=ownership, norm_groups=norm_groups)
+        gradients = collect_gradients(parameters, plan, every_gradient)
+        sums = torch.zeros(2, dtype=torch.float64, device=self._device) if self._sums is None else self._sums
+        if has_data_left is not None:
+            sums = torch.cat((sums, torch.full_like(sums[:1], float(has_data_left))))
+        norms, sums = reduce_with_norm(plan, gradients, norm_type, sums)
+        losses = self._losses
+        self.discard()
+
+        num_ranks = plan.domain.num_ranks
+        if self._is_sum:
+            divisor = torch.full_like(norms.total, self._num_replicas / (self._loss_scale * num_ranks))
+        else:
+            divisor = (sums.select(0, 0) / num_ranks).clamp(min=_FEWEST)
+        grad_norm = norms.total / divisor
+        multiplier = (divisor * clip_divisor(grad_norm, max_norm)).reciprocal()
+        if scales:
+            scale_(gradients.shards, multiplier, kind=gradients.kind)
+        return WindowReport(
+            grad_norm=grad_norm,
+            multiplier=multiplier,
+            micro_batch_losses=losses,
+            plan=plan,
+            _norms=norms,
+            _sums=sums,
+            _divisor=divisor,
+            _loss_scale=self._loss_scale,
+            _num_replicas=self._num_replicas,
+            _is_sum=self._is_sum,
+        )
+
+
+def loss_scale_for(targets_per_window: float) -> float:
+    """A K for :class:`AccumulationWindow`: the power of two next to a rank's targets in one window.
+
+    Args:
+        targets_per_window: The same number on every rank.
+    """
+    return float(2 ** round(math.log2(max(targets_per_window, 1.0))))
