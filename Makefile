@@ -50,12 +50,12 @@ test-gpu: $(STAMP)  ## Run the tests that need a GPU; without one it says so and
 	@$(BIN)/python -m pytest tests/gpu
 
 matrix: $(STAMP)  ## Measure every head in every layout beside the stock Trainer, write docs/exactness.md; about 20 minutes
-	@$(BIN)/python benchmarks/exactness.py --out docs/exactness.md
+	@$(BIN)/python -m benchmarks.exactness --out docs/exactness.md
 
 # Counts decide whether it fails; times only inform. Without a GPU the page keeps what was measured on one.
-# benchmarks/performance.py --only-cuda --out docs/performance.md measures nothing else, in less than 10 minutes.
+# python -m benchmarks.performance --only-cuda --out docs/performance.md measures nothing else, in less than 10 minutes.
 bench: $(STAMP)  ## Measure what it costs beside torch, accelerate and the stock Trainer, write docs/performance.md; about 10 minutes
-	@$(BIN)/python benchmarks/performance.py --out docs/performance.md
+	@$(BIN)/python -m benchmarks.performance --out docs/performance.md
 
 check: $(STAMP)  ## Lint, check the types and the architecture
 	@$(BIN)/ruff check .

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 
-import device_clock
-import known_gradients
 import torch
-from device_clock import Timing, ms
-from known_gradients import KnownGradients, Method, name_of, sizes_of
-from sections import Part, Table
-from window_cost import FOLDED, OURS
+
+from benchmarks import device_clock, known_gradients
+from benchmarks.device_clock import Timing, ms
+from benchmarks.known_gradients import KnownGradients, Method, name_of, sizes_of
+from benchmarks.sections import Part, Table
+from benchmarks.window_cost import FOLDED, OURS
 
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -10,15 +10,14 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import device_clock
-import known_gradients
 import torch
-from device_clock import Timing, ms
-from known_gradients import KnownGradients, name_of, sizes_of
-from sections import Part, Table
 from torch import Tensor
 from torch.optim import AdamW
 
+from benchmarks import device_clock, known_gradients
+from benchmarks.device_clock import Timing, ms
+from benchmarks.known_gradients import KnownGradients, name_of, sizes_of
+from benchmarks.sections import Part, Table
 from hf_gradutils.accelerator._optimizer import as_flag
 from hf_gradutils.window import WindowReport
 

@@ -4,14 +4,14 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import device_clock
-import known_gradients
 import torch
-from cuda_folding import make_optimizer, window_and_step
-from device_clock import us
-from known_gradients import KnownGradients
-from sections import Part, Table
-from window_cost import FOLDED, OURS
+
+from benchmarks import device_clock, known_gradients
+from benchmarks.cuda_folding import make_optimizer, window_and_step
+from benchmarks.device_clock import us
+from benchmarks.known_gradients import KnownGradients
+from benchmarks.sections import Part, Table
+from benchmarks.window_cost import FOLDED, OURS
 
 SMALL = 128
 """Elements of each parameter."""

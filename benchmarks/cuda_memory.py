@@ -11,21 +11,21 @@ import logging
 import time
 from dataclasses import dataclass
 
-import device_clock
 import torch
 import torch.distributed as dist
-from cuda_ranks import one_gpu
-from device_clock import mib
-from ranks import run_ranks
-from sections import Part, Table
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks import device_clock
+from benchmarks.device_clock import mib
+from benchmarks.sections import Part, Table
 from hf_gradutils.sync import SYNCS, PolicyChoice, Sync, SyncContext
 from hf_gradutils.sync._auto import deferred_bytes
 from hf_gradutils.window import AccumulationWindow
+from tests.harness.cuda_ranks import one_gpu
+from tests.harness.ranks import run_ranks
 
 WRAPPERS = ("DDP 2", "FSDP2 2")
 DEADLINE_S = 60

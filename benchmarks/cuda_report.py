@@ -7,18 +7,21 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import cuda_bandwidth
-import cuda_folding
-import cuda_launches
-import cuda_memory
-import cuda_streaming
-import device_clock
-import sections
 import torch
-import window_cost
-from cuda_ranks import let_ranks_start_cuda
-from known_gradients import fitting, name_of
-from sections import Part
+
+from benchmarks import (
+    cuda_bandwidth,
+    cuda_folding,
+    cuda_launches,
+    cuda_memory,
+    cuda_streaming,
+    device_clock,
+    sections,
+    window_cost,
+)
+from benchmarks.known_gradients import fitting, name_of
+from benchmarks.sections import Part
+from tests.harness.cuda_ranks import let_ranks_start_cuda
 
 HEADING = "## On a GPU"
 NO_GPU = "No GPU here: nothing was measured on one."

@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import device_clock
 import torch
-from cuda_memory import DEADLINE_S
-from cuda_ranks import one_gpu
-from device_clock import mib
-from ranks import run_ranks
-from sections import Part, Table
-from step_cost import TRAINERS
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
+
+from benchmarks import device_clock
+from benchmarks.cuda_memory import DEADLINE_S
+from benchmarks.device_clock import mib
+from benchmarks.sections import Part, Table
+from benchmarks.step_cost import TRAINERS
+from tests.harness.cuda_ranks import one_gpu
+from tests.harness.ranks import run_ranks
 
 NUM_STEPS = 3
 

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from counting import events_of, num_host_syncs, top_level
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+
+from tests.harness.counting import events_of, num_host_syncs, top_level
 
 NUM_WARM_UP = 3
 NUM_REPEATS = 20

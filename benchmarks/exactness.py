@@ -1,6 +1,6 @@
 """Every head in every layout: ours beside the stock Trainer, against float64, in float32 and in half precision.
 
-    python benchmarks/exactness.py [--part float32] [--heads llama,bert] [--layouts ddp2,tp2] [--seed 1] [--out FILE]
+    python -m benchmarks.exactness [--part float32] [--heads llama,bert] [--layouts ddp2,tp2] [--seed 1] [--out FILE]
 
 Prints a line per head and layout, writes the tables, and fails if a cell of ours is wrong, or crashes where the stock
 Trainer does not. The data is drawn afresh on every call; ``--seed`` repeats one. ``--part`` leaves the other part as
@@ -21,16 +21,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
-import half_report
-from heads import HEADS
-from ranks import RankFailure, run_ranks
-from sections import section, short_reason, with_section
-from trainer_cases import LAYOUTS, make_data, micro_batches_of, norm, relative_error, train, truth_of_micro_batches
 from transformers import Trainer
 
+from benchmarks import half_report
+from benchmarks.sections import section, short_reason, with_section
 from hf_gradutils import GradUtilsTrainer
+from tests.harness.heads import HEADS
+from tests.harness.ranks import RankFailure, run_ranks
+from tests.harness.trainer_cases import (
+    LAYOUTS,
+    make_data,
+    micro_batches_of,
+    norm,
+    relative_error,
+    train,
+    truth_of_micro_batches,
+)
 
 ACCUMULATIONS = (1, 4, 8)
 NUM_SAMPLES = 32
@@ -99,17 +105,17 @@ TITLE = "# Exactness: every head in every layout"
 PARTS = ("## In float32", "## In half precision")
 _INTRODUCTION = """\
 One optimizer step of `GradUtilsTrainer` beside one of `transformers.Trainer`, both against one process with the whole
-batch in float64. `make matrix` draws new data and writes this page anew; `tests/heads.py` has the heads,
-`tests/trainer_cases.py` the layouts: DDP, FSDP2 and HSDP through accelerate; native FSDP2 and HSDP, tensor and expert
-parallelism by transformers. Tiny models without dropout, gloo on CPU; {num_samples} rows with ragged targets.
+batch in float64. `make matrix` draws new data and writes this page anew; `tests/harness` has the heads
+and the layouts: DDP, FSDP2 and HSDP through accelerate; native FSDP2 and HSDP, tensor and expert parallelism by
+transformers. Tiny models without dropout, gloo on CPU; {num_samples} rows with ragged targets.
 
 - *n/a*: neither trainer runs there, for the reason below the table; not counted in the summaries.
 - {not_additive}: its auxiliary loss multiplies two means over the batch, so no accumulation gives what the
   whole batch gives. Both trainers are held against the mean of the micro-batches' own losses, weighted by targets.
 - BERT's masked-LM head under `fsdp2x2` is sharded by hand, all that is tied in one group: accelerate 1.15 puts tied
   parameters into two groups, which torch 2.13 refuses. For T5 and BART, ours sees to it.
-- Context parallelism's attention does not run on CPU and is not here; `tests/test_context_parallel.py` shows that its
-  parts of rows are counted right."""
+- Context parallelism's attention does not run on CPU and is not here; `tests/trainer/test_context_parallel.py`
+  shows that its parts of rows are counted right."""
 
 _PART = """\
 The relative error of the gradient, ‖g − g*‖ / ‖g*‖, at accumulation {accumulations}. **Bold** is wrong, above

@@ -1,9 +1,9 @@
 """What ranks that wait for a first rank go through when something goes wrong, with three tools, in one run.
 
-    python benchmarks/first_rank_faults.py --out docs/first_rank.md
+    python -m benchmarks.first_rank_faults --out docs/first_rank.md
 
 Real ranks under torchrun: one agent with 4, and two agents with 2 each. The table goes between the two markers of
-the page. The cases are those of the tests (``tests/first_rank_cases.py``).
+the page. The cases are those of the tests (``tests/harness/first_rank_cases.py``).
 """
 
 import argparse
@@ -19,12 +19,12 @@ from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import first_rank_cases as cases
 import psutil
 import torch.distributed as dist
+
+from tests.harness import first_rank_cases as cases
+
+ROOT = Path(__file__).parent.parent
 
 GROUP_TIMEOUT_S = {"prepares_longer_than_the_group_waits": 4.0, "one_node_is_slower": 4.0}
 """Of the process group; a minute in the other cases."""
@@ -76,7 +76,7 @@ def run(tool: str, row: str) -> str:
         folder.mkdir()
         env = os.environ | {"TMPDIR": scratch, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         port = str(29400 + os.getpid() % 1000)
-        me = [sys.executable, __file__, "--rank", tool, row, str(folder)]
+        me = [sys.executable, "-m", "benchmarks.first_rank_faults", "--rank", tool, row, str(folder)]
         agents = [
             subprocess.Popen(
                 [

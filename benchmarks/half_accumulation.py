@@ -8,13 +8,13 @@ import io
 import logging
 from collections.abc import Iterable, Sequence
 
-from half_exactness import Closeness, closeness
-from heads import HEADS
-from ranks import run_ranks
 from torch import Tensor
-from trainer_cases import LAYOUTS, make_data, make_model, train
 
+from benchmarks.half_exactness import Closeness, closeness
 from hf_gradutils import GradUtilsPlugin
+from tests.harness.heads import HEADS
+from tests.harness.ranks import run_ranks
+from tests.harness.trainer_cases import LAYOUTS, make_data, make_model, train
 
 NUM_SAMPLES = 128
 ACCUMULATIONS = (1, 8, 64)

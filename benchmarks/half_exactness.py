@@ -22,11 +22,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from half_cases import with_scaler
-from heads import HEADS
-from ranks import RankFailure, run_ranks
 from torch import Tensor, nn
-from trainer_cases import (
+from transformers import Trainer
+
+from hf_gradutils import GradUtilsTrainer
+from tests.harness.half_cases import with_scaler
+from tests.harness.heads import HEADS
+from tests.harness.ranks import RankFailure, run_ranks
+from tests.harness.trainer_cases import (
     CHECKPOINTING,
     LAYOUTS,
     make_data,
@@ -36,9 +39,6 @@ from trainer_cases import (
     train,
     truth_of_micro_batches,
 )
-from transformers import Trainer
-
-from hf_gradutils import GradUtilsTrainer
 
 ACCUMULATIONS = (1, 4)
 NUM_SAMPLES = 32

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from trainer_cases import CHECKPOINTING, LAYOUTS, fsdp_on_cpu, reset_accelerate
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hf_gradutils import GradUtilsPlugin, GradUtilsTrainer
+from tests.harness.ranks import run_ranks
+from tests.harness.trainer_cases import CHECKPOINTING, LAYOUTS, fsdp_on_cpu, reset_accelerate
 
 VOCAB, LENGTH = 4096, 128
 STEP = 3

@@ -2,9 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
-import half_accumulation
-import half_memory
-from half_exactness import (
+from benchmarks import half_accumulation, half_memory
+from benchmarks.half_exactness import (
     ACCUMULATIONS,
     DTYPES,
     MOST_SCALE,
@@ -19,8 +18,7 @@ from half_exactness import (
     reference_of,
     why_wrong,
 )
-from sections import Part, short_reason, table
-
+from benchmarks.sections import Part, short_reason, table
 from hf_gradutils.accelerator._half_precision import MANY_MICRO_BATCHES
 
 KEYS: tuple[Key, ...] = tuple((n, checkpointing) for checkpointing in (False, True) for n in ACCUMULATIONS)
@@ -67,8 +65,8 @@ def measure(heads: Sequence[str], layouts: Sequence[str], seed: int, *, is_whole
     """All of it; prints as it goes.
 
     Args:
-        heads: Of ``tests/heads.py``.
-        layouts: Of ``tests/trainer_cases.py``.
+        heads: Of ``tests/harness/heads.py``.
+        layouts: Of ``tests/harness/trainer_cases.py``.
         seed: Of the data.
         is_whole: Measure long accumulation and memory as well.
     """

@@ -1,6 +1,6 @@
 """Every head of the installed transformers, ours beside the stock Trainer, against one batch in float64.
 
-    python benchmarks/heads_sweep.py [--heads Bert,ForCTC] [--seed 1] [--out docs/heads.md] [--json sweep.json]
+    python -m benchmarks.heads_sweep [--heads Bert,ForCTC] [--seed 1] [--out docs/heads.md] [--json sweep.json]
 
 What is in the JSON file already, and was measured with the same seed, is not measured again. Losses of detectors need
 scipy, which nothing else here does: ``pip install scipy``.
@@ -29,19 +29,17 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
 import torch
 import transformers
-from heads_report import Measured, Outcome, broken_promises, report
-from tiny_batches import MakeRow, NoBatchError, NoLossError, collate, find_rows
-from tiny_models import NUM_CLASSES, TooLargeError, build, head_classes, tiny_config
 from torch import Tensor, nn
-from trainer_cases import GradientTap, relative_error, reset_accelerate
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from benchmarks.heads_report import Measured, Outcome, broken_promises, report
+from benchmarks.tiny_batches import MakeRow, NoBatchError, NoLossError, collate, find_rows
+from benchmarks.tiny_models import NUM_CLASSES, TooLargeError, build, head_classes, tiny_config
 from hf_gradutils import GradUtilsTrainer
 from hf_gradutils.errors import LossUnitError, TargetCountError
+from tests.harness.trainer_cases import GradientTap, relative_error, reset_accelerate
 
 ACCUMULATION, ROWS_PER_MICRO_BATCH = 4, 4
 WRONG = 1e-5
@@ -283,7 +281,7 @@ def main() -> int:
     if options.json:
         options.json.write_text(json.dumps({"seed": seed, "heads": [asdict(one) for one in results]}, indent=1))
     selection = f" --heads {options.heads}" if options.heads else ""
-    text = report(results, seed, f"python benchmarks/heads_sweep.py --seed {seed}{selection}")
+    text = report(results, seed, f"python -m benchmarks.heads_sweep --seed {seed}{selection}")
     if options.out:
         options.out.parent.mkdir(exist_ok=True)
         options.out.write_text(text)

@@ -12,12 +12,11 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import device_clock
 import torch
-import window_cost
 from torch import Tensor, nn
-from window_cost import AUTOMODEL, FOLDED, MAX_NORM, OURS, TORCH
 
+from benchmarks import device_clock, window_cost
+from benchmarks.window_cost import AUTOMODEL, FOLDED, MAX_NORM, OURS, TORCH
 from hf_gradutils.window import AccumulationWindow, WindowReport
 
 LARGEST = 2**26

@@ -1,6 +1,6 @@
 """What the exact gradient costs: ours beside what others do, counted and timed in the same run.
 
-    python benchmarks/performance.py [--layouts "FSDP2 2"] [--sizes 300] [--no-trainer] [--only-cuda] [--out FILE]
+    python -m benchmarks.performance [--layouts "FSDP2 2"] [--sizes 300] [--no-trainer] [--only-cuda] [--out FILE]
 
 Prints every measurement, writes the page, and fails if ours counts more collectives, host syncs, calls, gradient reads
 or writes than promised. Times are shown beside their targets and fail nothing: they are noise on a busy machine.
@@ -17,14 +17,10 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
-import cuda_report
-import step_cost
-import window_cost
-from sections import table
-from step_cost import StepCounts, StepTimes
-from window_cost import AUTOMODEL, FOLDED, OURS, TORCH, TRAINER, Cost, Outcome, ratios, thread_ratios
+from benchmarks import cuda_report, step_cost, window_cost
+from benchmarks.sections import table
+from benchmarks.step_cost import StepCounts, StepTimes
+from benchmarks.window_cost import AUTOMODEL, FOLDED, OURS, TORCH, TRAINER, Cost, Outcome, ratios, thread_ratios
 
 MOST_CALLS = 20
 TRAFFIC = {OURS: (2.0, 1.0), FOLDED: (1.0, 0.0)}

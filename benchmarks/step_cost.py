@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from counting import collectives, events_of, num_host_syncs
-from heads import collate
-from ranks import run_ranks
 from torch import Tensor, nn
-from trainer_cases import LAYOUTS, fsdp_on_cpu, reset_accelerate
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hf_gradutils import GradUtilsTrainer
+from tests.harness.counting import collectives, events_of, num_host_syncs
+from tests.harness.heads import collate
+from tests.harness.ranks import run_ranks
+from tests.harness.trainer_cases import LAYOUTS, fsdp_on_cpu, reset_accelerate
 
 SPREADS = {"1 rank": "1 rank", "DDP 2": "ddp2", "FSDP2 2": "fsdp2x2"}
 """Name → layout of ``trainer_cases``."""

@@ -1,6 +1,6 @@
 """What one c10d store carries: many clients on loopback look as often as waiting ranks do.
 
-    python benchmarks/store_load.py --clients 1000
+    python -m benchmarks.store_load --clients 1000
 
 Every client is a connection of its own, as a rank's. Each look is what a waiting rank does: two ``check`` calls.
 Prints looks per second that the store can answer at most, and how late answers are at the rates in question.

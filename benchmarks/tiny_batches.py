@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from tiny_models import IMAGE_SIZE, NUM_CLASSES, VOCAB
 from torch import Generator, Tensor, nn
 from transformers import PretrainedConfig
+
+from benchmarks.tiny_models import IMAGE_SIZE, NUM_CLASSES, VOCAB
 
 Row = dict[str, Any]
 MakeRow = Callable[[Generator], Row]

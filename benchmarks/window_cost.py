@@ -19,8 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from counting import Traffic, collectives, events_of, num_host_syncs, top_level
-from ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -30,6 +28,8 @@ from transformers import Trainer
 
 from hf_gradutils.upstream.dtensor import local_tensor
 from hf_gradutils.window import AccumulationWindow
+from tests.harness.counting import Traffic, collectives, events_of, num_host_syncs, top_level
+from tests.harness.ranks import run_ranks
 
 LAYOUTS: dict[str, dict[str, int]] = {
     "1 rank": {},

@@ -11,8 +11,9 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import UPSTREAM_WARNINGS, helper_pids, stop_forkserver
 from tqdm import tqdm
+
+from tests.harness.ranks import UPSTREAM_WARNINGS, helper_pids, stop_forkserver
 
 # Before anything imports transformers: no test talks to a hub.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")

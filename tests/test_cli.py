@@ -8,12 +8,12 @@ import sys
 
 import pytest
 import torch
-from ranks import run_ranks
 from transformers import TrainingArguments
 
 from hf_gradutils import __version__
 from hf_gradutils.cli import main
 from hf_gradutils.plots import read_run
+from tests.harness.ranks import run_ranks
 
 
 def test_without_a_command_it_helps(capsys):

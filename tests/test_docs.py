@@ -8,9 +8,9 @@ import accelerate  # noqa: F401
 import pytest
 import transformers.models.llama.modeling_llama
 import transformers.trainer  # noqa: F401
-from ranks import run_ranks
 
 import hf_gradutils.trainer  # what is imported here is loaded in the process that the examples start from
+from tests.harness.ranks import run_ranks
 
 DOCS = Path(__file__).parent.parent / "docs"
 BLOCK = re.compile(r"^(?P<not_run><!-- not run -->\s*)?^```python\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)

@@ -1,15 +1,15 @@
 """The bodies of ``tests/gpu``, on CPU as far as they go there: no GPU is at hand where they are changed."""
 
 import torch
-from gpu import test_gpu_exactness as exactness
-from gpu import test_gpu_graph as graph
-from gpu import test_gpu_memory as memory
-from gpu import test_gpu_nonfinite as nonfinite
-from gpu import test_gpu_norms as norms
-from gpu import test_gpu_waiting as waiting
-from gpu.cuda_cases import on_ranks
 
 from hf_gradutils import GradUtilsTrainer
+from tests.gpu import test_gpu_exactness as exactness
+from tests.gpu import test_gpu_graph as graph
+from tests.gpu import test_gpu_memory as memory
+from tests.gpu import test_gpu_nonfinite as nonfinite
+from tests.gpu import test_gpu_norms as norms
+from tests.gpu import test_gpu_waiting as waiting
+from tests.gpu.cuda_cases import on_ranks
 
 CPU = "cpu"
 

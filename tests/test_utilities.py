@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from layouts import (
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from hf_gradutils import (
+    clip_grad_by_total_norm_,
+    clip_gradients,
+    get_grad_norm,
+    get_sync_ctx,
+    reduce_loss,
+    rescale_gradients,
+)
+from tests.harness.layouts import (
     LAYOUTS,
     data_group,
     data_rank,
@@ -20,17 +30,7 @@ from layouts import (
     sync_plain_gradients,
     true_mean_gradient,
 )
-from ranks import run_ranks
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-
-from hf_gradutils import (
-    clip_grad_by_total_norm_,
-    clip_gradients,
-    get_grad_norm,
-    get_sync_ctx,
-    reduce_loss,
-    rescale_gradients,
-)
+from tests.harness.ranks import run_ranks
 
 NUM_MICRO_BATCHES = 3
 LAYOUT_NAMES = list(LAYOUTS)

@@ -2,7 +2,8 @@
 
 Measured on the heads of transformers 5.23 that could be built, see ``docs/heads.md``; the rule of ``auto`` and the
 question whether a head shifts settle the others. Names are looked up along the class hierarchy, so that subclasses,
-and the classes that ``fully_shard`` derives, are found too. ``tests/test_known_heads.py`` fails when a name moves.
+and the classes that ``fully_shard`` derives, are found too. ``tests/targets/test_known_heads.py`` fails when a name
+moves.
 """
 
 from dataclasses import dataclass

@@ -2,7 +2,7 @@
 
 trl is optional and never imported: a trainer is known by the first class in its hierarchy that trl defines, so that
 users' subclasses are found and trl's own, which may batch or divide differently, are not taken for their parents.
-Checked on trl 1.16; ``tests/test_trl.py`` fails when a name moves.
+Checked on trl 1.16; ``tests/trainer/test_trl.py`` fails when a name moves.
 """
 
 import contextlib

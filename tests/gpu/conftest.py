@@ -1,7 +1,7 @@
 """Tests that need a GPU: run when they are asked for by path, as `make test-gpu` does, and where there is one.
 
-The pytest process never touches CUDA: everything runs in ranks of `ranks.py`, which are forked from a process that
-must not have touched it either.
+The pytest process never touches CUDA: everything runs in ranks of `tests/harness/ranks.py`, which are forked
+from a process that must not have touched it either.
 """
 
 import os
@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_ranks import let_ranks_start_cuda, one_gpu
-from gpu.cuda_cases import DEVICE
+
+from tests.gpu.cuda_cases import DEVICE
+from tests.harness.cuda_ranks import let_ranks_start_cuda, one_gpu
 
 HERE = Path(__file__).parent
 NO_GPU = "No GPU here: the GPU tests were not run."

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from ranks import run_ranks
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from trainer_cases import LAYOUTS
+
+from tests.harness.ranks import run_ranks
+from tests.harness.trainer_cases import LAYOUTS
 
 DEVICE = os.environ.get("HF_GRADUTILS_TEST_DEVICE", "cuda")
 """``cpu`` tries out all that does not need CUDA. Read by pytest only: ranks are told."""

@@ -6,14 +6,14 @@ import math
 import pytest
 import torch
 from accelerate.utils import DistributedDataParallelKwargs, GradScalerKwargs, InitProcessGroupKwargs
-from accelerator_cases import run_loop
-from gpu.cuda_cases import DEVICE, SHARED, arguments_for, assert_on, exact_attention, run
-from half_cases import with_scaler
-from heads import HEADS
-from trainer_cases import LAYOUTS, make_data, make_model, norm, relative_error, train, truth
 from transformers import Trainer
 
 from hf_gradutils import GradUtilsPlugin, GradUtilsTrainer
+from tests.gpu.cuda_cases import DEVICE, SHARED, arguments_for, assert_on, exact_attention, run
+from tests.harness.accelerator_cases import run_loop
+from tests.harness.half_cases import with_scaler
+from tests.harness.heads import HEADS
+from tests.harness.trainer_cases import LAYOUTS, make_data, make_model, norm, relative_error, train, truth
 
 TOLERANCE = 1e-5
 ACCUMULATION = 8

@@ -7,11 +7,11 @@ collective in it, which NCCL lets a graph hold and gloo, through the host, does 
 
 import pytest
 import torch
-from gpu.cuda_cases import DEVICE, on_ranks
 from torch import nn
 
 from hf_gradutils.accelerator._optimizer import as_flag
 from hf_gradutils.window import AccumulationWindow
+from tests.gpu.cuda_cases import DEVICE, on_ranks
 
 NUM_STEPS = 4
 

@@ -5,9 +5,17 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from gpu.cuda_cases import DEVICE, SHARED, arguments_for, assert_on, exact_attention, on_ranks, run
-from heads import collate
-from layouts import (
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer
+
+from hf_gradutils import GradUtilsPlugin, GradUtilsTrainer
+from hf_gradutils.sync import SyncContext, free_bytes
+from hf_gradutils.sync._auto import deferred_bytes
+from tests.gpu.cuda_cases import DEVICE, SHARED, arguments_for, assert_on, exact_attention, on_ranks, run
+from tests.harness.heads import collate
+from tests.harness.layouts import (
     data_rank,
     full_gradients,
     make_batch,
@@ -18,16 +26,8 @@ from layouts import (
     summed_loss,
     true_mean_gradient,
 )
-from torch import nn
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
-from trainer_cases import make_data, train, truth
-from trainer_cases import relative_error as relative_error_of_sums
-from transformers import Trainer
-
-from hf_gradutils import GradUtilsPlugin, GradUtilsTrainer
-from hf_gradutils.sync import SyncContext, free_bytes
-from hf_gradutils.sync._auto import deferred_bytes
+from tests.harness.trainer_cases import make_data, train, truth
+from tests.harness.trainer_cases import relative_error as relative_error_of_sums
 
 POLICIES = ("defer", "every", "reduce_scatter")
 MIB = 2**20

@@ -1,12 +1,12 @@
 """A gradient that is not finite on one of the ranks: a bad step changes nothing, whoever leaves it out."""
 
 import pytest
-import test_nonfinite as on_cpu
 import torch
-from gpu.cuda_cases import arguments_for, assert_on, run
-from test_nonfinite import FUSED, PLAIN, Spoiled, train_spoiled
 
 from hf_gradutils import GradUtilsPlugin
+from tests.gpu.cuda_cases import arguments_for, assert_on, run
+from tests.window import test_nonfinite as on_cpu
+from tests.window.test_nonfinite import FUSED, PLAIN, Spoiled, train_spoiled
 
 OPTIMIZERS = {"fused adamw": FUSED, "adamw": PLAIN, "sgd": {"optim": "sgd"}}
 """The first leaves the step out on the device; for the others the host reads a flag."""

@@ -6,9 +6,17 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from counting import events_of, top_level
-from gpu.cuda_cases import DEVICE, on_ranks
-from layouts import (
+from torch import nn
+from torch.autograd import DeviceType
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from hf_gradutils import clip_gradients
+from hf_gradutils.gradients.power_sums import power_sums, root
+from hf_gradutils.window import AccumulationWindow
+from tests.gpu.cuda_cases import DEVICE, on_ranks
+from tests.harness.counting import events_of, top_level
+from tests.harness.layouts import (
     data_rank,
     make_batch,
     make_mesh,
@@ -18,14 +26,6 @@ from layouts import (
     summed_loss,
     true_mean_gradient,
 )
-from torch import nn
-from torch.autograd import DeviceType
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-
-from hf_gradutils import clip_gradients
-from hf_gradutils.gradients.power_sums import power_sums, root
-from hf_gradutils.window import AccumulationWindow
 
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 1e-5, torch.float16: 1e-5}
 

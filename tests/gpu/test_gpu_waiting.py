@@ -8,17 +8,17 @@ import functools
 import pytest
 import torch
 from accelerate.utils import DataLoaderConfiguration
-from gpu.cuda_cases import DEVICE, arguments_for, num_waits, on_ranks, run, sync_debug
-from heads import HEADS
 from torch import nn
 from torch.utils.data import DataLoader
-from trainer_cases import make_data, make_model, reset_accelerate, train
 from transformers import Trainer
 
 from hf_gradutils import GradUtilsAccelerator, GradUtilsPlugin, GradUtilsTrainer, clip_gradients, rescale_gradients
 from hf_gradutils.accelerator._optimizer import as_flag
 from hf_gradutils.errors import NonfiniteGradientError
 from hf_gradutils.window import AccumulationWindow, StepGuard
+from tests.gpu.cuda_cases import DEVICE, arguments_for, num_waits, on_ranks, run, sync_debug
+from tests.harness.heads import HEADS
+from tests.harness.trainer_cases import make_data, make_model, reset_accelerate, train
 
 DTYPES = {
     "fp32": [torch.float32],

@@ -1,0 +1,1 @@
+"""What the package costs and how exact it is, measured: run as ``python -m benchmarks.<name>``."""

@@ -1,0 +1,157 @@
+"""What a step of the Trainer costs beyond the model: batches held, collectives, host syncs. Counted, not timed."""
+
+import sys
+from collections import Counter
+
+import pytest
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+from torch.profiler import profile
+from transformers import Trainer
+
+from hf_gradutils import GradUtilsTrainer
+from hf_gradutils.accelerator import GradUtilsPlugin
+from tests.harness.heads import collate
+from tests.harness.ranks import run_ranks
+from tests.harness.trainer_cases import make_data, run, train
+
+
+@pytest.mark.parametrize("layout", ["1 rank", "ddp2"])
+@pytest.mark.parametrize("trainer_class", [GradUtilsTrainer, Trainer])
+def test_micro_batches_are_fetched_one_ahead_and_not_all_at_once(trainer_class, layout):
+    ahead = run(_largest_look_ahead, layout, trainer_class is Trainer)
+    assert ahead == ([7] if trainer_class is Trainer else [1]) * len(ahead), "the stock Trainer is the control"
+
+
+def _largest_look_ahead(layout, is_stock):
+    num_fetched, num_trained, ahead = 0, 0, []
+
+    def counting_collate(rows):
+        nonlocal num_fetched
+        num_fetched += 1
+        return collate(rows)
+
+    class Counting(Trainer if is_stock else GradUtilsTrainer):
+        def training_step(self, *args, **kwargs):
+            nonlocal num_trained
+            num_trained += 1
+            ahead.append(num_fetched - num_trained)
+            return super().training_step(*args, **kwargs)
+
+    train("bert classes", 8, trainer_class=Counting, data_collator=counting_collate)
+    assert num_trained == 8
+    return max(ahead)
+
+
+SPREAD = ["ddp2", "fsdp2x2", "hsdp2x2", "native fsdp2x2", "tp2", "tp2 x fsdp2", "ep2 x fsdp2"]
+
+
+@pytest.mark.parametrize("layout", SPREAD)
+def test_a_step_costs_one_all_reduce_of_ours(layout):
+    for counts in run(_collectives_of_ours_per_step, layout):
+        assert counts == {"all_reduce": 1.0}
+
+
+def _collectives_of_ours_per_step(layout):
+    """Accumulation 1 and 8 together: the number of micro-batches makes no difference."""
+    per_step = []
+    for accumulation in (1, 8):
+        short, long = (_collectives_of_ours(layout, accumulation, max_steps) for max_steps in (3, 5))
+        per_step.append({name: (long[name] - short[name]) / 2 for name in long if long[name] != short[name]})
+    assert per_step[0] == per_step[1]
+    return per_step[0]
+
+
+NAMES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast", "barrier", "reduce")
+
+
+def _collectives_of_ours(layout, accumulation, max_steps):
+    """Calls of torch.distributed from this package; the hooks of tensor parallelism are the model's own."""
+    counts = Counter()
+    originals = {name: getattr(dist, name) for name in NAMES}
+
+    def counting(name):
+        def call(*args, **kwargs):
+            caller = sys._getframe(1).f_globals["__name__"]
+            counts[name] += caller.startswith("hf_gradutils.") and caller != "hf_gradutils.partial_gradients"
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    for name in NAMES:
+        setattr(dist, name, counting(name))
+    try:
+        arguments = {"max_steps": max_steps, "logging_strategy": "no", "max_grad_norm": 1.0}
+        arguments |= {"optim": "adamw_torch_fused"}
+        plugin = GradUtilsPlugin(grad_norm_groups="layer")
+        head = "mixtral moe" if layout.startswith("ep2") else "qwen3 causal"
+        train(head, accumulation, layout=layout, arguments=arguments, grad_plugin=plugin)
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+    return counts
+
+
+def test_ddp_communicates_once_a_window_besides():
+    assert run_ranks(_all_reduces_per_step, 2) == [(2, 0)] * 2, "one bucket of DDP and ours; nothing else"
+
+
+def _all_reduces_per_step():
+    seen = []
+    for max_steps in (3, 5):
+        arguments = {"max_steps": max_steps, "logging_strategy": "no"}
+        arguments |= {"ddp_find_unused_parameters": False, "max_grad_norm": 1.0}
+        with profile() as profiler:
+            train("plain module", 8, arguments=arguments)
+        names = [event.name for event in profiler.events() if event.name.startswith("gloo:")]
+        seen.append((names.count("gloo:all_reduce"), len(names) - names.count("gloo:all_reduce")))
+    (fewer, fewer_others), (more, more_others) = seen
+    return (more - fewer) / 2, (more_others - fewer_others) / 2
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "on_nonfinite", "want"),
+    [
+        ("adamw_torch_fused", "raise", 0),  # skips on the device; the flag is read a step later
+        ("adamw_torch_fused", "skip", 1),  # the scheduler has to know
+        ("sgd", "raise", 1),
+        ("sgd", "ignore", 0),
+    ],
+)
+def test_a_step_costs_at_most_the_one_flag_that_the_optimizer_cannot_read_itself(optimizer, on_nonfinite, want):
+    options = {"optimizer": optimizer, "grad_plugin": GradUtilsPlugin(on_nonfinite=on_nonfinite)}
+    assert (_syncs(GradUtilsTrainer, 1, 5, **options) - _syncs(GradUtilsTrainer, 1, 3, **options)) / 2 == want
+
+
+def test_micro_batches_cost_no_host_sync():
+    assert _syncs_per_micro_batch(GradUtilsTrainer) == 0
+    assert _syncs_per_micro_batch(Trainer) == 2, "the control: its filter of non-finite losses asks twice"
+
+
+def _syncs_per_micro_batch(trainer_class):
+    short, long = (_syncs(trainer_class, n, 5) - _syncs(trainer_class, n, 3) for n in (1, 8))
+    return (long - short) / (2 * 7)
+
+
+class _Reads(TorchFunctionMode):
+    """Counts what makes the host wait for a tensor: ``item()``, ``bool()`` and their like."""
+
+    READING = ("item", "__bool__", "__float__", "__int__", "__index__", "tolist", "nonzero", "__contains__")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += getattr(func, "__name__", "") in self.READING
+        return func(*args, **(kwargs or {}))
+
+
+def _syncs(trainer_class, accumulation, max_steps, optimizer="sgd", **kwargs):
+    """Of so many steps within an epoch; a plain module has none of its own."""
+    data = make_data("plain module", 16 * 6)
+    arguments = {"max_steps": max_steps, "logging_strategy": "no", "max_grad_norm": 1.0, "optim": optimizer}
+    arguments |= {"per_device_train_batch_size": 16 // accumulation}
+    with _Reads() as reads:
+        train("plain module", accumulation, trainer_class=trainer_class, data=data, arguments=arguments, **kwargs)
+    return reads.count
