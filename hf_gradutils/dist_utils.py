@@ -17,7 +17,7 @@ from hf_gradutils.coordination.barrier import barrier_and_log
 from hf_gradutils.coordination.first_rank import FirstRankPerNode
 from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.gradients.clip import clip_parameters
-from hf_gradutils.gradients.plan import Ownership, trainable_parameters
+from hf_gradutils.gradients.ownership import Ownership
 from hf_gradutils.gradients.power_sums import check_norm_type
 from hf_gradutils.gradients.scaling import check_max_norm, scale_
 from hf_gradutils.sync import SyncContext
@@ -154,6 +154,4 @@ def clip_gradients(
         raise InvalidArgumentError(
             f"model must be an nn.Module, got {type(model).__name__}; for tensors use grad_utils"
         )
-    return clip_parameters(
-        model, trainable_parameters(model), max_norm, foreach=foreach, norm_type=p, group=group, ownership=ownership
-    )
+    return clip_parameters(model, None, max_norm, foreach=foreach, norm_type=p, group=group, ownership=ownership)

@@ -13,10 +13,11 @@ from torch.distributed.tensor import DTensor
 from hf_gradutils._collectives import domain_of
 from hf_gradutils._devices import on_device
 from hf_gradutils.errors import InvalidArgumentError, ReplicaMismatchError
-from hf_gradutils.gradients.plan import plan_for_grid
+from hf_gradutils.gradients.of_model import Gradients
+from hf_gradutils.gradients.plan import plan_by_count
 from hf_gradutils.gradients.power_sums import check_norm_type, power_sums
 from hf_gradutils.gradients.scaling import check_max_norm, clip_coefficient, scale_
-from hf_gradutils.gradients.total_norm import collect_gradients, reduce_with_norm
+from hf_gradutils.gradients.total_norm import total_norm
 from hf_gradutils.upstream.dtensor import local_tensor
 
 
@@ -96,18 +97,19 @@ def get_grad_norm(
     for name in set(plain_sharded_over):
         if (group := groups[name]) is not None:
             num_plain_shards *= dist.get_world_size(group)
-    plan = plan_for_grid(tensors, domain, num_plain_shards)
-    gradients = collect_gradients(tensors, plan)
+    plan = plan_by_count(tensors, domain, num_plain_shards)
+    gradients = Gradients(tensors, plan).read()
 
     # Replicas that disagree show in the spread of their own sums: [ranks that have some, Σ s, Σ s²].
-    spread = torch.zeros(3, dtype=torch.float64, device=gradients.device)
-    replicas = [v for v, i in zip(gradients.values, gradients.indices, strict=True) if plan.is_replica(i)]
+    device = gradients.slots.zeros.device
+    spread = torch.zeros(3, dtype=torch.float64, device=device)
+    replicas = [v for v, i in zip(gradients.values, gradients.slots.indices, strict=True) if plan.is_replica(i)]
     if replicas:
         by_device = {v.device: [w for w in replicas if w.device == v.device] for v in replicas}
-        squares = [on_device(power_sums(alike, 2.0).sum(), gradients.device) for alike in by_device.values()]
+        squares = [on_device(power_sums(alike, 2.0).sum(), device) for alike in by_device.values()]
         own = torch.stack(squares).sum().sqrt()
         spread = torch.stack((torch.ones_like(own), own, own.square()))
-    norms, spread = reduce_with_norm(plan, gradients, p, spread)
+    norms, spread = total_norm(gradients, p, spread)
     _check_spread(spread.tolist(), replicas)
     value = float(norms.total.item())
     rounded = float(torch.tensor(value, dtype=_checked_float(dtype)).item())

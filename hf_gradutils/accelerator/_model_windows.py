@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_gradutils.errors import InvalidArgumentError
-from hf_gradutils.gradients.plan import trainable_parameters
+from hf_gradutils.upstream.torch import trained_parameters
 from hf_gradutils.window import AccumulationWindow, StepGuard
 
 
@@ -46,7 +46,7 @@ class ModelWindow:
 
     def parameters(self) -> list[nn.Parameter]:
         """All that is trained."""
-        return trainable_parameters(self.whole)
+        return trained_parameters(self.whole)
 
     def is_all(self, parameters: Sequence[Tensor]) -> bool:
         """Whether these are all its trained parameters; others that are not trained may be among them."""
@@ -107,7 +107,7 @@ class ModelWindows:
                     wanted -= own
             self._holders[key] = nn.ParameterList(parameters) if wanted else _as_one(found)
         ids = set(key)
-        return self._holders[key], [p for p in trainable_parameters(self._holders[key]) if id(p) in ids]
+        return self._holders[key], [p for p in trained_parameters(self._holders[key]) if id(p) in ids]
 
     def optimizers_of(self, window: ModelWindow, optimizers: Sequence[OptimizerT]) -> list[OptimizerT]:
         """Those of the prepared optimizers that step on gradients of a window.

@@ -11,7 +11,7 @@ from hf_gradutils import _environment
 from hf_gradutils.accelerator._half_precision import AccumulateInFloat32, check_accumulate_in_float32
 from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.gradients.names import NormGroups, check_norm_groups
-from hf_gradutils.gradients.plan import Ownership, check_ownership
+from hf_gradutils.gradients.ownership import Ownership, check_ownership
 from hf_gradutils.gradients.power_sums import check_norm_type
 from hf_gradutils.sync import SYNCS, Sync
 from hf_gradutils.targets.counter import CountTargets, LossUnit, TargetCounter

@@ -7,15 +7,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from hf_gradutils.gradients.plan import Ownership, plan_for_model
+from hf_gradutils.gradients.of_model import gradients_of
+from hf_gradutils.gradients.ownership import Ownership
 from hf_gradutils.gradients.scaling import clip_coefficient, scale_
-from hf_gradutils.gradients.total_norm import collect_gradients, reduce_with_norm
+from hf_gradutils.gradients.total_norm import total_norm
 
 
 @torch.no_grad()
 def clip_parameters(
     model: nn.Module,
-    parameters: Sequence[nn.Parameter],
+    parameters: Sequence[nn.Parameter] | None,
     max_norm: float,
     *,
     foreach: bool = True,
@@ -23,10 +24,12 @@ def clip_parameters(
     group: ProcessGroup | None = None,
     ownership: Ownership | None = None,
 ) -> Tensor:
-    """:func:`clip_gradients` for some of a model's parameters, in the model's order and the same ones on all ranks."""
-    plan = plan_for_model(model, parameters, group=group, ownership=ownership)
-    gradients = collect_gradients(parameters, plan)
-    norms, _ = reduce_with_norm(plan, gradients, norm_type, foreach=foreach)
+    """:func:`hf_gradutils.clip_gradients` for some of a model's parameters, in its order and the same on all ranks.
+
+    None is all that are trained.
+    """
+    gradients = gradients_of(model, parameters, group=group, ownership=ownership).read()
+    norms, _ = total_norm(gradients, norm_type, foreach=foreach)
     if not math.isinf(max_norm):
         scale_(gradients.shards, clip_coefficient(norms.total, max_norm), foreach=foreach, kind=gradients.kind)
     return norms.total

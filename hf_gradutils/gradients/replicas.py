@@ -1,31 +1,33 @@
 """Check that parameters that should be copies of each other are."""
 
-import itertools
 import math
-from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_gradutils.errors import ReplicaMismatchError
+from hf_gradutils.gradients.ownership import ShardKey
 from hf_gradutils.gradients.power_sums import power_sums
 from hf_gradutils.upstream.dtensor import local_tensor
 
-ShardKey: TypeAlias = tuple[tuple[str, int, int], ...]
-"""Which part of a parameter a rank holds: (placement, mesh size, coordinate) of each dim that splits it."""
-
-
-_REPLICA_TOLERANCE = 1e-4
+_TOLERANCE = 1e-4
 """Relative difference of checksums that replicas may show; theirs are equal bit for bit unless they drift."""
 
 
-_Record: TypeAlias = dict[str, tuple[ShardKey, bool, tuple[float, float]]]
-"""Name → (what this rank holds, whether it is a plain tensor, checksum)."""
+class Held(NamedTuple):
+    """A rank's part of one parameter."""
+
+    key: ShardKey
+    is_plain: bool
+    """Not a DTensor."""
+    checksum: tuple[float, float]
+    """(Σ|x|, Σx)."""
 
 
-def _checksums(parameters: Iterable[Tensor]) -> list[tuple[float, float]]:
-    """(Σ|x|, Σx) of every local part."""
+def checksums(parameters: Iterable[Tensor]) -> list[tuple[float, float]]:
+    """(Σ|x|, Σx) of every local part. Host syncs: two per device."""
     local = [local_tensor(parameter.detach()) for parameter in parameters]
     by_device: dict[torch.device, list[int]] = {}
     for index, tensor in enumerate(local):
@@ -39,25 +41,33 @@ def _checksums(parameters: Iterable[Tensor]) -> list[tuple[float, float]]:
     return result
 
 
-def _check_replicas(records: Sequence[_Record], ranks: Sequence[int]) -> None:
-    """Raise when ranks that claim to hold the same part of a parameter hold different values."""
-    first_seen: dict[tuple[str, ShardKey], tuple[int, tuple[float, float]]] = {}
-    kinds: dict[str, tuple[int, bool]] = {}
-    for rank, (name, (key, is_plain, checksum)) in itertools.chain.from_iterable(
-        ((rank, item) for item in record.items()) for rank, record in zip(ranks, records, strict=True)
-    ):
-        kind_rank, kind = kinds.setdefault(name, (rank, is_plain))
-        if kind != is_plain:
+def check_replicas(held: Sequence[Mapping[str, Held]], ranks: Sequence[int]) -> None:
+    """Raise ReplicaMismatchError where ranks hold different values of one part, or a DTensor and a plain tensor.
+
+    Args:
+        held: For each rank, parameter name → its part.
+        ranks: Their global ranks.
+    """
+    first_of_part: dict[tuple[str, ShardKey], tuple[int, tuple[float, float]]] = {}
+    first_of_name: dict[str, tuple[int, bool]] = {}
+    parts = [(rank, name, part) for rank, record in zip(ranks, held, strict=True) for name, part in record.items()]
+    for rank, name, part in parts:
+        other, is_plain = first_of_name.setdefault(name, (rank, part.is_plain))
+        if is_plain != part.is_plain:
             raise ReplicaMismatchError(
-                f"parameter {name!r} is a {'plain tensor' if kind else 'DTensor'} on rank {kind_rank} and a "
-                f"{'plain tensor' if is_plain else 'DTensor'} on rank {rank}; shard it on all ranks or on none"
+                f"parameter {name!r} is a {_kind(is_plain)} on rank {other} and a {_kind(part.is_plain)} on rank "
+                f"{rank}; shard it on all ranks or on none"
             )
-        reference_rank, reference = first_seen.setdefault((name, key), (rank, checksum))
-        scale = max(abs(reference[0]), abs(checksum[0]))
-        for left, right in zip(reference, checksum, strict=True):
-            if abs(left - right) > _REPLICA_TOLERANCE * scale or math.isnan(left) != math.isnan(right):
+        other, reference = first_of_part.setdefault((name, part.key), (rank, part.checksum))
+        scale = max(abs(reference[0]), abs(part.checksum[0]))
+        for left, right in zip(reference, part.checksum, strict=True):
+            if abs(left - right) > _TOLERANCE * scale or math.isnan(left) != math.isnan(right):
                 raise ReplicaMismatchError(
-                    f"parameter {name!r} should be the same on ranks {reference_rank} and {rank}, but its sum is "
-                    f"{reference[1]:.6g} there and {checksum[1]:.6g} here; if each rank holds a part of its own "
+                    f"parameter {name!r} should be the same on ranks {other} and {rank}, but its sum is "
+                    f"{reference[1]:.6g} there and {part.checksum[1]:.6g} here; if each rank holds a part of its own "
                     f"(experts), pass ownership={{{name!r}: 'sharded'}}, else broadcast it from one rank"
                 )
+
+
+def _kind(is_plain: bool) -> str:
+    return "plain tensor" if is_plain else "DTensor"

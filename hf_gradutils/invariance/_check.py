@@ -16,10 +16,12 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import TrainerCallback
 
+from hf_gradutils._collectives import world_domain
 from hf_gradutils._undisturbed import random_states_kept
 from hf_gradutils.errors import GradUtilsError, InvalidArgumentError, InvarianceError, ReplicaMismatchError
 from hf_gradutils.gradients.names import unwrapped_name
-from hf_gradutils.gradients.plan import in_placements_of, plan_for_model, trainable_parameters
+from hf_gradutils.gradients.of_model import in_layout_of
+from hf_gradutils.gradients.plan import plan_by_name
 from hf_gradutils.invariance._reference import HOOKS, Measured, compare_with_one_process, difference
 from hf_gradutils.invariance._report import Comparison, InvarianceReport, compare_gradients
 from hf_gradutils.invariance._subjects import (
@@ -34,6 +36,7 @@ from hf_gradutils.invariance._subjects import (
 from hf_gradutils.invariance._trainer_subject import TrainerSubject
 from hf_gradutils.invariance._whole_model import MakeModel
 from hf_gradutils.sync import discard_deferred
+from hf_gradutils.upstream.torch import trained_parameters
 
 logger = logging.getLogger("hf_gradutils.invariance")
 
@@ -217,7 +220,7 @@ def _measure(subject: Subject, parts: list[Rows]) -> Measured:
     gradients = {}
     for name, p in subject.model.named_parameters():
         if p.requires_grad:
-            gradient = torch.zeros_like(p) if p.grad is None else in_placements_of(p, p.grad)
+            gradient = torch.zeros_like(p) if p.grad is None else in_layout_of(p, p.grad)
             gradients[unwrapped_name(name)] = gradient.detach().clone()
     norm = math.sqrt(math.fsum(difference(g, g).want for g in gradients.values()))
     discard_deferred(subject.model)
@@ -228,10 +231,7 @@ def _compare_copies(model: nn.Module) -> Comparison:
     """Parameters that should be copies of each other, by their checksums."""
     name = "copies of parameters"
     try:
-        # A plan of its own: the model's may be kept from before they drifted apart.
-        fresh = nn.Module()
-        fresh._modules[""] = model  # under no name, so that parameters keep theirs
-        plan_for_model(fresh, trainable_parameters(fresh))
+        plan_by_name(model, trained_parameters(model), world_domain(), {})  # anew: they may have drifted apart since
     except ReplicaMismatchError as error:
         return Comparison(name=name, problem=str(error))
     return Comparison(name=name)

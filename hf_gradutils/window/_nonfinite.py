@@ -123,7 +123,7 @@ def _error(report: WindowReport, step: int) -> NonfiniteGradientError:
     """What happened on which rank. Collectives: one object gather over all ranks."""
     check_count(report.num_targets.item())  # no number would make the gradient NaN too
     mine = (report.nonfinite_parameters(), [loss.item() for loss in report.micro_batch_losses])
-    records = dict(enumerate(gather_objects(report.plan.domain, mine)))
+    records = dict(enumerate(gather_objects(report.domain, mine)))
     parameters = {rank: names for rank, (names, _) in records.items() if names}
     losses = {rank: values for rank, (_, values) in records.items()}
 

@@ -10,27 +10,41 @@ two that keeps the backward's magnitudes near those of a mean, which matters in 
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from hf_gradutils._collectives import Domain
 from hf_gradutils._devices import on_device
 from hf_gradutils.errors import InvalidArgumentError
-from hf_gradutils.gradients.names import NormGroups, unwrapped_name
-from hf_gradutils.gradients.plan import Ownership, Plan, plan_for_model, trainable_gradients
+from hf_gradutils.gradients.names import NormGroups
+from hf_gradutils.gradients.of_model import gradients_of
+from hf_gradutils.gradients.ownership import Ownership
 from hf_gradutils.gradients.scaling import clip_divisor, scale_
-from hf_gradutils.gradients.total_norm import Norms, collect_gradients, reduce_with_norm
+from hf_gradutils.gradients.total_norm import Norms, total_norm
 
 _FEWEST = 1e-12
 """A window without targets has gradients of zero; any finite divisor leaves them so."""
+
+
+class _Totals(NamedTuple):
+    """Sums over micro-batches, and over ranks once they are reduced. Each shape (), float64."""
+
+    num_targets: Tensor
+    """Σ n/K."""
+    loss: Tensor
+    """Σ n·L/K."""
+    ranks_with_data: Tensor | None = None
+    """Ranks that have batches for another window, where that is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
 class WindowReport:
     """What one optimizer step was made of.
 
-    Tensors on the device, float64; each is worked out by a few operations when it is asked for, and waits for the
-    device only where somebody reads it.
+    Tensors on the device, float64; each is computed by a few operations when it is asked for, and waits for the device
+    only when it is read.
     """
 
     grad_norm: Tensor
@@ -39,10 +53,10 @@ class WindowReport:
     """Shape (): what the gradients were, or are still to be, multiplied by."""
     micro_batch_losses: list[Tensor]
     """This rank's own mean losses, as they came."""
-    plan: Plan
+    domain: Domain
+    """The ranks that trained."""
     _norms: Norms
-    _sums: Tensor
-    """(Σ n/K, Σ n·L/K) over all ranks, and the ranks with data."""
+    _totals: _Totals
     _divisor: Tensor
     """Σ n/K / R: what turns a norm of ``.grad`` into one of the mean gradient."""
     _loss_scale: float
@@ -52,20 +66,21 @@ class WindowReport:
     @property
     def loss(self) -> Tensor:
         """Σ n·L / Σ n over micro-batches and data ranks, shape (); 0 for a window without targets."""
-        count, weighted, *_ = self._sums.unbind()
+        count = self._totals.num_targets
         if self._is_sum:
             count = torch.full_like(count, self._num_replicas / self._loss_scale)
-        return weighted / count.clamp(min=_FEWEST)
+        return self._totals.loss / count.clamp(min=_FEWEST)
 
     @property
     def num_targets(self) -> Tensor:
         """Σ n over micro-batches and data ranks, shape (); a tensor-parallel replica counts once."""
-        return self._sums.select(0, 0) * (self._loss_scale / self._num_replicas)
+        return self._totals.num_targets * (self._loss_scale / self._num_replicas)
 
     @property
     def num_ranks_with_data(self) -> Tensor:
         """Ranks that have batches for another window, shape (); asked for with ``has_data_left``."""
-        return self._sums.select(0, 2)
+        assert self._totals.ranks_with_data is not None
+        return self._totals.ranks_with_data
 
     @property
     def is_finite(self) -> Tensor:
@@ -75,17 +90,11 @@ class WindowReport:
     @property
     def group_norms(self) -> dict[str, Tensor]:
         """Norm group → norm of its part of the exact mean gradient before clipping, shape ()."""
-        return dict(zip(self.plan.groups, (self._norms.of_groups() / self._divisor).unbind(), strict=True))
+        return {group: norm / self._divisor for group, norm in self._norms.of_groups().items()}
 
     def nonfinite_parameters(self) -> list[str]:
         """Names of the parameters whose gradients are not finite on this rank. A host sync."""
-        names = self.plan.names
-        return [
-            unwrapped_name(names[parameter])
-            for parameters, powers in self._norms.powers
-            for parameter, power in zip(parameters, powers.tolist(), strict=True)
-            if not math.isfinite(power)
-        ]
+        return self._norms.nonfinite_parameters()
 
 
 class AccumulationWindow:
@@ -109,6 +118,7 @@ class AccumulationWindow:
         self._is_sum = is_sum
         self._device = device
         self._sums: Tensor | None = None
+        """``_Totals``, in one tensor: it goes through one reduction."""
         self._losses: list[Tensor] = []
 
     def weigh(self, loss: Tensor, num_targets: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -160,28 +170,27 @@ class AccumulationWindow:
             norm_type: p of the norm; inf is the largest element.
             ownership: As in :func:`hf_gradutils.dist_utils.clip_gradients`.
             norm_groups: Groups whose norms the report has, beside the total.
-            scales: False leaves ``.grad`` as it is: somebody else multiplies it by the report's ``multiplier``.
-            has_data_left: Whether this rank has batches for another window, where ranks want to know of each other;
-                given on all ranks or on none.
+            scales: False leaves ``.grad`` as it is: the caller multiplies it by the report's ``multiplier``.
+            has_data_left: Whether this rank has batches for another window, where ranks have to agree on that; given
+                on all ranks or on none.
 
         Collectives: one all-reduce over all ranks (an all-gather for p = inf); every rank must call. The
             first call for a model also builds its plan. Host syncs: none; one where gradients are offloaded to the CPU.
         """
-        parameters, every_gradient = trainable_gradients(model)
-        plan = plan_for_model(model, parameters, ownership=ownership, norm_groups=norm_groups)
-        gradients = collect_gradients(parameters, plan, every_gradient)
+        gradients = gradients_of(model, ownership=ownership, norm_groups=norm_groups).read(self._device)
         sums = torch.zeros(2, dtype=torch.float64, device=self._device) if self._sums is None else self._sums
         if has_data_left is not None:
             sums = torch.cat((sums, torch.full_like(sums[:1], float(has_data_left))))
-        norms, sums = reduce_with_norm(plan, gradients, norm_type, sums)
+        norms, sums = total_norm(gradients, norm_type, sums)
+        totals = _Totals(*sums.unbind())
         losses = self._losses
         self.discard()
 
-        num_ranks = plan.domain.num_ranks
+        num_ranks = gradients.plan.domain.num_ranks
         if self._is_sum:
             divisor = torch.full_like(norms.total, self._num_replicas / (self._loss_scale * num_ranks))
         else:
-            divisor = (sums.select(0, 0) / num_ranks).clamp(min=_FEWEST)
+            divisor = (totals.num_targets / num_ranks).clamp(min=_FEWEST)
         grad_norm = norms.total / divisor
         multiplier = (divisor * clip_divisor(grad_norm, max_norm)).reciprocal()
         if scales:
@@ -190,9 +199,9 @@ class AccumulationWindow:
             grad_norm=grad_norm,
             multiplier=multiplier,
             micro_batch_losses=losses,
-            plan=plan,
+            domain=gradients.plan.domain,
             _norms=norms,
-            _sums=sums,
+            _totals=totals,
             _divisor=divisor,
             _loss_scale=self._loss_scale,
             _num_replicas=self._num_replicas,
