@@ -15,6 +15,8 @@ from hf_gradutils.errors import InvalidArgumentError
 
 T = TypeVar("T")
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True, slots=True)
 class Domain:
@@ -76,36 +78,6 @@ def domain_of(groups: Sequence[ProcessGroup | None]) -> Domain:
 
 
 @torch.no_grad()
-def reduce_packed(domain: Domain, sums: Tensor, maxima: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Add ``sums`` and take the largest of ``maxima`` over the domain, in one go.
-
-    Args:
-        domain: Who takes part; every rank of it must call, with vectors of the same lengths.
-        sums: Shape (n,), float64. Left unchanged.
-        maxima: Shape (m,), float64, or None. NaN on one rank gives NaN on all.
-
-    Returns:
-        The same vectors, reduced, on the device that ``sums`` came on.
-
-    Collectives: per axis of the domain one all-reduce; with ``maxima`` one all-gather instead, because a sum
-    and a maximum do not fit one all-reduce, and MAX reductions drop NaN. Host syncs: as :func:`all_reduce_`.
-    """
-    if not domain.groups:
-        return sums.clone(), None if maxima is None else maxima.clone()
-    if maxima is None:
-        return all_reduce_(domain, sums.clone()), None
-    device = sums.device
-    num_sums = sums.numel()
-    packed = on_device(torch.cat((sums, maxima)), _device_for(domain.groups[0], device))
-    for group in domain.groups:
-        rows = packed.new_empty(dist.get_world_size(group), packed.numel())
-        dist.all_gather(list(rows.unbind(0)), packed, group=group)
-        packed = torch.cat((rows[:, :num_sums].sum(0), rows[:, num_sums:].amax(0)))
-    packed = on_device(packed, device)
-    return packed[:num_sums], packed[num_sums:]
-
-
-@torch.no_grad()
 def all_reduce_(domain: Domain, sums: Tensor) -> Tensor:
     """Add ``sums`` over the domain, in place; returns it.
 
@@ -123,6 +95,57 @@ def all_reduce_(domain: Domain, sums: Tensor) -> Tensor:
         if carried is not sums:
             sums.copy_(carried)
     return sums
+
+
+@torch.no_grad()
+def gather_extremes(domain: Domain, sums: Tensor, maxima: Tensor) -> tuple[Tensor, Tensor]:
+    """Add ``sums`` and take the largest of ``maxima`` over the domain, in one go.
+
+    A sum and a maximum do not fit one all-reduce, and MAX reductions drop NaN.
+
+    Args:
+        domain: Who takes part; every rank of it must call, with vectors of the same lengths.
+        sums: Shape (n,), float64. Left unchanged.
+        maxima: Shape (m,), float64. NaN on one rank gives NaN on all.
+
+    Returns:
+        The same vectors, reduced, on the device that ``sums`` came on.
+
+    Collectives: one all-gather per axis of the domain. Host syncs: as :func:`all_reduce_`.
+    """
+    if not domain.groups:
+        return sums.clone(), maxima.clone()
+    num_sums = sums.numel()
+    packed = on_device(torch.cat((sums, maxima)), _device_for(domain.groups[0], sums.device))
+    for group in domain.groups:
+        rows = packed.new_empty(dist.get_world_size(group), packed.numel())
+        dist.all_gather(list(rows.unbind(0)), packed, group=group)
+        packed = torch.cat((rows[:, :num_sums].sum(0), rows[:, num_sums:].amax(0)))
+    packed = on_device(packed, sums.device)
+    return packed[:num_sums], packed[num_sums:]
+
+
+def add_up(domain: Domain, device: torch.device = _CPU, **numbers: float) -> dict[str, float]:
+    """The sum of each number over the domain, by name.
+
+    Args:
+        domain: Who takes part; every rank of it must call, with the same names.
+        device: Where the numbers travel.
+        **numbers: Of this rank.
+
+    Collectives: one all-reduce per axis of the domain. Host syncs: one.
+    """
+    own = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)
+    return dict(zip(numbers, all_reduce_(domain, own).tolist(), strict=True))
+
+
+def find_largest(domain: Domain, device: torch.device = _CPU, **numbers: float) -> dict[str, float]:
+    """The largest of each number over the domain, by name; arguments as :func:`add_up`.
+
+    Collectives: one all-gather per axis of the domain. Host syncs: one.
+    """
+    own = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)
+    return dict(zip(numbers, gather_extremes(domain, own[:0], own)[1].tolist(), strict=True))
 
 
 def gather_objects(domain: Domain, mine: T) -> list[T]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from hf_gradutils._collectives import reduce_packed, world_domain
+from hf_gradutils._collectives import all_reduce_, world_domain
 from hf_gradutils._devices import on_device
 from hf_gradutils.coordination.barrier import barrier_and_log
 from hf_gradutils.coordination.first_rank import FirstRankPerNode
@@ -66,7 +66,7 @@ def reduce_loss(
         count = on_device(total_num_tokens.detach().sum(), device).to(torch.float64)
     else:
         count = torch.full((), float(len(loss_store)), dtype=torch.float64, device=device)
-    reduced, _ = reduce_packed(world_domain(dp_group), torch.stack((loss, count)))
+    reduced = all_reduce_(world_domain(dp_group), torch.stack((loss, count)))
     return reduced[0], reduced[1].to(torch.int64)
 
 
@@ -108,7 +108,7 @@ def rescale_gradients(
     count = num_tokens_for_grad_scaling.detach().sum().to(torch.float64)
     if grads:
         count = on_device(count, grads[0].device)
-    total, _ = reduce_packed(domain, count.view(1))
+    total = all_reduce_(domain, count.view(1))
     scale_(grads, domain.num_ranks / total.select(0, 0).clamp(min=1.0))
 
 

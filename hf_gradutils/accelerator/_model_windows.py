@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -29,10 +30,6 @@ class ModelWindow:
     """The optimizer is still to multiply the gradients."""
     has_scale: bool = False
     """What its sums are scaled by has been chosen."""
-    ended_in: object | None = None
-    """Stands for the micro-batch at whose end it was closed."""
-    kept_graph_in: object | None = None
-    """Stands for the micro-batch whose graph a backward has kept for another one."""
 
     whole: nn.Module = field(init=False)
     """All the models as one."""
@@ -47,6 +44,10 @@ class ModelWindow:
     def parameters(self) -> list[nn.Parameter]:
         """All that is trained."""
         return trained_parameters(self.whole)
+
+    def has_float16(self) -> bool:
+        """Whether backwards may overflow without a scaler too."""
+        return any(p.dtype == torch.float16 for p in self.parameters())
 
     def is_all(self, parameters: Sequence[Tensor]) -> bool:
         """Whether these are all its trained parameters; others that are not trained may be among them."""

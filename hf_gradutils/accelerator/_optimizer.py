@@ -1,6 +1,6 @@
 """An optimizer that takes a step the way its window was closed: skipped, or scaled on the way."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,6 +161,24 @@ def why_not_on_device(optimizer: Optimizer) -> str | None:
     if kind in (SGD, Adagrad) and any(isinstance(p, DTensor) for p in parameters):
         return f"fused {kind.__name__} has no kernel for DTensors"
     return None
+
+
+def check_can_scale(optimizers: Sequence[Optimizer], scaler: object) -> None:
+    """Raise InvalidArgumentError if the scaling cannot be folded into one of these optimizers.
+
+    Args:
+        optimizers: With or without what is wrapped around them.
+        scaler: fp16's; None without.
+    """
+    reasons = [reason for optimizer in optimizers if (reason := why_not_on_device(optimizer)) is not None]
+    if scaler is not None:
+        reasons.append("fp16's GradScaler puts its own scale in the same place")
+    if reasons:
+        raise InvalidArgumentError(
+            f"expected an optimizer that scales gradients itself for fold_into_optimizer=True, but {reasons[0]}; "
+            "leave out fold_into_optimizer, or use a fused AdamW: torch.optim.AdamW(…, fused=True), "
+            "optim='adamw_torch_fused' of the Trainer"
+        )
 
 
 def as_flag(is_finite: Tensor) -> Tensor:

@@ -1,10 +1,19 @@
-"""Ranks that have fewer batches than others: they go through one again, and it counts for nothing."""
+"""Padding: ranks with fewer batches than others train with one again, and it counts for nothing.
+
+Ranks have to run the same number of micro-batches, because the model's own communication runs in them. A Trainer draws
+batches itself, and pads where it draws; a loop of one's own draws them from a loader, which pads here. Either way the
+micro-batch is marked, and ``GradUtilsAccelerator.backward`` gives it no targets and no weight.
+"""
 
 import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from accelerate.data_loader import BatchSamplerShard
+
+
+class Padding(dict[str, Any]):
+    """A batch that a Trainer trains with in place of one that this rank does not have."""
 
 
 class PaddedShard(BatchSamplerShard):  # type: ignore[misc]

@@ -13,7 +13,7 @@ from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.gradients.names import NormGroups, check_norm_groups
 from hf_gradutils.gradients.ownership import Ownership, check_ownership
 from hf_gradutils.gradients.power_sums import check_norm_type
-from hf_gradutils.sync import SYNCS, Sync
+from hf_gradutils.sync import Sync, check_sync
 from hf_gradutils.targets.counter import CountTargets, LossUnit, TargetCounter
 from hf_gradutils.window import OnNonfinite, StepGuard
 
@@ -51,6 +51,20 @@ _FROM_TEXT: dict[str, tuple[Callable[[str], Any], str]] = {
     "fold_into_optimizer": (_switch, "true or false"),
 }
 """Field → how to read it from its variable, and what is expected there."""
+
+
+_CHECKS: dict[str, Callable[[Any], object]] = {
+    "loss_unit": TargetCounter,
+    "count_targets": lambda count: TargetCounter(count=count),
+    "sync": check_sync,
+    "accumulate_in_float32": check_accumulate_in_float32,
+    "norm_type": check_norm_type,
+    "grad_norm_groups": check_norm_groups,
+    "ownership": lambda ownership: check_ownership(ownership or {}),
+    "on_nonfinite": StepGuard,
+    "max_skipped_steps": lambda number: StepGuard(max_skipped_steps=number),
+}
+"""Field → what raises InvalidArgumentError for a value that means nothing."""
 
 
 def _from_variables() -> dict[str, Any]:
@@ -114,23 +128,37 @@ class GradUtilsPlugin(GradientAccumulationPlugin):  # type: ignore[misc]
     the step sees it unscaled."""
 
     def __post_init__(self) -> None:
-        try:
-            self._check()
-        except InvalidArgumentError as error:
-            said = [name for name, value in _from_variables().items() if getattr(self, name) == value]
-            named = [f"{_environment.SETTING}{name.upper()}" for name in said if str(error).startswith(name)]
-            raise InvalidArgumentError(f"{named[0]}: {error}" if named else str(error)) from None
-
-    def _check(self) -> None:
-        self.counter()
-        self.guard()
-        if self.sync is not None and self.sync not in SYNCS:
-            raise InvalidArgumentError(f"sync must be one of {', '.join(SYNCS)}, got {self.sync!r}")
-        check_accumulate_in_float32(self.accumulate_in_float32)
+        from_variables = _from_variables()
+        for name, check in _CHECKS.items():
+            value = getattr(self, name)
+            try:
+                check(value)
+            except InvalidArgumentError as error:
+                is_from_variable = name in from_variables and from_variables[name] == value
+                variable = f"{_environment.SETTING}{name.upper()}: " if is_from_variable else ""
+                raise InvalidArgumentError(f"{variable}{error}") from None
         self.effective_sync(each_batch=self.sync_each_batch)
-        check_norm_type(self.norm_type)
-        check_norm_groups(self.grad_norm_groups)
-        check_ownership(self.ownership or {})
+
+    @classmethod
+    def of(cls, plugin: GradientAccumulationPlugin | None) -> "GradUtilsPlugin":
+        """These settings, or those of accelerate's own plugin as one of ours."""
+        if isinstance(plugin, cls):
+            return plugin
+        return cls() if plugin is None else cls(**vars(plugin))
+
+    def num_micro_batches(self, gradient_accumulation_steps: int | None) -> int:
+        """Micro-batches of a window: as said here or there, else as told to ``accelerate launch``, else 1.
+
+        Raises:
+            InvalidArgumentError: two numbers.
+        """
+        said = {self.num_steps, gradient_accumulation_steps} - {None}
+        if len(said) > 1:
+            raise InvalidArgumentError(
+                f"expected one number of micro-batches, got gradient_accumulation_steps={gradient_accumulation_steps} "
+                f"and GradUtilsPlugin(num_steps={self.num_steps}); leave out gradient_accumulation_steps"
+            )
+        return said.pop() if said else _environment.read_accumulation_steps() or 1
 
     def of_accelerate(self, num_steps: int) -> GradientAccumulationPlugin:
         """What accelerate itself is to know."""

@@ -8,7 +8,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from hf_gradutils._collectives import all_reduce_, reduce_packed
+from hf_gradutils._collectives import all_reduce_, gather_extremes
 from hf_gradutils._devices import on_device
 from hf_gradutils.gradients.names import unwrapped_name
 from hf_gradutils.gradients.of_model import LocalGradients, Slots
@@ -68,8 +68,7 @@ def total_norm(
     powers = _power_sums(gradients, norm_type, device, foreach=foreach)
     if math.isinf(norm_type):
         own = slots.zeros.scatter_reduce(0, slots.of_gradients, powers, "amax")
-        sums, by_slot = reduce_packed(plan.domain, sums, own)
-        assert by_slot is not None
+        sums, by_slot = gather_extremes(plan.domain, sums, own)
         return Norms(by_slot.amax(), powers, plan, slots, by_slot, norm_type), sums
 
     # [the sums | Σ |g|^p of each slot | how often each slot is counted]

@@ -84,8 +84,7 @@ def check_invariance(
         pass
     finally:
         trainer.callback_handler.callbacks = callbacks
-        vars(trainer).clear()
-        vars(trainer).update(attributes)
+        trainer.__dict__ = attributes
         trainer.accelerator.free_memory()
     assert probe.report is not None
     return probe.report

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from hf_gradutils._collectives import reduce_packed, world_domain
+from hf_gradutils._collectives import add_up, world_domain
 from hf_gradutils._devices import device_of
 from hf_gradutils._precision import is_exact_in_itself, uses_exact_arithmetic
 from hf_gradutils._undisturbed import in_evaluation_mode
@@ -130,7 +130,7 @@ class LoopSubject(_OwnLoop):
         accelerator, model = self.accelerator, self.model
         discard_deferred(model)
         if isinstance(accelerator, GradUtilsAccelerator):
-            accelerator.forget_windows()
+            accelerator.windows.forget()
         accelerator.gradient_accumulation_steps = len(parts)
         total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
         for index, part in enumerate(parts):
@@ -145,7 +145,7 @@ class LoopSubject(_OwnLoop):
                     accelerator.backward(loss)
             total += loss.detach() / len(parts)
         if isinstance(accelerator, GradUtilsAccelerator):
-            accelerator.close_window(model, step=1)
+            accelerator.windows.close(accelerator.windows.of_loss(model), step=1)
             return _finish(accelerator, model)
         return _mean_over_ranks(total)
 
@@ -153,7 +153,7 @@ class LoopSubject(_OwnLoop):
         if not is_last:
             return self.accelerator.no_sync(self.model)  # type: ignore[no-any-return]
         if isinstance(self.accelerator, GradUtilsAccelerator):
-            return self.accelerator.sync_context(self.model)
+            return self.accelerator.windows.sync_context(self.model, is_last=True)
         return contextlib.nullcontext()
 
     @contextlib.contextmanager
@@ -211,7 +211,7 @@ def _finish(accelerator: GradUtilsAccelerator, model: nn.Module) -> float:
 
 def _mean_over_ranks(loss: Tensor) -> float:
     domain = world_domain()
-    return float(reduce_packed(domain, loss.view(1))[0] / domain.num_ranks)
+    return add_up(domain, loss.device, loss=float(loss))["loss"] / domain.num_ranks
 
 
 @contextlib.contextmanager
@@ -246,8 +246,8 @@ def _accelerator_untouched(accelerator: Accelerator) -> Iterator[None]:
     finally:
         accelerator.sync_gradients = sync
         if isinstance(accelerator, GradUtilsAccelerator):
-            accelerator.forget_windows()
-            accelerator.report = None
+            accelerator.windows.forget()
+            accelerator.windows.report = None
             for optimizer in optimizers_of(accelerator):
                 optimizer.order = None
 

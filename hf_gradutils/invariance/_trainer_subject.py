@@ -61,8 +61,8 @@ class TrainerSubject:
         trainer, model = self.trainer, self.model
         discard_deferred(model)
         if self._is_ours:
-            self.accelerator.forget_windows()
-            trainer._expects_first_batch = True
+            self.accelerator.windows.forget()
+            trainer._start_over()
         batches = [self._loader.collate_fn(rows) for rows in parts]
         trainer.args.gradient_accumulation_steps = trainer.current_gradient_accumulation_steps = len(batches)
         samples, num_items = trainer.get_batch_samples(iter(batches), len(batches), trainer.args.device)
@@ -94,7 +94,7 @@ class TrainerSubject:
     def counter(self, model: nn.Module) -> TargetCounter:
         """As in :class:`Subject`."""
         if self._is_ours:
-            return self.trainer._counter  # type: ignore[no-any-return] # settled by the first run
+            return self.trainer._unit.counter  # type: ignore[no-any-return] # settled by the first run
         return TargetCounter(count=self._stock_count)
 
     def _stock_count(self, batch: Mapping[str, Any]) -> Tensor:
@@ -119,8 +119,7 @@ class TrainerSubject:
                 yield
         finally:
             trainer.args.gradient_accumulation_steps = steps
-            vars(trainer).clear()
-            vars(trainer).update(attributes | logged)
+            trainer.__dict__ = attributes | logged
             if running_loss is not None:
                 trainer._tr_loss.copy_(running_loss)
 

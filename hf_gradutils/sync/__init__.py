@@ -1,6 +1,6 @@
 """When gradients are communicated while a window of micro-batches accumulates."""
 
-from hf_gradutils.sync._auto import SYNCS, PolicyChoice, Sync, free_bytes
+from hf_gradutils.sync._auto import SYNCS, PolicyChoice, Sync, check_sync, free_bytes
 from hf_gradutils.sync._context import (
     Communicates,
     SyncContext,
@@ -18,6 +18,7 @@ __all__ = [
     "Sync",
     "SyncContext",
     "SyncPolicy",
+    "check_sync",
     "communicates",
     "discard_deferred",
     "find_wrappers",

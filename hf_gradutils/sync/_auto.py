@@ -17,7 +17,8 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.tensor import DTensor
 
-from hf_gradutils._collectives import reduce_packed, world_domain
+from hf_gradutils._collectives import find_largest, world_domain
+from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.sync._context import SyncPolicy
 from hf_gradutils.upstream.fsdp import fsdp2_adds_shards_by_position, fsdp2_deferred_bytes
 
@@ -25,6 +26,13 @@ logger = logging.getLogger("hf_gradutils.sync_auto")
 
 Sync: TypeAlias = SyncPolicy | Literal["auto"]
 SYNCS: tuple[Sync, ...] = ("defer", "every", "reduce_scatter", "auto")
+
+
+def check_sync(sync: object) -> None:
+    """Raise InvalidArgumentError for anything but a policy, ``"auto"`` or None."""
+    if sync is not None and sync not in SYNCS:
+        raise InvalidArgumentError(f"sync must be one of {', '.join(SYNCS)}, got {sync!r}")
+
 
 MAX_SHARE = 0.5
 """Deferred gradients may take this much of what the windows so far left free: later batches can be longer."""
@@ -84,18 +92,16 @@ def decide(needed: int, free: float, device: torch.device) -> SyncPolicy:
 
     Collectives: one all-gather over all ranks. Host syncs: one.
     """
-    mine = torch.tensor([needed - MAX_SHARE * free, needed, -free], dtype=torch.float64, device=device)
-    _, largest = reduce_packed(world_domain(), mine[:0], mine)
-    assert largest is not None
-    lacking, most_needed, least_free = largest.tolist()
-    policy: SyncPolicy = "defer" if lacking <= 0 else "reduce_scatter"
+    lacking = needed - MAX_SHARE * free
+    largest = find_largest(world_domain(), device, lacking=lacking, needed=needed, minus_free=-free)
+    policy: SyncPolicy = "defer" if largest["lacking"] <= 0 else "reduce_scatter"
     if not dist.is_initialized() or dist.get_rank() == 0:
         logger.info(
             "sync='auto' chose %r: deferring takes up to %s more per rank, and the rank with the least memory has %s "
             "free, of which it may take %.0f %%",
             policy,
-            _in_gib(most_needed),
-            _in_gib(-least_free),
+            _in_gib(largest["needed"]),
+            _in_gib(-largest["minus_free"]),
             100 * MAX_SHARE,
         )
     return policy

@@ -2,18 +2,13 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-if TYPE_CHECKING:
-    TrainerBase = Any  # any Trainer class
-else:
-    TrainerBase = object
-
 
 def auxiliary_places(model: nn.Module) -> Iterator[tuple[Any, str]]:
-    """Where a mixture of experts says by how much it adds its auxiliary loss to the loss: (object, attribute)."""
+    """(Object, attribute) of each factor with which a mixture of experts adds its auxiliary loss to the loss."""
     config: Any = getattr(model, "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else None
     for place in (model, config, text_config):
@@ -22,8 +17,8 @@ def auxiliary_places(model: nn.Module) -> Iterator[tuple[Any, str]]:
                 yield place, name
 
 
-def _auxiliary_coefficient(model: nn.Module) -> float:
-    """By how much a mixture of experts adds its auxiliary loss to the loss; 0 if it does not say."""
+def auxiliary_coefficient(model: nn.Module) -> float:
+    """The factor with which a mixture of experts adds its auxiliary loss to the loss; 0 if it does not say so."""
     return next((float(getattr(place, name)) for place, name in auxiliary_places(model)), 0.0)
 
 

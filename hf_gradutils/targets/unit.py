@@ -4,10 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from hf_gradutils._collectives import reduce_packed, world_domain
+from hf_gradutils._collectives import add_up, world_domain
 from hf_gradutils.errors import LossUnitError, TargetCountError
 from hf_gradutils.targets.counter import TargetCounter, check_count
 from hf_gradutils.targets.probe import (
@@ -68,7 +67,7 @@ def settle_unit(
         counter(batch)
     except TargetCountError as error:
         failure = error
-    (num_failures,), _ = reduce_packed(domain, torch.tensor([failure is not None], dtype=torch.float64))
+    num_failures = add_up(domain, failed=failure is not None)["failed"]
     if failure is not None:
         raise failure
     if num_failures:
@@ -89,26 +88,25 @@ def settle_unit(
             exact_arithmetic=exact_arithmetic,
         )
     is_wrong = additivity.relative_error > (_TOLERANCE if exact_arithmetic else _TOLERANCE_REDUCED)
-    mine = torch.tensor([shifts, is_wrong, float(settled(batch))], dtype=torch.float64)
-    num_shifting, num_wrong, total_targets = reduce_packed(domain, mine)[0].tolist()
-    check_count(total_targets)
+    ranks = add_up(domain, shifting=shifts, wrong=is_wrong, targets=float(settled(batch)))
+    check_count(ranks["targets"])
 
-    if num_shifting not in (0, domain.num_ranks):
+    if ranks["shifting"] not in (0, domain.num_ranks):
         raise LossUnitError(
-            f"expected the head to shift its labels on all ranks or on none, but it does on {num_shifting:.0f} of "
+            f"expected the head to shift its labels on all ranks or on none, but it does on {ranks['shifting']:.0f} of "
             f"{domain.num_ranks}; set loss_unit='tokens' or 'shifted_tokens'"
         )
-    if num_wrong:
+    if ranks["wrong"]:
         seen = (
             f"L(AB)·n(AB) = {additivity.whole:.7g} but L(A)·n(A) + L(B)·n(B) = {sum(additivity.parts):.7g}, relative "
             f"difference {additivity.relative_error:.1e}"
             if is_wrong
-            else f"seen on {num_wrong:.0f} of {domain.num_ranks} ranks"
+            else f"seen on {ranks['wrong']:.0f} of {domain.num_ranks} ranks"
         )
         raise LossUnitError(
             f"the loss is not a mean over the targets counted ({_how_it_counts(counter)}): {seen}; {HOW_TO_FIX}"
         )
-    return Settled(head_shifts=shifts, targets_per_micro_batch=total_targets / domain.num_ranks)
+    return Settled(head_shifts=shifts, targets_per_micro_batch=ranks["targets"] / domain.num_ranks)
 
 
 def _how_it_counts(counter: TargetCounter) -> str:

@@ -4,15 +4,15 @@ A list of a window's batches would sit on the device before the first forward. W
 whether a batch is the last one, and that takes a look-ahead of one.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from torch import Tensor
+from transformers.trainer_utils import has_length
 
-class Padding(dict[str, Any]):
-    """A batch that takes the place of one which this rank does not have: it is trained with and counts for nothing.
-
-    Ranks have to run the same number of micro-batches, because the model's own communication runs in them.
-    """
+from hf_gradutils._collectives import add_up, find_largest, world_domain
+from hf_gradutils.accelerator import Padding
+from hf_gradutils.errors import InvalidArgumentError
 
 
 class BatchStream:
@@ -20,8 +20,8 @@ class BatchStream:
 
     Args:
         batches: The loader's iterator.
-        is_last: Whether the batch that the iterator gave last was its last; None if nobody can tell, and the
-            stream then fetches one batch ahead itself.
+        is_last: Whether the batch that the iterator gave last was its last; None if that is unknown, and the stream
+            then fetches one batch ahead itself.
         padding: A batch of an earlier epoch to pad with, should there be none in this one.
     """
 
@@ -57,8 +57,8 @@ class BatchStream:
         except StopIteration:
             self._is_exhausted = True
         else:
-            told = self._is_last()
-            self._is_exhausted, self._looks_ahead = bool(told), told is None
+            is_last = self._is_last()
+            self._is_exhausted, self._looks_ahead = bool(is_last), is_last is None
 
 
 class MicroBatches:
@@ -90,3 +90,80 @@ class MicroBatches:
             if not self._pads and not self._stream.has_more():
                 self._length = self._num_taken
             yield batch
+
+
+class TrainingBatches:
+    """A rank's batches, window by window; ranks with fewer batches than others pad theirs.
+
+    Args:
+        trainer: Whose loader they come from.
+    """
+
+    def __init__(self, trainer: Any):
+        self._trainer = trainer
+        self._stream: BatchStream | None = None
+        self._epoch: Iterator[Any] | None = None
+        self._pads = False
+        self.has_length = True
+        self.num_ranks_with_data: float | Tensor = 0.0
+        """Ranks that have batches for another window, as of the last one."""
+
+    def plan(self, dataloader: Any) -> Any:
+        """The loader, with the length of the longest rank's. Collectives: one all-gather over all ranks."""
+        self._epoch = None
+        self.has_length = has_length(dataloader)
+        num_batches = len(dataloader) if self.has_length else 0
+        extremes = find_largest(world_domain(), most=num_batches, minus_least=-num_batches)
+        most, least = int(extremes["most"]), -int(extremes["minus_least"])
+        self._pads = not self.has_length or most != least
+        return _OfLength(dataloader, most) if most != least else dataloader
+
+    def window(self, epoch: Iterator[Any], num_batches: int) -> Sequence[Any] | MicroBatches:
+        """The next window's batches; none at the end of the epoch.
+
+        Collectives: where ranks pad, one all-reduce over all ranks at the start of an epoch.
+        """
+        if self._stream is None or epoch is not self._epoch:
+            self._stream, self._epoch = self._start_epoch(epoch), epoch
+        if self._pads and not self._stream.has_more() and not float(self.num_ranks_with_data):
+            return []
+        return MicroBatches(self._stream, num_batches, pads=self._pads)
+
+    @property
+    def has_data_left(self) -> bool | None:
+        """Whether this rank has batches for another window; None where ranks need not know of each other."""
+        return self._stream.has_more() if self._pads and self._stream is not None else None
+
+    def _start_epoch(self, epoch: Iterator[Any]) -> BatchStream:
+        state = self._trainer.accelerator.gradient_state
+        stream = BatchStream(
+            epoch,
+            # A loader that accelerate has not prepared does not say which batch is its last.
+            lambda: state.end_of_dataloader if state.in_dataloader else None,
+            padding=self._stream.padding if self._stream is not None else None,
+        )
+        if self._pads:
+            has_none = not stream.has_more() and stream.padding is None
+            ranks = add_up(world_domain(), self._trainer.args.device, with_data=stream.has_more(), without_any=has_none)
+            self.num_ranks_with_data = ranks["with_data"]
+            if ranks["without_any"] and ranks["with_data"]:
+                raise InvalidArgumentError(
+                    f"expected data on every rank, got none on {ranks['without_any']:.0f} of "
+                    f"{self._trainer.accelerator.num_processes} ranks in the first epoch; use fewer ranks, or split "
+                    "the dataset into more shards"
+                )
+        return stream
+
+
+class _OfLength:
+    """A loader with another length."""
+
+    def __init__(self, dataloader: Any, length: int):
+        self._dataloader = dataloader
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._dataloader, name)

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from hf_gradutils.errors import TargetCountError
+from hf_gradutils.targets.counter import check_count
 from hf_gradutils.window import WindowReport
 
 
@@ -51,8 +53,18 @@ class RunningLog:
         loss, num_taken = (self._loss, self._num_taken) if self._num_taken else (self._loss_before, self._taken_before)
         return loss if num_taken == self._num_steps else loss * (self._num_steps / max(num_taken, 1))
 
-    def entries(self, has_groups: bool) -> dict[str, float]:
-        """What a log entry has besides, or in place of, Trainer's own. Host syncs."""
+    def check_targets(self, num_steps: int) -> None:
+        """Raise TargetCountError if no step so far had a target on any rank, or targets cannot be counted."""
+        total = self.total_targets.item()
+        check_count(total)
+        if not total:
+            raise TargetCountError(
+                f"expected batches with targets, got none in the first {num_steps} optimizer steps on any rank: every "
+                "label is -100; look at how the labels are masked and truncated"
+            )
+
+    def entries(self, *, has_groups: bool) -> dict[str, float]:
+        """Number of targets and norms of groups for one entry of the log. Host syncs."""
         assert self._last is not None
         entries: dict[str, float] = {"num_targets": round(self._num_targets.item())}
         if not self._num_taken:

@@ -1,37 +1,47 @@
 """A drop-in for ``transformers.Trainer`` with the gradient of one device and the whole batch.
 
-micro-batch     training_step: count the targets, let the model return its own mean, weigh it in backward
-window's end    _clip_grad_norm: one reduction, one scaling; the loss it reports replaces the running loss
-evaluation      :mod:`hf_gradutils.evaluation`
+How transformers calls what is overridden here:
+
+    train → set_initial_training_values
+        each window:       get_batch_samples → its micro-batches, drawn one by one
+        each micro-batch:  training_step → _prepare_inputs → compute_loss → accelerator.backward
+        window's end:      _clip_grad_norm (if it clips) → _get_grad_norm → optimizer.step → log
+    evaluate → evaluation_loop
+        each batch:        prediction_step → _prepare_inputs → compute_loss
+
+``training_step`` makes the :class:`MicroBatch`. Only in ``_prepare_inputs`` can its targets be counted, because context
+parallelism has just cut the sequence to this rank's part; ``backward`` reads the record.
 """
 
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
-from transformers.trainer_utils import has_length
+from transformers import Seq2SeqTrainer, Trainer
+from transformers.trainer_utils import EvalLoopOutput
 
-from hf_gradutils._collectives import reduce_packed, world_domain
-from hf_gradutils.accelerator import Counters, GradUtilsAccelerator, GradUtilsPlugin
+from hf_gradutils.accelerator import GradUtilsAccelerator, GradUtilsPlugin, MicroBatch, Padding
 from hf_gradutils.coordination.route import route_first_rank
-from hf_gradutils.errors import InvalidArgumentError, NonfiniteGradientError, TargetCountError
 from hf_gradutils.gradients.partial_sums import sum_increments
 from hf_gradutils.invariance import CheckBeforeTraining
 from hf_gradutils.sync import discard_deferred
-from hf_gradutils.targets import trl
-from hf_gradutils.targets.counter import check_count, with_one_target
-from hf_gradutils.trainer._batches import BatchStream, MicroBatches, Padding
-from hf_gradutils.trainer._evaluation import EvaluationMixin
-from hf_gradutils.trainer._log import RunningLog
-from hf_gradutils.window import AccumulationWindow, loss_scale_for
+from hf_gradutils.targets.counter import with_one_target
+from hf_gradutils.trainer._batches import MicroBatches, TrainingBatches
+from hf_gradutils.trainer._evaluation import EvaluationLoss, num_data_ranks
+from hf_gradutils.trainer._loss import LossUnit
+from hf_gradutils.trainer._setup import check_nothing_reads_gradients, check_setup
+from hf_gradutils.trainer._steps import OptimizerSteps
+
+if TYPE_CHECKING:
+    TrainerBase = Any  # any Trainer class
+else:
+    TrainerBase = object
 
 
-class GradUtilsTrainerMixin(EvaluationMixin):
+class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
     """What makes a Trainer exact; goes in front of the Trainer class it is mixed into.
 
     Args:
@@ -55,48 +65,19 @@ class GradUtilsTrainerMixin(EvaluationMixin):
     ):
         self._checks_invariance = check_invariance
         self.grad_plugin = grad_plugin or GradUtilsPlugin()
-        self._expects_first_batch = True
-        self._logged: RunningLog | None = None
-        self._counters: Counters | None = None
-        self._micro_batch_count: Tensor | None = None
-        self._stream: BatchStream | None = None
-        self._epoch_iterator: Iterator[Any] | None = None
-        self._has_length, self._pads, self._others_have_data = True, False, torch.tensor(0.0)
+        self._start_over()
         with route_first_rank():  # some Trainers prepare their data here
             super().__init__(*args, **kwargs)
-        self._check_setup()
+        check_setup(self)
 
-    def _check_setup(self) -> None:
-        if not self.args.max_grad_norm >= 0:
-            raise InvalidArgumentError(
-                f"max_grad_norm must be > 0, got {self.args.max_grad_norm}; 0 measures the norm without clipping"
-            )
-        if self.args.n_gpu > 1:
-            raise InvalidArgumentError(
-                f"expected one process per GPU, got one process for {self.args.n_gpu}; start it with `accelerate "
-                f"launch --num_processes {self.args.n_gpu}`, or with CUDA_VISIBLE_DEVICES=0 for one GPU"
-            )
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED or self.get_sp_size() > 1:
-            raise InvalidArgumentError(
-                "expected DDP, FSDP2, tensor or context parallelism, got DeepSpeed, whose engine scales and clips "
-                "gradients itself; use FSDP2 (fsdp=True, fsdp_config={'version': 2}), which shards what ZeRO-3 shards"
-            )
-        if self.accelerator.distributed_type == DistributedType.XLA:
-            raise InvalidArgumentError(
-                "expected CPU or a device that torch drives itself, got XLA, which reduces gradients in its own step; "
-                "use transformers.Trainer there"
-            )
-        if reason := trl.why_not_exact(self):
-            name = trl.trl_name(self)
-            raise InvalidArgumentError(
-                f"expected of trl's trainers one of {', '.join(trl.EXACT)}, got {name}, which {reason}; use "
-                f"{name} by itself, without GradUtilsTrainerMixin in front"
-            )
-        if named := self.grad_plugin.accumulation_settings():
-            raise InvalidArgumentError(
-                f"expected accumulation to be set in TrainingArguments, got GradUtilsPlugin({', '.join(named)}); use "
-                "gradient_accumulation_steps, or accelerator_config={'gradient_accumulation_kwargs': {…}}"
-            )
+    def _start_over(self) -> None:
+        """Forget all batches, losses and steps so far."""
+        self._unit = LossUnit(self)
+        self._evaluation = EvaluationLoss(self, self._unit)
+        self._batches = TrainingBatches(self)
+        self._steps = OptimizerSteps(self, self._unit, self._batches)
+        self._micro_batch: MicroBatch | None = None
+        self._operations_per_token: int | None = None
 
     def create_accelerator_and_postprocess(self) -> None:
         """Build the Accelerator as Trainer does, and make it one that weighs."""
@@ -108,14 +89,14 @@ class GradUtilsTrainerMixin(EvaluationMixin):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer.train``; a non-finite loss is logged as it is, not replaced by an average of earlier ones."""
-        self._expects_first_batch, self._logged, self._operations_per_token = True, None, None
-        self.accelerator.forget_windows()
+        self._start_over()
+        self.accelerator.windows.forget()
         if self.grad_plugin.fold_into_optimizer:
-            self._check_nobody_reads_gradients()
+            check_nothing_reads_gradients(self)
         discard_deferred(self.model)
         sum_increments(self.model)
         # The filter costs two host syncs per micro-batch, and the loss it filters is not the one logged here.
-        with self._nan_filter(False), self._checking_first(), self.accelerator.rounding_at_the_end():
+        with self._nan_filter(False), self._checking_first(), self.accelerator.windows.rounding_at_the_end():
             return super().train(*args, **kwargs)
 
     @contextlib.contextmanager
@@ -129,17 +110,9 @@ class GradUtilsTrainerMixin(EvaluationMixin):
             if check is not None:
                 self.remove_callback(check)
 
-    def _check_nobody_reads_gradients(self) -> None:
-        for callback in self.callback_handler.callbacks:
-            if type(callback).on_pre_optimizer_step is not TrainerCallback.on_pre_optimizer_step:
-                raise InvalidArgumentError(
-                    "expected no callback before the optimizer step with fold_into_optimizer=True, because gradients "
-                    f"are not scaled yet then, got {type(callback).__name__}.on_pre_optimizer_step; leave out one"
-                )
-
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """As ``Trainer.save_model``, once it is sure that the last step was a good one."""
-        self._settle_step()
+        self._steps.settle()
         with self._nan_filter(self._users_nan_filter):
             super().save_model(*args, **kwargs)
 
@@ -158,31 +131,23 @@ class GradUtilsTrainerMixin(EvaluationMixin):
 
     def _update_auto_batch_size(self, batch_size: int) -> None:
         """As in Trainer, which starts over: what was weighed so far is dropped with its gradients."""
-        self._expects_first_batch, self._logged = True, None
-        self.accelerator.forget_windows()
+        self._start_over()
+        self.accelerator.windows.forget()
         discard_deferred(self.model)
         super()._update_auto_batch_size(batch_size)
 
     # ---- Training: the batches ----
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
-        """As in Trainer, for the rank that has the most batches: the others pad theirs, and nobody waits in vain."""
-        self._epoch_iterator = None
-        self._has_length = has_length(dataloader)
-        num_batches = len(dataloader) if self._has_length else 0
-        extremes = torch.tensor([num_batches, -num_batches], dtype=torch.float64)
-        _, maxima = reduce_packed(world_domain(), extremes[:0], extremes)
-        assert maxima is not None
-        most, least = int(maxima[0]), -int(maxima[1])
-        self._pads = not self._has_length or most != least
-        return super().set_initial_training_values(args, _OfLength(dataloader, most) if most != least else dataloader)
+        """As in Trainer; steps are planned for the longest rank, and shorter ranks pad instead of deadlocking."""
+        return super().set_initial_training_values(args, self._batches.plan(dataloader))
 
     def _init_training_state(
         self, max_steps: int, num_update_steps_per_epoch: int, *args: Any, **kwargs: Any
     ) -> tuple[int, int]:
         """As in Trainer, which takes data without a length for one long epoch and would skip more than there is."""
         trained = super()._init_training_state(max_steps, num_update_steps_per_epoch, *args, **kwargs)
-        if self._has_length or not self.state.global_step:
+        if self._batches.has_length or not self.state.global_step:
             return trained
         num_epochs = int(self.state.epoch)
         num_batches = round((self.state.epoch - num_epochs) * max_steps * self.args.gradient_accumulation_steps)
@@ -192,80 +157,54 @@ class GradUtilsTrainerMixin(EvaluationMixin):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[Sequence[Any] | MicroBatches, None]:
         """The window's micro-batches, without a count: each is fetched and counted when its turn comes."""
-        if self._stream is None or epoch_iterator is not self._epoch_iterator:
-            self._stream = self._start_epoch(epoch_iterator)
-        if self._pads and not self._stream.has_more() and not self._others_have_data.item():
-            return [], None
-        return MicroBatches(self._stream, num_batches, pads=self._pads), None
-
-    def _start_epoch(self, epoch_iterator: Iterator[Any]) -> BatchStream:
-        state = self.accelerator.gradient_state
-        stream = BatchStream(
-            epoch_iterator,
-            # A loader that accelerate has not prepared does not say which batch is its last.
-            lambda: state.end_of_dataloader if state.in_dataloader else None,
-            padding=self._stream.padding if self._stream is not None else None,
-        )
-        self._epoch_iterator = epoch_iterator
-        if self._pads:
-            has_none = not stream.has_more() and stream.padding is None
-            mine = torch.tensor([stream.has_more(), has_none], dtype=torch.float64, device=self.args.device)
-            self._others_have_data, num_without = reduce_packed(world_domain(), mine)[0]
-            if num_without and self._others_have_data:
-                raise InvalidArgumentError(
-                    f"expected data on every rank, got none on {num_without:.0f} of {self.accelerator.num_processes} "
-                    "ranks in the first epoch; use fewer ranks, or split the dataset into more shards"
-                )
-        return stream
+        return self._batches.window(epoch_iterator, num_batches), None
 
     # ---- Training: a micro-batch ----
 
     def training_step(self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch; returns its own mean loss, detached."""
-        if isinstance(inputs, Padding) and self._num_data_ranks() == 1:
-            return torch.zeros((), device=self.args.device)  # nobody communicates with what this rank lacks
-        if self._expects_first_batch:
-            self._start_windows(model, inputs)
+        is_padding = isinstance(inputs, Padding)
+        if is_padding and num_data_ranks(self) == 1:
+            return torch.zeros((), device=self.args.device)  # no rank communicates with what this one lacks
+        self._steps.start_once(model, inputs)
         # A micro-batch's own mean is wanted: Trainer must not divide it by the number of micro-batches.
         self.current_gradient_accumulation_steps = 1
-        self._micro_batch_count = torch.ones((), dtype=torch.float64, device=self.args.device)
+        divisor = torch.ones((), dtype=torch.float64, device=self.args.device)
+        self._micro_batch = MicroBatch(is_padding=is_padding, divisor=divisor)
         try:
-            with self.accelerator.one_micro_batch(model):
-                return super().training_step(model, inputs, num_items_in_batch=self._micro_batch_count)
+            with self.accelerator.windows.one_micro_batch(model, self._micro_batch):
+                return super().training_step(model, inputs, num_items_in_batch=divisor)
         finally:
-            self._micro_batch_count = None
+            self._micro_batch = None
 
     def _prepare_inputs(self, inputs: Mapping[str, Any]) -> Any:
-        """As in Trainer, and count: only here, context parallelism has cut the sequence to this rank's part."""
+        """As in Trainer; in training, also count the targets of the micro-batch."""
         prepared = super()._prepare_inputs(inputs)
-        if self._micro_batch_count is None:
+        if self._micro_batch is None:
             return prepared
-        assert self._counter is not None
-        num_targets = self._count_targets(prepared)
-        self._micro_batch_count.copy_(num_targets.clamp(min=1))
-        if isinstance(inputs, Padding):
-            num_targets = weight = torch.zeros_like(num_targets)
-        else:
-            weight = self._counter.weight(num_targets)
-        self.accelerator.count(num_targets, weight)
+        assert self._unit.counter is not None
+        num_targets = self._unit.count(prepared)
+        self._micro_batch.count(num_targets, self._unit.counter.weight(num_targets))
         return with_one_target(prepared, num_targets)
 
-    def _start_windows(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-        """Settle the unit of the loss on the first batch, and open the first window with a scale to match."""
-        accumulation = self.args.gradient_accumulation_steps
-        is_split = accumulation > 1 or self.accelerator.num_processes > self.get_tp_size()
-        targets_per_micro_batch = self._settle_unit(inputs, is_split=is_split)
-        assert self._counter is not None
-        sums = AccumulationWindow(
-            self.args.device,
-            loss_scale=1.0 if self._counter.is_sum else loss_scale_for(targets_per_micro_batch * accumulation),
-            num_replicas=self.get_tp_size(),
-            is_sum=self._counter.is_sum,
-        )
-        self.accelerator.window_of(model).start(sums)
-        self._expects_first_batch = False
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """The micro-batch's own mean loss.
 
-    _operations_per_token: int | None = None
+        Models are not told ``num_items_in_batch`` unless their forward asks for it by name: they return their
+        mean then, whatever they would do with the number. Loss functions get the micro-batch's own count.
+        """
+        self._evaluation.see(inputs)
+        inputs = dict(inputs)
+        if num_items_in_batch is not None and self._unit.forward_takes_count:
+            inputs["num_items_in_batch"] = num_items_in_batch
+        with self._unit.own_mean(num_items_in_batch):
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=None)
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """As in Trainer, but its parameters are counted once a training, not in every micro-batch."""
@@ -281,38 +220,11 @@ class GradUtilsTrainerMixin(EvaluationMixin):
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Rescale and clip in one go. Trainer calls it before the optimizer step if it clips at all."""
-        return self._close_window(model, self.args.max_grad_norm)
+        return self._steps.close_window(model, self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor:
         """The norm before clipping. Trainer calls it always, after ``_clip_grad_norm`` if that ran."""
-        return self._close_window(model, math.inf) if grad_norm is None else grad_norm
-
-    def _close_window(self, model: nn.Module, max_norm: float) -> Tensor:
-        has_data_left = self._stream.has_more() if self._pads and self._stream is not None else None
-        self._settle_step()
-        report, is_taken = self.accelerator.close_window(
-            model, max_norm, step=self.state.global_step + 1, has_data_left=has_data_left
-        )
-        if self.accelerator.is_unsettled:
-            self._counters = Counters(self.state.global_step, self.lr_scheduler, self.optimizer)
-        if has_data_left is not None:
-            self._others_have_data = report.num_ranks_with_data
-        if self._logged is None:
-            self._logged = RunningLog(self.args.device)
-        was_logged = self._globalstep_last_logged == self.state.global_step
-        self._logged.add(report, is_taken=is_taken, starts_anew=was_logged)
-        # Trainer added each micro-batch's own mean to this; the step's loss takes the place of that sum.
-        self._tr_loss.copy_(self._logged.loss)
-        return report.grad_norm
-
-    def _settle_step(self) -> None:
-        """Raise if the step before was left out on the device, with the counters as they were before it."""
-        try:
-            self.accelerator.settle()
-        except NonfiniteGradientError:
-            if self._counters is not None:
-                self.state.global_step = self._counters.restore(self.lr_scheduler, self.optimizer)
-            raise
+        return self._steps.close_window(model, math.inf) if grad_norm is None else grad_norm
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As ``Trainer.log``, with the number of targets that the logged loss is a mean over.
@@ -322,34 +234,49 @@ class GradUtilsTrainerMixin(EvaluationMixin):
                 targets that cannot be counted.
             NonfiniteGradientError: the gradient of the last step was not finite.
         """
-        self._settle_step()
-        if self._logged is not None and ("loss" in logs or "train_loss" in logs):
-            total = self._logged.total_targets.item()
-            check_count(total)
-            if not total:
-                raise TargetCountError(
-                    f"expected batches with targets, got none in the first {self.state.global_step} optimizer steps on "
-                    "any rank: every label is -100; look at how the labels are masked and truncated"
-                )
-            if "loss" in logs:
-                logs |= self._logged.entries(self.grad_plugin.grad_norm_groups is not None)
-                if self.grad_plugin.on_nonfinite == "skip":
-                    logs["skipped_steps"] = self.accelerator.num_skipped_steps
+        logs |= self._steps.log_entries(logs)
         super().log(logs, *args, **kwargs)
 
+    # ---- Evaluation ----
 
-class _OfLength:
-    """A loader, but for its length: that of the rank that has the most batches."""
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As in Trainer, with the loss Σ n·L / Σ n over the evaluation set, each sample once."""
+        self._evaluation.start()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        loss, name = self._evaluation.finish(), f"{metric_key_prefix}_loss"
+        if loss is not None and name in output.metrics:
+            output.metrics[name] = loss
+        return output
 
-    def __init__(self, dataloader: Any, length: int):
-        self._dataloader = dataloader
-        self._length = length
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """As in Trainer; the loss is also added up for :meth:`evaluation_loop`."""
+        if any(inputs.get(name) is not None for name in self.label_names):
+            self._unit.settle_once(inputs)
+        self._evaluation.start_batch()
+        loss, logits, labels = super().prediction_step(
+            model, inputs, prediction_loss_only, ignore_keys=ignore_keys, **kwargs
+        )
+        self._evaluation.add(model, inputs, loss)
+        return loss, logits, labels
 
-    def __len__(self) -> int:
-        return self._length
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._dataloader, name)
+    def _get_num_items_in_batch(self, batch_samples: Sequence[Mapping[str, Any]], device: torch.device) -> Tensor:
+        """The count that ``prediction_step`` passes to ``compute_loss``: the batch's own."""
+        self._unit.settle_once(batch_samples[0])
+        return self._unit.count(batch_samples[0]).clamp(min=1)
 
 
 class GradUtilsTrainer(GradUtilsTrainerMixin, Trainer):  # type: ignore[misc]

@@ -56,6 +56,21 @@ def without_accelerate_state() -> Iterator[None]:
         PartialState._shared_state = state
 
 
+def models_of(accelerator: Any) -> list[nn.Module]:
+    """The models that accelerate's Accelerator has prepared."""
+    return list(accelerator._models)
+
+
 def optimizers_of(accelerator: Any) -> list[Any]:
-    """What accelerate's Accelerator has prepared as optimizers (accelerate 1.15)."""
+    """The optimizers that accelerate's Accelerator has prepared."""
     return list(accelerator._optimizers)
+
+
+def schedulers_of(accelerator: Any) -> list[Any]:
+    """The schedulers that accelerate's Accelerator has prepared."""
+    return list(accelerator._schedulers)
+
+
+def dataloaders_of(accelerator: Any) -> list[Any]:
+    """The loaders that accelerate's Accelerator has prepared."""
+    return list(accelerator._dataloaders)

@@ -126,7 +126,8 @@ def _with_no_sync(layout):
     loop, loader = make(HEAD, layout, plugin=GradUtilsPlugin(), rows=rows, batch_size=size)
     for index, batch in enumerate(loader):
         is_last = index == len(loader) - 1
-        with loop.accelerator.sync_context(loop.model) if is_last else loop.accelerator.no_sync(loop.model):
+        windows, model = loop.accelerator.windows, loop.model
+        with windows.sync_context(model, is_last=True) if is_last else loop.accelerator.no_sync(model):
             loss = loop.model(**batch).loss
             loop.accelerator.backward(loss, num_targets=HEADS[HEAD].targets(batch))
     loop.optimizer.step()
@@ -288,7 +289,7 @@ def test_two_losses_of_one_window_are_refused():
         accelerator.backward(y.square().mean(), num_targets=4, retain_graph=True)
         with pytest.raises(InvalidArgumentError, match="add the terms"):
             accelerator.backward(y.abs().mean(), num_targets=4)
-    with pytest.raises(InvalidArgumentError, match="got 2 prepared ones"):
+    with pytest.raises(InvalidArgumentError, match="which of the 2 prepared models"):
         accelerator.backward(_mean(a, x), num_targets=4)
 
 

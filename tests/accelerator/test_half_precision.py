@@ -156,7 +156,7 @@ def _policies():
         train("bert classes", 2, layout=layout, arguments=arguments)[0]
         for layout, arguments in (("fsdp2x2", {"bf16": True}), ("fsdp2x2", {}), ("ddp2", {"bf16": True}))
     ]
-    return [trainer.accelerator._policy_choice._sync for trainer in trainers]
+    return [trainer.accelerator.windows._policy._sync for trainer in trainers]
 
 
 def test_until_it_is_decided_no_parameter_has_to_take_part_every_time():
@@ -475,7 +475,7 @@ def _loop(layout, spoil=None, init_scale=1024.0):
 
 def _unscaled(layout):
     model, accelerator, optimizer = _loop(layout)
-    window = accelerator.window_of(model)
+    window = accelerator.windows.of_loss(model)
     window.sums._num_replicas = 1 if layout not in ("tp2", "tp2_fsdp2") else 2
     accelerator.clip_grad_norm_(model.parameters(), math.inf)
     got = full_gradients(model)
@@ -500,7 +500,7 @@ def _overflow(layout):
     after = [local_tensor(p.detach()) for p in model.parameters()]
     is_left_out = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     optimizer.zero_grad()
-    accelerator._update_scale()
+    accelerator.windows.loss_scale.update()
     return is_left_out and accelerator.optimizer_step_was_skipped, accelerator.scaler.get_scale()
 
 

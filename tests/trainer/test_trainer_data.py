@@ -10,8 +10,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import DataCollatorWithFlattening, Trainer
 
 from hf_gradutils import GradUtilsTrainer
+from hf_gradutils.accelerator import Padding
 from hf_gradutils.errors import InvalidArgumentError
-from hf_gradutils.trainer._batches import BatchStream, MicroBatches, Padding
+from hf_gradutils.trainer._batches import BatchStream, MicroBatches
 from tests.harness.heads import HEADS
 from tests.harness.trainer_cases import LAYOUTS, make_data, make_model, relative_error, run, train, truth
 

@@ -1,0 +1,80 @@
+"""What accelerate has made of the models."""
+
+from accelerate import Accelerator
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+
+from hf_gradutils.accelerator._half_precision import HalfParameters
+from hf_gradutils.sync import find_wrappers
+from hf_gradutils.upstream.accelerate import models_of
+
+
+class PreparedModels:
+    """The wrappers of each model; cached because every micro-batch asks, and finding them walks every module.
+
+    Args:
+        accelerator: Has prepared them.
+        with_half_shards: Accumulate shards of half precision in float32 too, where FSDP2 can.
+    """
+
+    def __init__(self, accelerator: Accelerator, *, with_half_shards: bool):
+        self._accelerator = accelerator
+        self._with_half_shards = with_half_shards
+        self._outermost: dict[nn.Module, nn.Module] = {}
+        self._wrappers: dict[nn.Module, list[tuple[str, nn.Module]]] = {}
+        self._prepared: dict[nn.Module, nn.Module] = {}
+        self._half: dict[nn.Module, HalfParameters] = {}
+
+    def forget(self) -> None:
+        """Look for everything again: something is prepared anew."""
+        self.round_gradients()
+        self._wrappers.clear()
+        self._prepared.clear()
+        self._half.clear()
+
+    def forget_models(self) -> None:
+        """Let go of the models too."""
+        self.forget()
+        self._outermost.clear()
+
+    def add(self, wrapped: nn.Module) -> None:
+        """Note what accelerate has wrapped around a model."""
+        self._outermost[without_wrappers(wrapped)] = wrapped
+
+    def __getitem__(self, model: nn.Module) -> nn.Module:
+        """The model as accelerate has prepared it, for one with or without wrappers."""
+        if model not in self._prepared:
+            inside = without_wrappers(model)
+            self._prepared[model] = next(
+                (p for p in models_of(self._accelerator) if without_wrappers(p) is inside), model
+            )
+        return self._prepared[model]
+
+    def wrappers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """Names and modules of everything around or in the model that communicates gradients."""
+        if model not in self._wrappers:
+            self._wrappers[model] = find_wrappers(self._outermost.get(without_wrappers(model), model))
+        return self._wrappers[model]
+
+    def half_parameters(self, model: nn.Module) -> HalfParameters:
+        """The model's parameters in half precision whose gradients are accumulated in float32."""
+        prepared = self[model]
+        if prepared not in self._half:
+            wrapped = self._outermost.get(without_wrappers(model), model)
+            self._half[prepared] = HalfParameters.of(wrapped, with_shards=self._with_half_shards)
+        return self._half[prepared]
+
+    def round_gradients(self, *models: nn.Module) -> None:
+        """Bring gradients of these models, or of all, to their parameters' dtype, which optimizers ask for."""
+        for prepared, half in self._half.items():
+            if not models or prepared in models:
+                half.round()
+
+
+def without_wrappers(model: nn.Module) -> nn.Module:
+    """The model without wrappers.
+
+    ``unwrap_model`` would take DDP out of a compiled model for good.
+    """
+    inside: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
+    return inside
