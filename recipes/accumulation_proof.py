@@ -14,7 +14,6 @@ import sys
 
 import datasets
 import torch
-from stdlib_docstrings import load_stdlib_docstrings
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,6 +29,7 @@ from transformers import (
     set_seed,
 )
 
+from _shared.stdlib_docstrings import load_stdlib_docstrings
 from hf_gradutils import FirstRankPerNode, GradUtilsTrainer
 
 SAMPLES_PER_RANK = 8

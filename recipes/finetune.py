@@ -1,26 +1,25 @@
-"""Fine-tune a language model so that its gradients do not depend on how the batch is cut up.
+"""Fine-tune a language model with gradients that do not depend on how the batch is split.
 
     accelerate launch recipes/finetune.py configs/causal_lm.yaml
     accelerate launch --multi_gpu --num_processes 2 recipes/finetune.py configs/causal_lm.yaml --max_steps 50
 
-The YAML file holds fields of ``RecipeArguments`` (arguments.py) and of transformers' ``TrainingArguments``;
-flags override it. Without ``model_name_or_path`` a small model is made from a configuration, without
-``dataset_name`` it learns the docstrings of the Python standard library on this machine.
+The YAML file sets fields of ``RecipeArguments`` (_shared/arguments.py) and of transformers' ``TrainingArguments``;
+flags override it. The default for ``model_name_or_path`` is a small new model, and the default for ``dataset_name``
+is the docstrings of the Python standard library on this machine.
 """
 
 import sys
-from pathlib import Path
 
 import transformers
-from arguments import RecipeArguments, parse_arguments
-from checkpoints import find_checkpoint, read_state
-from data import load_texts, load_tokenizer
-from errors import UserError, exit_with_error
-from models import load_model, split_over_ranks
-from tokenization import MASKED, check_targets, find_classes, tokenize
-from training_report import exit_with_check, plot_training, print_report, sample_completions, sample_predictions
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
+from _shared.arguments import RecipeArguments, parse_arguments
+from _shared.checkpoints import find_checkpoint, read_state
+from _shared.data import load_texts, load_tokenizer
+from _shared.errors import UserError, exit_with_error
+from _shared.models import load_model, split_over_ranks
+from _shared.tokenization import check_targets, find_classes, make_collator, tokenize
+from _shared.training_report import exit_with_check, report_run, sample_outputs
 from hf_gradutils import FirstRankPerNode, GradUtilsTrainer, check_invariance
 from hf_gradutils.errors import GradUtilsError
 
@@ -29,7 +28,7 @@ def main() -> None:
     recipe, training = parse_arguments(sys.argv[1:], RecipeArguments, TrainingArguments)
     set_seed(training.seed)
 
-    # One rank reads, tokenizes and downloads, for all nodes that share the cache; the others then find it all there.
+    # One rank downloads and tokenizes for every node that shares the cache; the other ranks then load from the cache.
     with FirstRankPerNode(scope="auto"):
         train_texts, held_out_texts = load_texts(recipe)
         tokenizer = load_tokenizer(recipe, train_texts)
@@ -40,18 +39,15 @@ def main() -> None:
     check_targets(recipe, training=(train_texts, train), held_out=(held_out_texts, held_out))
     model = split_over_ranks(model, training)
 
+    metrics = {}
     if recipe.task == "sequence-classification":
-        collator = DataCollatorWithPadding(tokenizer)
         metrics = {"compute_metrics": accuracy, "preprocess_logits_for_metrics": most_likely_class}
-    else:
-        collator = DataCollatorForSeq2Seq(tokenizer, model=model, label_pad_token_id=MASKED)
-        metrics = {}
     trainer = GradUtilsTrainer(
         model=model,
         args=training,
         train_dataset=train,
         eval_dataset=held_out,
-        data_collator=collator,
+        data_collator=make_collator(recipe, tokenizer, model),
         processing_class=tokenizer,
         **metrics,
     )
@@ -71,18 +67,14 @@ def main() -> None:
     first_step, _ = read_state(checkpoint) if checkpoint else (0, [])
     train_time_s = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics["train_runtime"]
     evaluation = trainer.evaluate()
-    if trainer.is_fsdp_enabled:  # checkpoints may be sharded; the model is saved in one piece
+    if trainer.is_fsdp_enabled:  # checkpoints may stay sharded; the final model is one file
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     trainer.save_state()
 
-    # Every rank generates, for a sharded model needs all of them; rank 0 shows what came out.
-    sample = sample_predictions if recipe.task == "sequence-classification" else sample_completions
-    samples = sample(trainer.model, tokenizer, held_out)
+    samples = sample_outputs(trainer.model, tokenizer, held_out, recipe.task)  # on all ranks, as sharded models need
     if trainer.is_world_process_zero():
-        plot = plot_training(trainer.state.log_history, training.max_grad_norm, Path(training.output_dir))
-        print_report(trainer.state.log_history, evaluation, train_time_s, first_step, samples)
-        print(f"Saved the model, its tokenizer, trainer_state.json and {plot} in {training.output_dir}", flush=True)
+        report_run(training, trainer.state.log_history, evaluation, train_time_s, first_step, samples)
 
 
 def accuracy(prediction: transformers.EvalPrediction) -> dict[str, float]:

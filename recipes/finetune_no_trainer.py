@@ -1,10 +1,10 @@
-"""Fine-tune with accelerate's own loop, exactly: GradUtilsAccelerator instead of Accelerator.
+"""Fine-tune with accelerate's own loop and exact gradients: GradUtilsAccelerator instead of Accelerator.
 
     accelerate launch recipes/finetune_no_trainer.py configs/causal_lm.yaml
     accelerate launch --multi_gpu --num_processes 2 recipes/finetune_no_trainer.py configs/causal_lm.yaml
 
-The YAML file holds fields of ``RecipeArguments`` and ``LoopArguments`` (arguments.py); flags override it. How the
-model is spread over ranks and in which precision it computes is in the launcher's configuration.
+The YAML file sets fields of ``RecipeArguments`` and ``LoopArguments`` (_shared/arguments.py); flags override it. The
+launcher's configuration chooses the layout and the precision.
 """
 
 import math
@@ -14,17 +14,17 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, LoggerType
-from arguments import LoopArguments, RecipeArguments, parse_arguments
-from checkpoints import drop_old_checkpoints, find_checkpoint, read_state, write_state
-from data import load_texts, load_tokenizer
-from errors import UserError, exit_with_error
-from models import load_model, split_over_ranks
-from tokenization import MASKED, check_targets, count_targets, find_classes, pad_to_multiple, tokenize
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from training_report import exit_with_check, plot_training, print_report, sample_completions, sample_predictions
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, get_scheduler, set_seed
+from transformers import get_scheduler, set_seed
 
+from _shared.arguments import LoopArguments, RecipeArguments, parse_arguments
+from _shared.checkpoints import drop_old_checkpoints, find_checkpoint, read_state, write_state
+from _shared.data import load_texts, load_tokenizer
+from _shared.errors import UserError, exit_with_error
+from _shared.models import load_model, split_over_ranks
+from _shared.tokenization import check_targets, count_targets, find_classes, make_collator, pad_to_multiple, tokenize
+from _shared.training_report import exit_with_check, report_run, sample_outputs
 from hf_gradutils import FirstRankPerNode, GradUtilsAccelerator, GradUtilsPlugin, check_loop_invariance
 from hf_gradutils.errors import GradUtilsError
 
@@ -33,7 +33,7 @@ def main() -> None:
     recipe, training = parse_arguments(sys.argv[1:], RecipeArguments, LoopArguments)
     set_seed(training.seed)
 
-    # One rank reads, tokenizes and downloads, for all nodes that share the cache; the others then find it all there.
+    # One rank downloads and tokenizes for every node that shares the cache; the other ranks then load from the cache.
     with FirstRankPerNode(scope="auto"):
         train_texts, held_out_texts = load_texts(recipe)
         tokenizer = load_tokenizer(recipe, train_texts)
@@ -55,13 +55,10 @@ def main() -> None:
         project_dir=training.output_dir,
     )
     if accelerator.parallelism_config and accelerator.parallelism_config.cp_enabled:
-        raise UserError("context parallelism cuts up the batch, which recipes/finetune.py does and this loop does not")
-    if recipe.task == "sequence-classification":
-        collator = DataCollatorWithPadding(tokenizer)
-    else:
-        collator = DataCollatorForSeq2Seq(tokenizer, model=model, label_pad_token_id=MASKED)
+        raise UserError("this loop does not split batches for context parallelism; use recipes/finetune.py")
+    collator = make_collator(recipe, tokenizer, model)
     size = training.per_device_train_batch_size
-    own_random = torch.Generator()  # else a loader that is made anew draws a number of which dropout knows nothing
+    own_random = torch.Generator()  # a loader would draw from the global generator, and a resumed run see other dropout
     loader = DataLoader(train, size, shuffle=True, drop_last=True, collate_fn=collator, generator=own_random)
     loader = accelerator.prepare(loader)
     if len(loader) == 0:
@@ -73,14 +70,14 @@ def main() -> None:
     held_out_rows = pad_to_multiple(held_out, size * accelerator.num_processes)
     eval_loader = accelerator.prepare(DataLoader(held_out_rows, size, collate_fn=collator))
     optimizer = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
-    # accelerate steps a scheduler as often as there are ranks
+    # accelerate steps a scheduler once for each rank
     times = accelerator.num_processes
     scheduler = get_scheduler(training.lr_scheduler_type, optimizer, training.warmup_steps * times, num_steps * times)
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
 
     if training.report_to != "none":
         if not accelerator.log_with:
-            raise UserError(f"report_to {training.report_to} needs it: pip install {training.report_to}")
+            raise UserError(f"report_to={training.report_to!r} needs pip install {training.report_to}")
         settings = {name: value for name, value in (vars(recipe) | vars(training)).items() if value is not None}
         accelerator.init_trackers("finetune_no_trainer", config=settings)
     accelerator.print(
@@ -134,7 +131,7 @@ def main() -> None:
             progress.update()
             reports.append(accelerator.report)
 
-            if training.is_due("log", step):  # the only place where the host waits for the device
+            if training.is_due("log", step):  # the only host sync
                 num_targets = sum(float(report.num_targets) for report in reports)
                 loss = sum(float(report.loss) * float(report.num_targets) for report in reports) / num_targets
                 grad_norm = float(reports[-1].grad_norm)
@@ -154,22 +151,18 @@ def main() -> None:
     output = Path(training.output_dir)
     weights = accelerator.get_state_dict(model)
     unwrapped = accelerator.unwrap_model(model)
-    # Every rank generates, for a sharded model needs all of them; rank 0 shows what came out.
-    sample = sample_predictions if recipe.task == "sequence-classification" else sample_completions
-    samples = sample(unwrapped, tokenizer, held_out)
+    samples = sample_outputs(unwrapped, tokenizer, held_out, recipe.task)  # on all ranks, as sharded models need
     unwrapped.save_pretrained(output, state_dict=weights, is_main_process=accelerator.is_main_process)
     if accelerator.is_main_process:
         tokenizer.save_pretrained(output)
         write_state(output, step, log_history)
-        plot = plot_training(log_history, training.max_grad_norm, output)
-        print_report(log_history, evaluation, train_time_s, first_step, samples)
-        print(f"Saved the model, its tokenizer, trainer_state.json and {plot} in {output}", flush=True)
+        report_run(training, log_history, evaluation, train_time_s, first_step, samples)
     accelerator.end_training()
 
 
 @torch.no_grad()
 def evaluate(accelerator, model, eval_loader, recipe) -> float:
-    """The loss over all targets of the held-out rows, each row once: Σ n·L / Σ n."""
+    """Return the mean loss over all targets of the held-out rows, each row once: Σ n·L / Σ n."""
     sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     model.eval()
     for batch in eval_loader:
@@ -185,7 +178,7 @@ def evaluate(accelerator, model, eval_loader, recipe) -> float:
 def save_checkpoint(accelerator, step, log_history, training) -> None:
     folder = Path(training.output_dir) / f"checkpoint-{step}"
     accelerator.save_state(str(folder))
-    accelerator.wait_for_everyone()  # every rank's part is there before the log completes it
+    accelerator.wait_for_everyone()  # trainer_state.json marks the checkpoint complete, so it comes last
     if accelerator.is_main_process:
         write_state(folder, step, log_history)
         drop_old_checkpoints(training.output_dir, training.save_total_limit)

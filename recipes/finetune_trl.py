@@ -1,25 +1,24 @@
-"""Fine-tune on chats with trl, exactly: the mixin in front of trl's ``SFTTrainer``.
+"""Fine-tune on chats with trl and exact gradients: the mixin in front of trl's ``SFTTrainer``.
 
     accelerate launch recipes/finetune_trl.py configs/chat.yaml
     accelerate launch --multi_gpu --num_processes 2 recipes/finetune_trl.py configs/chat.yaml --max_steps 50
 
-The YAML file holds fields of ``ChatArguments`` (arguments.py) and of trl's ``SFTConfig``; flags override it. Without
-``model_name_or_path`` a small model is made, without ``dataset_name`` it learns to answer what a function of the
-Python standard library does.
+The YAML file sets fields of ``ChatArguments`` (_shared/arguments.py) and of trl's ``SFTConfig``; flags override it.
+The default for ``model_name_or_path`` is a small new model, and the default for ``dataset_name`` is questions about
+functions of the Python standard library.
 """
 
 import sys
-from pathlib import Path
 
 import torch
-from arguments import ChatArguments, parse_arguments
-from checkpoints import find_checkpoint, read_state
-from data import load_chats, load_tokenizer
-from errors import UserError, exit_with_error
-from models import load_model, split_over_ranks
-from training_report import evenly_spaced, exit_with_check, plot_training, print_report
 from transformers import set_seed
 
+from _shared.arguments import ChatArguments, parse_arguments
+from _shared.checkpoints import find_checkpoint, read_state
+from _shared.data import load_chats, load_tokenizer
+from _shared.errors import UserError, exit_with_error
+from _shared.models import load_model, split_over_ranks
+from _shared.training_report import evenly_spaced, exit_with_check, report_run
 from hf_gradutils import FirstRankPerNode, GradUtilsTrainerMixin, check_invariance, route_first_rank
 from hf_gradutils.errors import GradUtilsError
 
@@ -37,7 +36,7 @@ def main() -> None:
     recipe, training = parse_arguments(sys.argv[1:], ChatArguments, SFTConfig)
     set_seed(training.seed)
 
-    # One rank reads and downloads, for all nodes that share the cache; the others then find it all there.
+    # One rank downloads for every node that shares the cache; the other ranks then load from the cache.
     with FirstRankPerNode(scope="auto"):
         train, held_out = load_chats(recipe)
         tokenizer = load_tokenizer(recipe, train)
@@ -46,7 +45,7 @@ def main() -> None:
     rename = {recipe.messages_column: "messages"} if recipe.messages_column != "messages" else {}
     train, held_out = (rows.select_columns(recipe.messages_column).rename_columns(rename) for rows in (train, held_out))
 
-    with route_first_rank():  # trl renders and tokenizes the chats here, on one rank of a node first
+    with route_first_rank():  # trl tokenizes the chats here, on the first rank of each node first
         trainer = ExactSFTTrainer(
             model=model, args=training, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
         )
@@ -64,21 +63,19 @@ def main() -> None:
     first_step, _ = read_state(checkpoint) if checkpoint else (0, [])
     train_time_s = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics["train_runtime"]
     evaluation = trainer.evaluate()
-    if trainer.is_fsdp_enabled:  # checkpoints may be sharded; the model is saved in one piece
+    if trainer.is_fsdp_enabled:  # checkpoints may stay sharded; the final model is one file
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     trainer.save_state()
 
     answers = sample_answers(trainer.model, tokenizer, held_out)
     if trainer.is_world_process_zero():
-        plot = plot_training(trainer.state.log_history, training.max_grad_norm, Path(training.output_dir))
-        print_report(trainer.state.log_history, evaluation, train_time_s, first_step, answers)
-        print(f"Saved the model, its tokenizer, trainer_state.json and {plot} in {training.output_dir}", flush=True)
+        report_run(training, trainer.state.log_history, evaluation, train_time_s, first_step, answers)
 
 
 @torch.no_grad()
 def sample_answers(model, tokenizer, chats) -> list[tuple[str, str, str]]:
-    """Let the model answer held-out questions, on every rank, for a sharded model needs all of them."""
+    """Answer held-out questions; every rank must call it, because generating with a sharded model needs all of them."""
     model.eval()
     answers = []
     for row in evenly_spaced(chats):

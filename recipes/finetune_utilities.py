@@ -1,11 +1,11 @@
-"""Fine-tune with plain torch and the documented utilities: a loop of your own, without Trainer and accelerate.
+"""Fine-tune with plain torch and the documented utilities: your own loop, without Trainer or accelerate.
 
     torchrun --nproc_per_node 2 recipes/finetune_utilities.py configs/causal_lm.yaml
     torchrun --nproc_per_node 8 recipes/finetune_utilities.py configs/causal_lm.yaml --shard --bf16
 
-Every micro-batch's loss is made a sum over its targets; after the window ``rescale_gradients`` divides by the targets
-of all micro-batches and ranks, and ``clip_gradients`` clips to the norm over the whole model. The YAML file holds
-fields of ``RecipeArguments`` and ``PlainTorchArguments`` (arguments.py); flags override it.
+Each micro-batch's loss is turned into a sum over its targets. After the window ``rescale_gradients`` divides by the
+targets of all micro-batches and ranks, and ``clip_gradients`` clips to the norm over the whole model. The YAML file
+sets fields of ``RecipeArguments`` and ``PlainTorchArguments`` (_shared/arguments.py); flags override it.
 """
 
 import logging
@@ -13,19 +13,12 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from arguments import PlainTorchArguments, RecipeArguments, parse_arguments
-from checkpoints import drop_old_checkpoints, find_checkpoint, read_state, write_state
-from data import load_texts, load_tokenizer
-from errors import UserError, exit_with_error
-from models import load_model
-from tokenization import MASKED, check_targets, count_targets, find_classes, pad_to_multiple, tokenize
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -35,9 +28,16 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
-from training_report import exit_with_check, plot_training, print_report, sample_completions, sample_predictions
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, get_scheduler, set_seed
+from transformers import get_scheduler, set_seed
 
+from _shared.arguments import PlainTorchArguments, RecipeArguments, parse_arguments
+from _shared.checkpoints import drop_old_checkpoints, find_checkpoint, read_state, write_state
+from _shared.data import load_texts, load_tokenizer
+from _shared.errors import UserError, exit_with_error
+from _shared.models import load_model
+from _shared.tokenization import check_targets, count_targets, find_classes, make_collator, pad_to_multiple, tokenize
+from _shared.tracking import open_tracker
+from _shared.training_report import exit_with_check, report_run, sample_outputs
 from hf_gradutils import (
     FirstRankPerNode,
     barrier_and_log,
@@ -59,7 +59,7 @@ def main() -> None:
     logging.getLogger("hf_gradutils").setLevel(logging.INFO)
     set_seed(training.seed)
 
-    # One rank reads, tokenizes and downloads, for all nodes that share the cache; the others then find it all there.
+    # One rank downloads and tokenizes for every node that shares the cache; the other ranks then load from the cache.
     with FirstRankPerNode(scope="auto"):
         train_texts, held_out_texts = load_texts(recipe)
         tokenizer = load_tokenizer(recipe, train_texts)
@@ -76,10 +76,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=device.type == "cuda"
     )
-    if recipe.task == "sequence-classification":
-        collator = DataCollatorWithPadding(tokenizer)
-    else:
-        collator = DataCollatorForSeq2Seq(tokenizer, model=unwrapped, label_pad_token_id=MASKED)
+    collator = make_collator(recipe, tokenizer, unwrapped)
     steps_per_epoch = len(epoch_of(train, collator, training, 0)) / training.gradient_accumulation_steps
     steps_per_epoch = math.ceil(steps_per_epoch)  # the last window may be short
     if steps_per_epoch == 0:
@@ -95,7 +92,7 @@ def main() -> None:
         load_checkpoint(checkpoint, model, optimizer, scheduler)
         step, log_history = read_state(checkpoint)
     first_step, start_s = step, time.monotonic()
-    track = open_tracker(training)
+    track = open_tracker(training) if RANK == 0 else None
 
     def log(**entry: float) -> None:
         log_history.append({"step": step, "epoch": step / steps_per_epoch, **entry})
@@ -120,7 +117,7 @@ def main() -> None:
 
             loss, denominator = reduce_loss(losses, num_targets)
             logged_loss, logged_targets = logged_loss + loss, logged_targets + denominator
-            if training.is_due("log", step):  # the only place where the host waits for the device
+            if training.is_due("log", step):  # the only host sync
                 loss, num_logged = float(logged_loss / logged_targets), int(logged_targets)
                 log(loss=loss, grad_norm=float(grad_norm), learning_rate=learning_rate, num_targets=num_logged)
                 logged_loss = logged_targets = 0
@@ -134,16 +131,12 @@ def main() -> None:
     log(**evaluation)
     output = Path(training.output_dir)
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    # Every rank generates, for a sharded model needs all of them; rank 0 shows what came out.
-    sample = sample_predictions if recipe.task == "sequence-classification" else sample_completions
-    samples = sample(unwrapped, tokenizer, held_out)
+    samples = sample_outputs(unwrapped, tokenizer, held_out, recipe.task)  # on all ranks, as sharded models need
     if RANK == 0:
         unwrapped.save_pretrained(output, state_dict=weights)
         tokenizer.save_pretrained(output)
         write_state(output, step, log_history)
-        plot = plot_training(log_history, training.max_grad_norm, output)
-        print_report(log_history, evaluation, train_time_s, first_step, samples)
-        print(f"Saved the model, its tokenizer, trainer_state.json and {plot} in {output}", flush=True)
+        report_run(training, log_history, evaluation, train_time_s, first_step, samples)
     barrier_and_log("done")
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -153,7 +146,7 @@ def main() -> None:
 
 
 def make_gradient(model, window, recipe, training, device) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Leave the gradient of an optimizer step in the model; each micro-batch's summed loss, and the targets."""
+    """Compute the gradient of one optimizer step; returns each micro-batch's summed loss and this rank's targets."""
     losses, num_targets = [], torch.zeros((), dtype=torch.int64, device=device)
     for i, batch in enumerate(window):
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
@@ -161,7 +154,7 @@ def make_gradient(model, window, recipe, training, device) -> tuple[list[torch.T
         with get_sync_ctx(model, is_optim_step=i == len(window) - 1):
             with autocast(device, training):
                 loss = model(**batch).loss
-            loss = loss.float() * num_here  # from the micro-batch's own mean to a sum over its targets
+            loss = loss.float() * num_here  # turns the micro-batch's mean into a sum over its targets
             loss.backward()
         losses.append(loss.detach())
         num_targets += num_here
@@ -170,7 +163,7 @@ def make_gradient(model, window, recipe, training, device) -> tuple[list[torch.T
 
 
 def check(model, rows, collator, recipe, training, device) -> None:
-    """Compare gradients with those of one process and one batch, and end."""
+    """Compare gradients with those of one process and one batch, then exit."""
 
     def run_window(batches):
         loss, denominator = reduce_loss(*make_gradient(model, batches, recipe, training, device))
@@ -183,7 +176,7 @@ def check(model, rows, collator, recipe, training, device) -> None:
 
 
 def join_ranks() -> torch.device:
-    """Make the process group that torchrun's variables describe, and choose this rank's device."""
+    """Create the process group that torchrun's variables describe; returns this rank's device."""
     device = torch.device("cpu")
     if torch.accelerator.is_available():
         torch.accelerator.set_device_index(LOCAL_RANK)
@@ -194,13 +187,13 @@ def join_ranks() -> torch.device:
 
 
 def spread(model: torch.nn.Module, training: PlainTorchArguments) -> torch.nn.Module:
-    """Shard the model, or copy it to all ranks."""
+    """Shard the model, or replicate it with DDP."""
     if not dist.is_initialized():
         if training.shard:
-            raise UserError("shard needs ranks: launch with torchrun --nproc_per_node 2 recipes/finetune_utilities.py")
+            raise UserError("shard needs a launcher: torchrun --nproc_per_node 2 recipes/finetune_utilities.py")
         return model
     if training.shard:
-        # In bfloat16 gradients would be summed over ranks and micro-batches, and the loss handed out, with 8 bits.
+        # bfloat16 keeps 8 bits, too few to sum gradients over ranks and micro-batches or to return a loss.
         precision = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
         options = {"mp_policy": precision} if training.bf16 else {}
         for module in model.modules():
@@ -221,19 +214,19 @@ def autocast(device: torch.device, training: PlainTorchArguments) -> torch.autoc
 
 
 def epoch_of(train, collator, training, epoch, num_steps_done=0) -> DataLoader:
-    """This rank's micro-batches of an epoch, without those of its first steps; the order depends on the seed alone."""
+    """Load this rank's micro-batches of an epoch after its first steps; the order depends only on the seed."""
     sampler = DistributedSampler(train, NUM_RANKS, RANK, seed=training.seed, drop_last=True)
     sampler.set_epoch(epoch)
     size = training.per_device_train_batch_size
     order = list(sampler)[num_steps_done * training.gradient_accumulation_steps * size :]
-    own_random = torch.Generator()  # else a loader that is made anew draws a number of which dropout knows nothing
+    own_random = torch.Generator()  # a loader would draw from the global generator, and a resumed run see other dropout
     pin = torch.accelerator.is_available()
     return DataLoader(train, size, sampler=order, collate_fn=collator, generator=own_random, pin_memory=pin)
 
 
 @torch.no_grad()
 def evaluate(model, held_out, collator, recipe, training, device) -> float:
-    """The loss over all targets of the held-out rows, each row once: Σ n·L / Σ n."""
+    """Return the mean loss over all targets of the held-out rows, each row once: Σ n·L / Σ n."""
     size = training.per_device_eval_batch_size
     rows = pad_to_multiple(held_out, NUM_RANKS * size)
     sampler = DistributedSampler(rows, NUM_RANKS, RANK, shuffle=False)
@@ -251,7 +244,7 @@ def evaluate(model, held_out, collator, recipe, training, device) -> float:
     return float(loss / denominator)
 
 
-# ── Checkpoints and tracking ─────────────────────────────────────────────────────────────────────────────
+# ── Checkpoints ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def save_checkpoint(model, optimizer, scheduler, step, log_history, training) -> None:
@@ -260,7 +253,7 @@ def save_checkpoint(model, optimizer, scheduler, step, log_history, training) ->
     state = {"model": weights, "optimizer": moments, "scheduler": scheduler.state_dict()}
     dcp.save(state, checkpoint_id=folder)
     torch.save(random_states(), folder / f"random-{RANK}.pt")
-    barrier_and_log(f"saved {folder}")  # every rank's part is there before the log completes it
+    barrier_and_log(f"saved {folder}")  # trainer_state.json marks the checkpoint complete, so it comes last
     if RANK == 0:
         write_state(folder, step, log_history)
         drop_old_checkpoints(training.output_dir, training.save_total_limit)
@@ -272,30 +265,13 @@ def load_checkpoint(folder: Path, model, optimizer, scheduler) -> None:
     dcp.load(state, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
-    if (random := folder / f"random-{RANK}.pt").exists():  # not on a rank that the first run did not have
-        for restore, kept in zip((torch.set_rng_state, torch.cuda.set_rng_state), torch.load(random), strict=False):
-            restore(kept)
+    if (random := folder / f"random-{RANK}.pt").exists():  # missing if the first run had fewer ranks
+        for restore, state in zip((torch.set_rng_state, torch.cuda.set_rng_state), torch.load(random), strict=False):
+            restore(state)
 
 
 def random_states() -> list[torch.Tensor]:
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
-
-
-def open_tracker(training: PlainTorchArguments) -> Callable[[dict[str, float], int], None]:
-    """What takes the log's entries, on rank 0."""
-    if RANK != 0 or training.report_to == "none":
-        return lambda entry, step: None
-    try:
-        if training.report_to == "wandb":
-            import wandb
-
-            run = wandb.init(dir=training.output_dir, config=vars(training))
-            return lambda entry, step: run.log(entry, step=step)
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError(f"report_to {training.report_to} needs it: pip install {training.report_to}") from error
-    writer = SummaryWriter(training.output_dir)
-    return lambda entry, step: [writer.add_scalar(name, value, step) for name, value in entry.items()]
 
 
 if __name__ == "__main__":

@@ -94,3 +94,13 @@ def test_bad_input_is_one_line(command, message, home, tmp_path):
     assert len(lines) == 1
     assert lines[0].startswith("rank 0: error: ")
     assert message in lines[0]
+
+
+@pytest.mark.parametrize(
+    "recipe", ["finetune.py", "finetune_no_trainer.py", "finetune_trl.py", "finetune_utilities.py"]
+)
+def test_help_lists_the_arguments(recipe, home):
+    skip_without_trl(recipe)
+    with pytest.raises(RankFailure, match="SystemExit: 0") as ended:
+        run_in_ranks(home, recipe, ["--help"], 1)
+    assert "--eval_split" in ended.value.reports[0].output

@@ -1,7 +1,7 @@
 """The docstrings of the Python standard library on this machine, as a data set.
 
-Every function, method, class and module that documents itself becomes one row. The sources are parsed
-with ``ast`` and never imported, so nothing runs and nothing is downloaded.
+Every function, method, class and module with a docstring becomes one row. The sources are parsed with ``ast`` and
+never imported, so nothing runs and nothing is downloaded.
 """
 
 import ast
@@ -19,11 +19,11 @@ HELD_OUT_PERCENT = 15
 
 
 def load_stdlib_docstrings(cache_dir: str) -> tuple[Dataset, Dataset]:
-    """Read the docstrings, or find them in the cache, and split them by module.
+    """Read the docstrings, or load them from the cache, and split them by module.
 
     Args:
-        cache_dir: Folder of the cache. Its key covers the Python version, where the library lies and
-            this file, so that a change of any of them reads the library again.
+        cache_dir: Folder of the cache. The key covers the Python version, the library's folder and this file, so
+            that a change of any of them reads the library again.
 
     Returns:
         The training and the held-out rows, with the columns ``module`` (``asyncio.tasks``), ``package``
@@ -45,7 +45,7 @@ def load_stdlib_docstrings(cache_dir: str) -> tuple[Dataset, Dataset]:
 
 
 def load_stdlib_chats(cache_dir: str) -> tuple[Dataset, Dataset]:
-    """The same as chats, in the column ``messages``: the user asks what something does, the docstring answers."""
+    """Load the docstrings as chats, in the column ``messages``: the docstring answers what an object does."""
     return tuple(rows.map(as_chat, remove_columns=rows.column_names) for rows in load_stdlib_docstrings(cache_dir))
 
 
@@ -55,12 +55,12 @@ def as_chat(row: dict[str, str]) -> dict[str, list[dict[str, str]]]:
 
 
 def is_held_out(module: str) -> bool:
-    """Decide by a hash of the module's name: a module is in one part only, the same one everywhere."""
+    """Decide by a hash of the module's name, so that the split is the same on every machine."""
     return int(hashlib.sha256(module.encode()).hexdigest(), 16) % 100 < HELD_OUT_PERCENT
 
 
 def read_docstrings(library: str, cache_key: str) -> Iterator[dict[str, str | None]]:
-    """Yield one row per documented object; the same text under a second name is left out."""
+    """Yield one row per documented object; duplicate texts are skipped."""
     root, seen = Path(library), set()
     for path in sorted(root.rglob("*.py")):
         folders = path.relative_to(root).parent.parts
@@ -79,7 +79,7 @@ def read_docstrings(library: str, cache_key: str) -> Iterator[dict[str, str | No
 
 
 def documented_objects(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    """Yield (qualified name and signature, docstring) of a module, class or function and what it holds."""
+    """Yield (qualified name and signature, docstring) of a module, class or function and its members."""
     docstring = ast.get_docstring(node)
     if docstring and re.search("[a-z]", docstring):
         yield headline(node, name), docstring
@@ -89,7 +89,7 @@ def documented_objects(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
 
 
 def headline(node: ast.AST, name: str) -> str:
-    r"""Write an object as its source would, with the qualified name.
+    r"""Format the line that defines an object, with the qualified name.
 
     Example:
         >>> headline(ast.parse("def wait(fs, *, timeout=None): ...").body[0], "asyncio.tasks.wait")

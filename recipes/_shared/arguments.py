@@ -1,4 +1,4 @@
-"""What a recipe can be told: dataclasses, filled from a YAML file and the flags that override it."""
+"""The recipes' arguments: dataclasses filled from a YAML file and from flags that override it."""
 
 import difflib
 import json
@@ -10,13 +10,14 @@ from typing import Any, Literal
 import datasets
 import torch
 import yaml
-from errors import UserError
 from transformers import HfArgumentParser, TrainingArguments
+
+from _shared.errors import UserError
 
 
 @dataclass(kw_only=True)
 class DataArguments:
-    """Which rows to learn from and which to hold out."""
+    """The rows to train on and to hold out."""
 
     dataset_name: str | None = field(
         default=None,
@@ -25,7 +26,7 @@ class DataArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str | None = field(
-        default=None, metadata={"help": "Split to evaluate on. Default: hold out 5 % of the training split."}
+        default=None, metadata={"help": "Split to evaluate on. Default: hold out 1 in 20 rows of the training split."}
     )
     messages_column: str | None = field(
         default=None, metadata={"help": "Chats, rendered by the tokenizer's chat template; replaces the texts."}
@@ -34,7 +35,7 @@ class DataArguments:
     max_eval_examples: int | None = field(default=None, metadata={"help": "Evaluate this many rows at most."})
     cache_dir: str = field(
         default=str(datasets.config.HF_DATASETS_CACHE),
-        metadata={"help": "Where prepared data is kept."},
+        metadata={"help": "Folder of prepared data."},
     )
     check_invariance: bool = field(
         default=False,
@@ -43,13 +44,13 @@ class DataArguments:
 
     @property
     def text_columns(self) -> list[str]:
-        """What the tokenizer reads."""
+        """The columns that the tokenizer reads."""
         return [self.messages_column] if self.messages_column else []
 
 
 @dataclass(kw_only=True)
 class ModelArguments:
-    """A model's name, or the size of a small one made from a configuration (Llama, or T5 for seq2seq)."""
+    """The name of a model, or the size of a small new one (Llama, or T5 for seq2seq)."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "A hub model or a local folder. Default: a small new model."}
@@ -72,22 +73,22 @@ class ModelArguments:
 
 @dataclass(kw_only=True)
 class RecipeArguments(DataArguments, ModelArguments):
-    """What to train on what."""
+    """The task, the model and the data."""
 
     task: Literal["causal-lm", "seq2seq", "sequence-classification"] = field(
-        default="causal-lm", metadata={"help": "What the model learns to do."}
+        default="causal-lm", metadata={"help": "The task to train."}
     )
     text_column: str = field(
-        default="text", metadata={"help": "Text to learn (seq2seq: to produce; classification: to read)."}
+        default="text", metadata={"help": "Text to train on (seq2seq: the output; classification: the input)."}
     )
     prompt_column: str | None = field(
-        default=None, metadata={"help": "Text before it, read but not learnt. seq2seq needs one."}
+        default=None, metadata={"help": "Text before it, without targets. Required for seq2seq."}
     )
     label_column: str = field(default="label", metadata={"help": "The class, for sequence-classification."})
     max_labels: int | None = field(
-        default=None, metadata={"help": "Keep the rows of this many most frequent classes. Default: all."}
+        default=None, metadata={"help": "Number of classes to keep, most frequent first. Default: all."}
     )
-    max_length: int = field(default=512, metadata={"help": "Tokens after which an example is cut."})
+    max_length: int = field(default=512, metadata={"help": "Longest example, in tokens; longer ones are truncated."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -102,33 +103,33 @@ class RecipeArguments(DataArguments, ModelArguments):
 
     @property
     def text_columns(self) -> list[str]:
-        """What the tokenizer reads."""
+        """The columns that the tokenizer reads."""
         return super().text_columns or [column for column in (self.prompt_column, self.text_column) if column]
 
 
 @dataclass(kw_only=True)
 class ChatArguments(DataArguments, ModelArguments):
-    """What to train on which chats; trl's ``SFTConfig`` says where they are cut."""
+    """The model and the chats; trl's ``SFTConfig`` sets their maximum length."""
 
     messages_column: str = field(default="messages", metadata={"help": "Chats: lists of role and content."})
 
 
 @dataclass(kw_only=True)
 class LoopArguments:
-    """How a recipe without a Trainer trains: the fields of transformers' ``TrainingArguments`` that it knows."""
+    """Training without a Trainer: the fields of transformers' ``TrainingArguments`` that these recipes support."""
 
-    output_dir: str = field(metadata={"help": "Where checkpoints and the model are kept."})
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Examples of a micro-batch."})
-    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Examples of a batch of the evaluation."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches of an optimizer step."})
-    num_train_epochs: int = field(default=3, metadata={"help": "Times that every example is seen."})
-    max_steps: int = field(default=-1, metadata={"help": "Optimizer steps; if above 0, num_train_epochs is not read."})
-    learning_rate: float = field(default=5e-5, metadata={"help": "Highest learning rate."})
+    output_dir: str = field(metadata={"help": "Folder of checkpoints and of the model."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Examples per micro-batch."})
+    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Examples per evaluation batch."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches per optimizer step."})
+    num_train_epochs: int = field(default=3, metadata={"help": "Passes over the training examples."})
+    max_steps: int = field(default=-1, metadata={"help": "Optimizer steps; above 0, it overrides num_train_epochs."})
+    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="linear", metadata={"help": "linear, cosine, constant, …"})
-    warmup_steps: int = field(default=0, metadata={"help": "Optimizer steps until the highest learning rate."})
-    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Norm to which gradients are clipped; 0 for never."})
-    seed: int = field(default=42, metadata={"help": "Of the new model and of the order of the examples."})
+    warmup_steps: int = field(default=0, metadata={"help": "Optimizer steps until the peak learning rate."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of AdamW."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Largest gradient norm; 0 turns clipping off."})
+    seed: int = field(default=42, metadata={"help": "Seed of the new model and of the order of examples."})
     logging_steps: int = field(default=10, metadata={"help": "Optimizer steps between two lines of the log."})
     eval_strategy: Literal["no", "steps"] = field(default="no", metadata={"help": "Evaluate while training."})
     eval_steps: int = field(default=100, metadata={"help": "Optimizer steps between two evaluations."})
@@ -138,9 +139,9 @@ class LoopArguments:
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": 'A checkpoint, or "last" for the newest one in output_dir.'}
     )
-    report_to: str = field(default="none", metadata={"help": "Where the log goes besides: tensorboard, wandb, …"})
+    report_to: str = field(default="none", metadata={"help": "Trackers that also get the log: tensorboard, wandb, …"})
     ddp_find_unused_parameters: bool = field(
-        default=False, metadata={"help": "For models that leave parameters out of a step, under DDP."}
+        default=False, metadata={"help": "DDP: for models that do not use every parameter in every step."}
     )
 
     def __post_init__(self):
@@ -149,7 +150,7 @@ class LoopArguments:
         check_at_least(self, 1, "eval_steps", "save_steps")
 
     def is_due(self, what: Literal["log", "evaluate", "save"], step: int) -> bool:
-        """Whether something is to happen after this optimizer step."""
+        """Return True if logging, evaluating or saving is due after this optimizer step."""
         every = {
             "log": self.logging_steps,
             "evaluate": self.eval_steps if self.eval_strategy == "steps" else 0,
@@ -160,12 +161,12 @@ class LoopArguments:
 
 @dataclass(kw_only=True)
 class PlainTorchArguments(LoopArguments):
-    """What a launcher's configuration says elsewhere."""
+    """Adds layout and precision, which the other recipes read from the launcher's configuration."""
 
     shard: bool = field(default=False, metadata={"help": "Shard the model with fully_shard instead of DDP."})
     bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16; weights and reductions are float32."})
     report_to: Literal["none", "tensorboard", "wandb"] = field(
-        default="none", metadata={"help": "Where the log goes besides."}
+        default="none", metadata={"help": "Tracker that also gets the log."}
     )
 
 
@@ -176,24 +177,24 @@ def check_at_least(arguments: Any, least: float, *names: str) -> None:
 
 
 def parse_arguments(argv: list[str], *classes: type) -> tuple[Any, ...]:
-    """One object of each class, the last of which says how to train; from ``[file.yaml] [--flag value …]``."""
+    """Parse ``[file.yaml] [--flag value …]`` into one object per class; the last class holds the training arguments."""
     recipe = Path(sys.argv[0]).name
     parser = HfArgumentParser(classes, allow_abbrev=False, prog=recipe)
     parser.error = raise_user_error
     flags = []
     if issubclass(classes[-1], TrainingArguments) and not torch.accelerator.is_available():
-        # Without use_cpu, accelerate would train one separate copy per process instead of one model on all.
+        # Without use_cpu, accelerate would train a separate copy of the model in each process.
         flags += ["--use_cpu=true", "--dataloader_pin_memory=false"]
     if argv and argv[0].endswith((".yaml", ".yml")):
         flags += flags_of_yaml(argv[0])
         argv = argv[1:]
-    flags += argv  # the last one wins
+    flags += argv  # the last value wins
 
-    known = {option.removeprefix("--") for option in parser._option_string_actions}
+    names = {option.removeprefix("--") for option in parser._option_string_actions}
     for flag in parser.parse_known_args(flags)[1]:
         name = flag.removeprefix("--").split("=")[0]
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"{recipe} --help lists what there is"
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"{recipe} --help lists them all"
         raise UserError(f"unknown configuration key or flag {name!r}; {hint}")
     try:
         parsed = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
@@ -205,7 +206,7 @@ def parse_arguments(argv: list[str], *classes: type) -> tuple[Any, ...]:
 
 
 def flags_of_yaml(path: str) -> list[str]:
-    """Write a YAML file as flags, so that argparse checks the types of both (YAML reads 1e-4 as a string)."""
+    """Turn a YAML file into flags, so that argparse checks the types of both (YAML reads 1e-4 as a string)."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:

@@ -1,4 +1,4 @@
-"""What a training run looks like from outside: a plot, a table and a few samples."""
+"""The end of a run: a plot, a table and a few samples; or the result of a check."""
 
 import sys
 import textwrap
@@ -7,8 +7,9 @@ from typing import Any, NoReturn
 
 import datasets
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from _shared.arguments import LoopArguments
 from hf_gradutils import InvarianceReport
 from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.plots import Run, plot_runs
@@ -16,13 +17,21 @@ from hf_gradutils.plots import Run, plot_runs
 NUM_SAMPLES = 3
 TEXT_WIDTH = 96
 
-Sample = tuple[str, str, str]  # what the model was given, what it answered, what was right
+Sample = tuple[str, str, str]  # the input, the model's answer, the right answer
+
+
+def sample_outputs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: datasets.Dataset, task: str
+) -> list[Sample]:
+    """Run the model on a few held-out rows; every rank must call it if the model is sharded."""
+    sample = sample_predictions if task == "sequence-classification" else sample_completions
+    return sample(model, tokenizer, held_out)
 
 
 def sample_completions(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: datasets.Dataset
 ) -> list[Sample]:
-    """Let the model complete held-out prompts, greedily."""
+    """Complete held-out prompts, greedily."""
     samples = []
     for row in evenly_spaced(held_out):
         targets = [token for token in row["labels"] if token >= 0]
@@ -51,7 +60,7 @@ def sample_completions(
 def sample_predictions(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: datasets.Dataset
 ) -> list[Sample]:
-    """Let the model name the class of held-out texts."""
+    """Classify held-out texts."""
     samples, names = [], model.config.id2label
     for row in evenly_spaced(held_out):
         model.eval()
@@ -63,7 +72,7 @@ def sample_predictions(
 
 
 def exit_with_check(report: InvarianceReport, *, is_first: bool) -> NoReturn:
-    """Show what a check has found, and end with code 1 if it failed."""
+    """Print the report of a check on the first rank; exit with code 1 if it failed."""
     if is_first:
         print(report, flush=True)
     sys.exit(0 if report.passed else 1)
@@ -73,8 +82,22 @@ def evenly_spaced(rows: datasets.Dataset) -> list[dict[str, Any]]:
     return [rows[i * len(rows) // NUM_SAMPLES] for i in range(min(NUM_SAMPLES, len(rows)))]
 
 
+def report_run(
+    training: TrainingArguments | LoopArguments,
+    log_history: list[dict[str, float]],
+    evaluation: dict[str, float],
+    train_time_s: float,
+    first_step: int,
+    samples: list[Sample],
+) -> None:
+    """Plot the run, print its table and samples, and say where everything is."""
+    plot = plot_training(log_history, training.max_grad_norm, Path(training.output_dir))
+    print_report(log_history, evaluation, train_time_s, first_step, samples)
+    print(f"Saved the model, its tokenizer, trainer_state.json and {plot} in {training.output_dir}", flush=True)
+
+
 def plot_training(log_history: list[dict[str, float]], max_grad_norm: float, folder: Path) -> str:
-    """Draw the run into ``training.png``, as ``hf-gradutils plot`` does."""
+    """Draw ``training.png`` as ``hf-gradutils plot`` does; returns its name."""
     run = Run(name=folder.name, log=log_history, max_grad_norm=max_grad_norm or None)
     try:
         return plot_runs([run], folder / "training.png").name
@@ -89,7 +112,7 @@ def print_report(
     first_step: int,
     samples: list[Sample],
 ) -> None:
-    """Print the table; rates cover this run only, which began at ``first_step`` if it was resumed."""
+    """Print the table; rates cover only the steps after ``first_step``, where a resumed run started."""
     steps = [entry for entry in log_history if "loss" in entry]
     num_targets = sum(entry["num_targets"] for entry in steps)
     num_targets_now = sum(entry["num_targets"] for entry in steps if entry["step"] > first_step)

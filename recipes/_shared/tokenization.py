@@ -1,16 +1,19 @@
-"""Rows become ``input_ids`` and ``labels``: one function for each kind of task."""
+"""Rows to ``input_ids`` and ``labels``, one function per kind of task; collation and target counts."""
 
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
 import transformers
-from arguments import RecipeArguments
-from errors import UserError
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
-MASKED = -100  # a label that is no target
+from _shared.arguments import RecipeArguments
+from _shared.errors import UserError
+
+MASKED = -100  # the label of a position that is not a target
 
 
 def find_classes(recipe: RecipeArguments, train: datasets.Dataset) -> dict[str, str]:
@@ -31,7 +34,7 @@ def tokenize(
     tokenizer: transformers.PreTrainedTokenizerBase,
     classes: dict[str, str],
 ) -> datasets.Dataset:
-    """Turn rows into ``input_ids`` and ``labels``; rows that are left without a target are dropped."""
+    """Turn rows into ``input_ids`` and ``labels``, and drop rows without a target."""
     if recipe.task == "sequence-classification":
         encode, columns = encode_class, {"text": recipe.text_column, "label": recipe.label_column}
         columns["classes"] = list(classes)
@@ -44,7 +47,7 @@ def tokenize(
     # The first truncation changes the tokenizer, and with it the key under which datasets caches its work.
     tokenizer("warm up", truncation=True, max_length=recipe.max_length)
     options = {"tokenizer": tokenizer, "max_length": recipe.max_length, **columns}
-    # datasets knows a function of a module by its name only; the key holds this file, so that a change is noticed.
+    # datasets hashes only the name of a module's function; hashing this file makes an edit invalidate the cache.
     this_file = Path(__file__).read_bytes()
     key = datasets.fingerprint.Hasher.hash((rows._fingerprint, this_file, encode.__name__, options))
     encoded = rows.map(encode, fn_kwargs=options, remove_columns=rows.column_names, new_fingerprint=key)
@@ -52,13 +55,13 @@ def tokenize(
 
 
 def check_targets(recipe: RecipeArguments, **parts: tuple[datasets.Dataset, datasets.Dataset]) -> None:
-    """Stop if a part, given as its texts and what became of them, has no example left."""
+    """Raise UserError if a part, given as its texts and the rows made of them, has no row left."""
     for name, (texts, rows) in parts.items():
         if len(rows) == 0:
             raise UserError(
-                f"none of the {len(texts)} {name.replace('_', '-')} examples has a target left: a text is empty, a "
-                f"prompt fills max_length ({recipe.max_length}), or no class is known; check the columns, raise "
-                "max_length"
+                f"none of the {len(texts)} {name.replace('_', '-')} examples has a target left: texts are empty, "
+                f"prompts fill max_length ({recipe.max_length}), or no class is in max_labels; check the columns, "
+                "raise max_length"
             )
 
 
@@ -67,7 +70,7 @@ def has_target(labels) -> bool:
 
 
 def encode_text(row, tokenizer, max_length, text, prompt):
-    """Causal LM: every token of the text is a target, no token of the prompt is."""
+    """Causal LM: the tokens of the text are targets, those of the prompt are not."""
     before = token_ids(tokenizer, row[prompt], max_length) if prompt else []
     after = token_ids(tokenizer, row[text], max_length, add_special_tokens=not prompt)
     after = ended(after, tokenizer, max_length) if row[text] else []
@@ -84,9 +87,9 @@ def encode_text_pair(row, tokenizer, max_length, text, prompt):
 
 
 def encode_chat(row, tokenizer, max_length, messages):
-    """Causal LM on a chat: the assistant's tokens are targets where the template marks them.
+    """Causal LM on a chat: the tokens that the template marks as the assistant's are targets.
 
-    Where it does not (no ``{% generation %}``), only the last assistant turn is.
+    If the template has no ``{% generation %}``, the last assistant turn is the target.
     """
     chat = until_last_answer(row[messages])
     if not chat:
@@ -114,10 +117,10 @@ def encode_chat_pair(row, tokenizer, max_length, messages):
 
 
 def encode_class(row, tokenizer, max_length, text, label, classes):
-    """Classification: a text and the index of its class; MASKED where the class is not kept."""
-    known = row[text] and str(row[label]) in classes
+    """Classification: a text and the index of its class; MASKED for a class outside ``classes``."""
+    has_class = row[text] and str(row[label]) in classes
     ids = token_ids(tokenizer, row[text], max_length)
-    return {"input_ids": ids, "labels": classes.index(str(row[label])) if known else MASKED}
+    return {"input_ids": ids, "labels": classes.index(str(row[label])) if has_class else MASKED}
 
 
 def token_ids(tokenizer, text, max_length, **options):
@@ -125,33 +128,40 @@ def token_ids(tokenizer, text, max_length, **options):
 
 
 def ended(ids, tokenizer, max_length):
-    """End a text with the end token, unless the tokenizer did so or the text was cut."""
+    """Append the end token, unless the tokenizer did or the text was truncated."""
     return ids if ids[-1:] == [tokenizer.eos_token_id] or len(ids) >= max_length else [*ids, tokenizer.eos_token_id]
 
 
 def causal_example(ids, is_target, max_length):
-    """Mask and cut; the first token has nothing before it to be predicted from, so it is no target."""
+    """Mask and truncate; the first token is never a target, because nothing before it predicts it."""
     is_target = [False, *is_target[1:]]
     labels = [token if target else MASKED for token, target in zip(ids, is_target, strict=True)]
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
 
 
 def until_last_answer(messages):
-    """Drop what follows the last assistant turn, and the keys that datasets filled up with None."""
+    """Drop the turns after the last assistant turn, and the keys that datasets filled with None."""
     chat = [{key: value for key, value in message.items() if value is not None} for message in messages or []]
     while chat and chat[-1]["role"] != "assistant":
         chat.pop()
     return chat
 
 
+def make_collator(recipe: RecipeArguments, tokenizer: transformers.PreTrainedTokenizerBase, model: Any) -> Any:
+    """Return the collator of transformers that pads this task's rows."""
+    if recipe.task == "sequence-classification":
+        return DataCollatorWithPadding(tokenizer)
+    return DataCollatorForSeq2Seq(tokenizer, model=model, label_pad_token_id=MASKED)
+
+
 def count_targets(batch: dict[str, torch.Tensor], task: str) -> torch.Tensor:
-    """What the micro-batch's loss is a mean over; a causal head never predicts the first position."""
+    """Count the labels that the micro-batch's loss is a mean over; a causal head never predicts the first position."""
     labels = batch["labels"]
     return (labels[:, 1:] if task == "causal-lm" else labels).ne(MASKED).sum()
 
 
 def pad_to_multiple(rows: datasets.Dataset, multiple: int) -> datasets.Dataset:
-    """Fill up with rows without a target: all ranks then see equally many batches, and every row counts once."""
+    """Add rows without targets, so that all ranks get equally many batches and every row counts once."""
     if not (num_missing := -len(rows) % multiple):
         return rows
     row = rows[0]

@@ -1,4 +1,4 @@
-"""Checkpoints as the Trainer lays them out: ``checkpoint-<step>``, complete once it holds ``trainer_state.json``."""
+"""Checkpoints with the Trainer's layout: ``checkpoint-<step>``, complete once it holds ``trainer_state.json``."""
 
 import json
 import re
@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
+from _shared.errors import UserError
 
 STATE = "trainer_state.json"
 
@@ -26,7 +26,7 @@ def find_checkpoint(output_dir: str, wanted: str | None) -> Path | None:
 
 
 def checkpoints(output_dir: str) -> list[Path]:
-    """All checkpoints of a run, oldest first; the last one may be half-made if the run was killed."""
+    """List the checkpoints of a run, oldest first; the last may be incomplete if the run was killed."""
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(folders, key=step_of)
 
@@ -38,19 +38,19 @@ def step_of(checkpoint: Path) -> int:
 def is_complete(checkpoint: Path) -> bool:
     try:
         read_state(checkpoint)
-    except (OSError, ValueError, KeyError):  # not there, or cut off
+    except (OSError, ValueError, KeyError):  # missing or truncated
         return False
     return True
 
 
 def read_state(folder: Path) -> tuple[int, list[dict[str, Any]]]:
-    """Optimizer steps taken, and the log until then."""
+    """Return the number of optimizer steps taken and the log up to there."""
     state = json.loads((folder / STATE).read_text())
     return state["global_step"], state["log_history"]
 
 
 def write_state(folder: Path, step: int, log_history: list[dict[str, Any]]) -> None:
-    """Complete a checkpoint, after everything else is in it."""
+    """Mark a checkpoint complete; write everything else first."""
     (folder / STATE).write_text(json.dumps({"global_step": step, "log_history": log_history}, indent=2))
 
 

@@ -1,4 +1,4 @@
-"""Rows to learn from and rows to hold out, and the tokenizer that reads them."""
+"""Training rows, held-out rows and their tokenizer."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -6,11 +6,12 @@ from typing import Any
 
 import datasets
 import transformers
-from arguments import ChatArguments, DataArguments, RecipeArguments
-from errors import UserError, one_line
-from stdlib_docstrings import load_stdlib_chats, load_stdlib_docstrings
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from _shared.arguments import ChatArguments, DataArguments, RecipeArguments
+from _shared.errors import UserError, one_line
+from _shared.stdlib_docstrings import load_stdlib_chats, load_stdlib_docstrings
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "<eos>"}
 CHAT_TEMPLATE = (
@@ -24,13 +25,13 @@ Split = tuple[datasets.Dataset, datasets.Dataset]
 
 
 def load_texts(recipe: RecipeArguments) -> Split:
-    """Load the training and the held-out rows, as they are."""
+    """Load the training and the held-out rows, untouched."""
     labels = [recipe.label_column] if recipe.task == "sequence-classification" else []
     return load_rows(recipe, load_stdlib_docstrings, recipe.text_columns + labels)
 
 
 def load_chats(data: DataArguments) -> Split:
-    """Load rows of which one column is a chat: a list of messages with ``role`` and ``content``."""
+    """Load rows with a column of chats: lists of messages with ``role`` and ``content``."""
     return load_rows(data, load_stdlib_chats, data.text_columns)
 
 
@@ -70,7 +71,7 @@ def limit(rows: datasets.Dataset, num_rows: int | None) -> datasets.Dataset:
 def load_tokenizer(
     recipe: RecipeArguments | ChatArguments, train: datasets.Dataset
 ) -> transformers.PreTrainedTokenizerBase:
-    """Load the model's tokenizer, or train a byte-level BPE tokenizer on the training texts, once."""
+    """Load the model's tokenizer, or train a byte-level BPE tokenizer on the training texts and cache it."""
     folder = recipe.model_name_or_path
     if not folder:
         texts = train.select_columns(recipe.text_columns)
@@ -96,7 +97,7 @@ def train_tokenizer(rows: datasets.Dataset, vocab_size: int) -> PreTrainedTokeni
 
 
 def texts_of(value: Any) -> Iterator[str]:
-    """The texts of a column's value: a text, a chat or nothing."""
+    """Yield the texts in a column's value: a text, a chat or None."""
     if isinstance(value, list):
         yield from (message["content"] or "" for message in value)
     else:

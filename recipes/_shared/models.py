@@ -1,11 +1,9 @@
-"""The model: one that has a name, or a small new one."""
+"""The model: a named one, or a small new one."""
 
 import os
 from pathlib import Path
 
 import transformers
-from arguments import LoopArguments, ModelArguments
-from errors import UserError, one_line
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -15,6 +13,8 @@ from transformers import (
 )
 from transformers.distributed import DistributedConfig
 
+from _shared.arguments import LoopArguments, ModelArguments
+from _shared.errors import UserError, one_line
 from hf_gradutils import FirstRankPerNode
 
 AUTO_MODELS = {
@@ -32,7 +32,7 @@ def load_model(
     task: str = "causal-lm",
     classes: dict[str, str] | None = None,
 ) -> transformers.PreTrainedModel:
-    """Load the named model, or make a small one: T5 for seq2seq, else Llama."""
+    """Load the named model, or create a small one: T5 for seq2seq, otherwise Llama."""
     auto = AUTO_MODELS[task]
     names = dict(enumerate(classes.values())) if classes else {}
     labels = {"id2label": names, "label2id": {name: i for i, name in names.items()}} if classes else {}
@@ -54,7 +54,7 @@ def load_model(
     }
     if task == "seq2seq":
         size |= {"d_kv": recipe.hidden_size // recipe.num_heads, "d_ff": 2 * recipe.hidden_size, "dropout_rate": 0.0}
-        # Named as T5 names it: under transformers' common name the decoder would keep its default of 6 layers.
+        # T5's own names: with the common name num_hidden_layers the decoder would keep its default of 6 layers.
         size |= {"num_layers": size.pop("num_hidden_layers"), "num_decoder_layers": recipe.num_layers}
         size |= {"feed_forward_proj": "gated-gelu", "decoder_start_token_id": tokenizer.pad_token_id}
         return auto.from_config(AutoConfig.for_model("t5", **size))
@@ -66,9 +66,9 @@ def load_model(
 def split_over_ranks(
     model: transformers.PreTrainedModel, training: TrainingArguments | LoopArguments
 ) -> transformers.PreTrainedModel:
-    """Where the launcher's ``parallelism_config`` asks for tensor parallelism, load the model anew, each rank its part.
+    """Split the model if the launcher's ``parallelism_config`` asks for tensor parallelism.
 
-    transformers splits a model only while it loads it, so it is written to the disk first.
+    transformers splits a model only while loading it, so the model is saved and loaded again.
     """
     sizes = [int(os.environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", 1)) for name in ("TP", "DP_SHARD", "DP_REPLICATE")]
     num_parts, num_shards, num_copies = sizes
@@ -77,7 +77,7 @@ def split_over_ranks(
     if training.save_strategy != "no" and not getattr(training, "save_only_model", False):
         raise UserError(
             "transformers and accelerate cannot resume a model that is split by tensor parallelism: "
-            "give --save_strategy no; the model is saved at the end all the same"
+            "pass --save_strategy no; the final model is saved in any case"
         )
     folder = Path(training.output_dir) / "whole"
     folder.mkdir(parents=True, exist_ok=True)
