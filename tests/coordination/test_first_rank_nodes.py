@@ -13,9 +13,10 @@ import torch.distributed as dist
 from hf_gradutils import FirstRankPerNode
 from hf_gradutils._environment import read_launched_rank
 from hf_gradutils.coordination import heartbeat
+from hf_gradutils.coordination.process import is_alive
 from hf_gradutils.coordination.store import current_channel, leave
 from hf_gradutils.errors import FirstRankError, InvalidArgumentError
-from tests.harness.first_rank_cases import Metronome, meet, wait_for
+from tests.harness.first_rank_cases import Metronome, meet, on_a_host_of_its_own, wait_for
 from tests.harness.ranks import RankFailure, ranks, run_ranks
 
 
@@ -148,9 +149,7 @@ def test_a_rank_alone_on_its_node_is_given_up_after_a_long_silence(tmp_path):
 
 
 def _die_alone(folder):
-    from hf_gradutils.coordination import ranks as topology
-
-    topology._boot_id = lambda: node()
+    on_a_host_of_its_own()
     heartbeat.BEAT_S, heartbeat.SILENCE_S = 0.1, 0.5
     try:
         with FirstRankPerNode():
@@ -158,6 +157,7 @@ def _die_alone(folder):
                 time.sleep(1.0)  # longer than the silence that counts
                 os.kill(os.getpid(), signal.SIGKILL)
     except FirstRankError as error:
+        assert is_alive(current_channel().process_of(1)) is None, "control: its end cannot be seen from here"
         (folder / "told").write_text(str(error))
 
 
@@ -193,9 +193,7 @@ def _launched_by(folder, variables):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"):
         del os.environ[name]
     os.environ.update({name: value.format(**places) for name, value in variables.items()})
-    from hf_gradutils.coordination import ranks as topology
-
-    topology._boot_id = lambda: f"boot of {places['node']}"
+    on_a_host_of_its_own(str(places["node"]))
     with FirstRankPerNode() as is_first:
         data = folder / str(places["node"])
         if is_first:

@@ -114,12 +114,13 @@ def prepare(folder: Path, fault=None, *, seconds: float = PREPARE_S) -> None:
     data_file(folder).write_text("whole")
 
 
-def on_a_host_of_its_own() -> None:
+def on_a_host_of_its_own(node: str | None = None) -> None:
     """Let this node's ranks look like those of another machine: they see the processes of their node only."""
-    from hf_gradutils.coordination import ranks as topology
+    from hf_gradutils.coordination import process
 
-    boot_id = f"boot of node {os.environ['GROUP_RANK']}"
-    topology._boot_id = lambda: boot_id
+    boot_id = f"boot of node {node or os.environ['GROUP_RANK']}"
+    assert process._boot_id() != boot_id
+    process._boot_id = lambda: boot_id
 
 
 def fault_in_first(folder: Path, tool: str, fault: str, *, goes_on: bool = False) -> None:
