@@ -1,4 +1,4 @@
-"""The command ``hf-gradutils``: what the ranks see, a recipe's check, and pictures of runs."""
+"""The command ``hf-gradutils``: print what the ranks see, run a recipe's check, plot runs."""
 
 import argparse
 import os
@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 
 from hf_gradutils import _environment
-from hf_gradutils.coordination.channel import Channel, poll
+from hf_gradutils.coordination import keys
+from hf_gradutils.coordination.channel import Channel
 from hf_gradutils.coordination.ranks import current_ranks
 from hf_gradutils.coordination.store import leave, open_channel
+from hf_gradutils.coordination.waiting import WaitOptions, poll
 from hf_gradutils.errors import GradUtilsError, InvalidArgumentError
 from hf_gradutils.plots import plot_runs, read_run
 
@@ -117,18 +119,19 @@ def _settings() -> list[str]:
 
 
 def _ranks_of(channel: Channel, timeout_s: float) -> list[str]:
-    """What every rank has written down about itself."""
+    """One line per rank, as each has written it down."""
     world = channel.ranks.world_size
-    channel.write(f"env/{channel.ranks.global_rank}", f"{channel.ranks.node} {channel.ranks.local_rank}")
+    env_keys = [keys.RANK_ENV.format(rank=rank) for rank in range(world)]
+    channel.write(env_keys[channel.ranks.global_rank], f"{channel.ranks.node} {channel.ranks.local_rank}")
 
     def missing() -> list[int]:
-        return [rank for rank in range(world) if channel.read(f"env/{rank}") is None]
+        return [rank for rank, key in enumerate(env_keys) if channel.read(key) is None]
 
     try:
         poll(
             lambda: None if missing() else True,
             lambda: f"ranks {missing()} of {world} are missing",
-            timeout_s=timeout_s,
+            WaitOptions(timeout_s=timeout_s),
         )
     except TimeoutError as error:
         raise InvalidArgumentError(f"{error}; start all ranks, or raise --timeout_s") from None
@@ -139,7 +142,7 @@ def _ranks_of(channel: Channel, timeout_s: float) -> list[str]:
         f"ranks        {world}",
     ]
     for rank in range(world):
-        node, local_rank = (channel.read(f"env/{rank}") or "").rsplit(" ", 1)
+        node, local_rank = (channel.read(env_keys[rank]) or "").rsplit(" ", 1)
         is_first = " (first of its node)" if local_rank == "0" else ""
         lines.append(f"  rank {rank}: {channel.process_of(rank)}, node {node}, local rank {local_rank}{is_first}")
     return lines

@@ -1,16 +1,18 @@
-"""Wait for all ranks, on the store: as interruptible and as patient as :mod:`hf_gradutils.first_rank`."""
+"""Wait for all ranks on the store, without a time limit."""
 
 import logging
 from datetime import datetime
 
-from hf_gradutils.coordination.channel import Channel, poll
+from hf_gradutils.coordination import keys
+from hf_gradutils.coordination.channel import Channel
 from hf_gradutils.coordination.store import open_channel
+from hf_gradutils.coordination.waiting import OK, Duty, WaitOptions, await_verdict
 from hf_gradutils.errors import GradUtilsError
 
 logger = logging.getLogger("hf_gradutils.dist_utils")  # where the documentation says that it logs
 
 POLL_S = 0.1
-"""Longest pause between two looks."""
+"""Longest pause between two polls."""
 
 
 def barrier_and_log(string: str) -> None:
@@ -47,40 +49,31 @@ def wait_for_all(name: str, *, log_every_s: float = 60.0) -> int:
     channel = open_channel(log_every_s=log_every_s)
     if channel is None:
         return 0
-    rank = channel.ranks.global_rank
-    key = f"barrier/{name}/{channel.next_count(f'barrier/{name}')}"
+    rank, world_size = channel.ranks.global_rank, channel.ranks.world_size
+    fields = {"name": name, "count": channel.next_count(f"barrier/{name}")}
+    end_key = keys.BARRIER_END.format(**fields)
+    arrived_keys = [keys.BARRIER_ARRIVED.format(rank=other, **fields) for other in range(world_size)]
+    neighbours = {(rank - 1) % world_size, (rank + 1) % world_size}
+    duties = [Duty(other, arrived_keys[other], "came here") for other in neighbours]
     try:
-        channel.write(f"{key}/{rank}", "here")
-        if channel.add(f"{key}/num_arrived", 1) == channel.ranks.world_size:
-            channel.claim(f"{key}/end", "complete")
-        end = poll(
-            lambda: _look(channel, key),
-            lambda: _describe(channel, name, key),
-            poll_s=POLL_S,
-            log_every_s=log_every_s,
+        channel.write(arrived_keys[rank], "here")
+        if channel.add(keys.BARRIER_NUM_ARRIVED.format(**fields), 1) == world_size:
+            channel.claim(end_key, OK)
+        end = await_verdict(
+            channel,
+            end_key,
+            lambda: duties,
+            lambda: _describe_wait(channel, name, arrived_keys),
+            WaitOptions(poll_s=POLL_S, log_every_s=log_every_s),
         )
     except RuntimeError as lost:
         raise GradUtilsError(f"rank {rank} waits for all at {name} and lost {channel.origin}: {lost}") from lost
-    if end != "complete":
+    if end != OK:
         raise GradUtilsError(f"not every rank came to {name}: {end}")
     return rank
 
 
-def _look(channel: Channel, key: str) -> str | None:
-    """How the wait ended, None while it has not."""
-    end = channel.read(f"{key}/end")
-    if end is not None:
-        return end
-    rank, world_size = channel.ranks.global_rank, channel.ranks.world_size
-    for other in {(rank - 1) % world_size, (rank + 1) % world_size}:
-        # Two looks at the arrival: it may have come, and left, in between.
-        if channel.read(f"{key}/{other}") is None and channel.has_left(other) and not channel.read(f"{key}/{other}"):
-            return channel.claim(f"{key}/end", f"rank {other} on {channel.process_of(other)} has ended")
-    return None
-
-
-def _describe(channel: Channel, name: str, key: str) -> str:
-    world_size = channel.ranks.world_size
-    missing = [rank for rank in range(world_size) if channel.read(f"{key}/{rank}") is None]
+def _describe_wait(channel: Channel, name: str, arrived_keys: list[str]) -> str:
+    missing = [rank for rank, key in enumerate(arrived_keys) if channel.read(key) is None]
     shown = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
-    return f"rank {channel.ranks.global_rank} waits at {name} for {len(missing)} of {world_size} ranks: {shown}"
+    return f"rank {channel.ranks.global_rank} waits at {name} for {len(missing)} of {len(arrived_keys)} ranks: {shown}"

@@ -1,7 +1,7 @@
 """The first rank of each node runs a block before the node's other ranks.
 
-Who waits for whom is decided here. How a rank waits for another's turn is in :mod:`hf_gradutils.turns`: on
-the store channel and by watching processes; no process group, hence no process group timeout, takes part.
+The order of the ranks is decided here. A rank waits for another's turn (``turn``) on the store and by watching
+processes; no process group, hence no process group timeout, takes part.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import inspect
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -18,24 +18,21 @@ from typing import Any, Literal, Self, TypeVar, get_args
 import torch.distributed as dist
 
 from hf_gradutils import _environment
-from hf_gradutils.coordination.meeting import NodeTurn, wait_for_nodes
-from hf_gradutils.coordination.nodes import elect_first, is_known_first
+from hf_gradutils.coordination.nodes import claim_first_rank, is_first_rank, wait_for_nodes
 from hf_gradutils.coordination.shared_directory import is_shared
 from hf_gradutils.coordination.store import current_channel, open_channel
-from hf_gradutils.coordination.turn import Block, Patience, Turn, describe_loss
+from hf_gradutils.coordination.turn import Block, Turn
+from hf_gradutils.coordination.waiting import POLL_S, WaitOptions, poll
 from hf_gradutils.errors import FirstRankError, InvalidArgumentError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 Scope = Literal["node", "world", "auto"]
 
-POLL_S = 0.25
-"""Longest pause between two looks of a waiting rank: 1,000 ranks then ask a store for 7 % of what it can answer."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Entry:
-    """What ``__enter__`` leaves for ``__exit__``."""
+    """State that ``__enter__`` leaves for ``__exit__``."""
 
     block: Block | None
     """None in a world of one."""
@@ -44,11 +41,10 @@ class _Entry:
     """The turns to report on; none on ranks that only wait."""
 
     is_outermost: bool
-    pid: int
 
 
 class _Depth(threading.local):
-    """How many blocks this thread is in."""
+    """Number of blocks that this thread is in."""
 
     value = 0
 
@@ -82,11 +78,11 @@ class FirstRankPerNode(contextlib.ContextDecorator):
             or the name of the decorated function and where it is called).
         scope: ``"node"``: every node prepares for itself. ``"world"``: for a cache that the nodes share; global
             rank 0 is the only first, then come the first ranks of the nodes, then the rest, so that a cache that
-            is not shared after all is prepared once per node and by nobody at the same time. ``"auto"``: one of
-            these, after a look whether the nodes share ``cache_dir``.
-        cache_dir: What ``"auto"`` looks at. Default: the cache directory of datasets.
-        waits_for_nodes: Whether nodes wait for each other behind the block. False where only some nodes come.
-        poll_s: Longest pause between two looks of a waiting rank.
+            is not shared after all is prepared once per node and by one rank at a time. ``"auto"``: ``"world"``
+            if the nodes turn out to share ``cache_dir``, else ``"node"``.
+        cache_dir: The directory that ``"auto"`` is about. Default: the cache directory of datasets.
+        waits_for_nodes: Let nodes wait for each other behind the block. False where only some nodes come.
+        poll_s: Longest pause between two polls of a waiting rank.
         log_every_s: A waiting rank logs what it waits for this often, as a warning.
         timeout_s: Waiting ranks give up after that; None never.
 
@@ -120,7 +116,7 @@ class FirstRankPerNode(contextlib.ContextDecorator):
         self._scope: Scope = scope
         self._cache_dir = cache_dir
         self._waits_for_nodes = waits_for_nodes
-        self._patience = Patience(poll_s=poll_s, log_every_s=log_every_s, timeout_s=timeout_s)
+        self._options = WaitOptions(poll_s=poll_s, log_every_s=log_every_s, timeout_s=timeout_s)
         # By thread, because one object may be entered in several, and nested in each.
         self._entries: dict[int, list[_Entry]] = {}
 
@@ -153,19 +149,19 @@ class FirstRankPerNode(contextlib.ContextDecorator):
         """
         if dist.is_initialized() or current_channel() is not None:
             return False
-        return open_channel(log_every_s=self._patience.log_every_s) is not None
+        return open_channel(log_every_s=self._options.log_every_s) is not None
 
     def __enter__(self) -> bool:
         """Enter; True on the first rank at once, False on the others after it has finished."""
         block: Block | None = None
         turns: list[Turn] = []
         is_first = True
-        channel = open_channel(log_every_s=self._patience.log_every_s)
+        channel = open_channel(log_every_s=self._options.log_every_s)
         if channel is not None:
             name = self._name or self._describe_site(sys._getframe(1))
-            block = Block(channel=channel, name=name, count=channel.next_count(name))
+            block = Block(channel=channel, name=name, count=channel.next_count(name), options=self._options)
             turns, is_first = self._wait_for_turn(block)
-        entry = _Entry(block=block, turns=tuple(turns), is_outermost=_depth.value == 0, pid=os.getpid())
+        entry = _Entry(block=block, turns=tuple(turns), is_outermost=_depth.value == 0)
         self._entries.setdefault(threading.get_ident(), []).append(entry)
         _depth.value += 1
         return is_first
@@ -183,13 +179,14 @@ class FirstRankPerNode(contextlib.ContextDecorator):
             del self._entries[thread]
         _depth.value -= 1
         # A child that was forked inside the block leaves it too, and must not speak for its parent.
-        if entry.block is None or entry.pid != os.getpid():
+        if entry.block is None or entry.block.channel.process.pid != os.getpid():
             return
         for turn in entry.turns:
             turn.end(exc_val)
         # A rank that runs an inner block first may have others waiting for it in an outer one: it must not wait.
         if exc_val is None and entry.is_outermost and self._waits_for_nodes:
-            wait_for_nodes(entry.block, self._patience)
+            with _first_rank_errors(entry.block):
+                wait_for_nodes(entry.block)
 
     def _describe_site(self, frame: FrameType | None) -> str:
         """The name of a block that was not given one: a rank may skip it, and so one call of a function."""
@@ -197,43 +194,56 @@ class FirstRankPerNode(contextlib.ContextDecorator):
         return site if self._function is None else f"{self._function}, called in {site}"
 
     def _wait_for_turn(self, block: Block) -> tuple[list[Turn], bool]:
-        """Return when this rank may enter, with the turns it has, begun, and whether it is first of all."""
-        mine: list[Turn] = []
+        """Return when this rank may enter, with its own turns, begun, and whether it is first of all."""
+        own: list[Turn] = []
         try:
-            turns = self._order(block)
-            mine = [turn for turn in turns if turn.is_mine]
-            for turn in turns:
-                if turn.is_mine:
-                    break
-                turn.wait(self._patience)
-            for turn in mine:
-                turn.begin()
-        except RuntimeError as lost:
-            raise FirstRankError(describe_loss(block)) from lost
+            with _first_rank_errors(block):
+                turns = self._turns_in_order(block)
+                own = [turn for turn in turns if turn.is_own]
+                for turn in turns:
+                    if turn.is_own:
+                        break
+                    turn.wait()
+                for turn in own:
+                    turn.begin()
         except BaseException as error:
             # The others would wait for a part that this rank is not going to run.
-            if not mine and is_known_first(block.channel):
-                mine = [NodeTurn(block, block.channel.ranks.node, block.channel.ranks.global_rank)]
-            for turn in mine:
+            if not own and is_first_rank(block.channel):
+                own = [Turn(block, block.channel.ranks.global_rank, block.channel.ranks.node)]
+            for turn in own:
                 turn.end(error)
             raise
-        return mine, turns[0].is_mine
+        return own, turns[0].is_own
 
-    def _order(self, block: Block) -> list[Turn]:
+    def _turns_in_order(self, block: Block) -> list[Turn]:
         """The turns, one after the other, that the ranks of this node wait for."""
         channel = block.channel
-        first = self._patience.wait(lambda: elect_first(channel), lambda: _describe_election(block))
-        here = NodeTurn(block, channel.ranks.node, first)
+        rank = channel.ranks.global_rank
+        first_rank = poll(
+            lambda: claim_first_rank(channel),
+            lambda: f"rank {rank} waits for the first rank of its node, which has not reached any block ({block.name})",
+            block.options,
+        )
+        here = Turn(block, first_rank, channel.ranks.node)
         scope = self._scope
         if scope == "auto":
             directory = Path(self._cache_dir) if self._cache_dir else _environment.read_cache_directory()
-            scope = "world" if is_shared(block, directory, self._patience) else "node"
-        return [Turn(block, "world", 0), here] if scope == "world" else [here]
+            scope = "world" if is_shared(block, directory) else "node"
+        return [Turn(block, 0, None), here] if scope == "world" else [here]
 
 
-def _describe_election(block: Block) -> str:
-    rank = block.channel.ranks.global_rank
-    return f"rank {rank} waits for the first rank of its node, which has not reached any block ({block.name})"
+@contextlib.contextmanager
+def _first_rank_errors(block: Block) -> Iterator[None]:
+    """Raise FirstRankError where a rank has waited too long or has lost the store."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise FirstRankError(str(error)) from None
+    except RuntimeError as lost:
+        rank, origin = block.channel.ranks.global_rank, block.channel.origin
+        raise FirstRankError(
+            f"rank {rank} at {block.name} lost {origin}: its host has ended, so how the first rank ended is unknown"
+        ) from lost
 
 
 def _call_site(frame: FrameType | None) -> str:

@@ -1,9 +1,19 @@
-"""The nodes of the job and the first rank of each, as the ranks themselves write them down."""
+"""The nodes of the job: the first rank of each, and how nodes wait for each other behind a block.
+
+A rank that went on at once would soon wait in a collective for a node that is still preparing, under the time limit of
+the process group. The wait here has none, and a failing node is reported to every rank.
+"""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import cycle, islice
 
+from hf_gradutils.coordination import keys
 from hf_gradutils.coordination.channel import Channel
+from hf_gradutils.coordination.turn import Block, Turn
+from hf_gradutils.coordination.waiting import OK, Duty, await_verdict
+from hf_gradutils.errors import FirstRankError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,52 +26,116 @@ class Node:
     """How many ranks it has; None when nothing says."""
 
 
-def elect_first(channel: Channel) -> int | None:
-    """The first rank of this node: the one of local rank 0, or whoever comes first where several say so.
+def claim_first_rank(channel: Channel) -> int | None:
+    """The first rank of this node, None until there is one.
 
-    None while no candidate has come.
+    It is the rank with local rank 0, or the first to claim it where several say so or local ranks are unknown.
     """
-    key, ranks = _first_key(channel), channel.ranks
+    ranks = channel.ranks
+    key = keys.NODE_FIRST_RANK.format(node=ranks.node)
     is_candidate = not ranks.local_rank  # 0, or unknown
     first = channel.claim(key, str(ranks.global_rank)) if is_candidate else channel.read(key)
     if first is None:
         return None
-    if int(first) == ranks.global_rank and channel.next_count("node written down") == 0:
+    if int(first) == ranks.global_rank and channel.next_count("first rank listed") == 0:
         node = Node(name=ranks.node, first_rank=ranks.global_rank, local_size=ranks.local_size)
-        channel.write(f"nodes/{channel.add('num_nodes', 1) - 1}", json.dumps(asdict(node)))
+        index = channel.add(keys.NUM_FIRST_RANKS, 1) - 1
+        channel.write(keys.FIRST_RANK.format(index=index), json.dumps(asdict(node)))
     return int(first)
 
 
-def is_known_first(channel: Channel) -> bool:
-    """Whether this rank is known to be the first of its node; False also when the store is lost."""
+def is_first_rank(channel: Channel) -> bool:
+    """True if this rank has become the first of its node; False also when the store is lost."""
     try:
-        return channel.read(_first_key(channel)) == str(channel.ranks.global_rank)
+        return channel.read(keys.NODE_FIRST_RANK.format(node=channel.ranks.node)) == str(channel.ranks.global_rank)
     except RuntimeError:
         return False
 
 
-def may_have_other_nodes(channel: Channel) -> bool:
-    """False where all ranks are known to be on one node."""
-    return channel.ranks.local_size != channel.ranks.world_size
-
-
-def known_nodes(channel: Channel) -> tuple[list[Node], bool]:
+def read_nodes(channel: Channel) -> tuple[list[Node], bool]:
     """The nodes whose first ranks have come so far, and whether these are all nodes there are.
 
     They are all once their sizes add up to the world, or once all ranks have opened the channel and no node
-    lacks its first. Where the launcher does not tell sizes and a rank never comes, nobody can know.
+    lacks its first. Where the launcher does not tell sizes and a rank never comes, it cannot be known.
 
     Raises LauncherError as :meth:`Channel.check_attempt`.
     """
     channel.check_attempt()
-    # In this order: what is counted may only have grown when the nodes are read.
-    have_all_come = channel.count("num_ranks_introduced") == channel.ranks.world_size
-    num_named = channel.count("num_nodes_named")
-    records = [channel.read(f"nodes/{index}") for index in range(channel.count("num_nodes"))]
+    # In this order: the counts may only have grown when the nodes are read.
+    have_all_come = channel.count(keys.NUM_RANKS) == channel.ranks.world_size
+    num_nodes = channel.count(keys.NUM_NODES)
+    indices = range(channel.count(keys.NUM_FIRST_RANKS))
+    records = [channel.read(keys.FIRST_RANK.format(index=index)) for index in indices]
     nodes = [Node(**json.loads(record)) for record in records if record is not None]
     fill_the_world = sum(node.local_size or 0 for node in nodes) == channel.ranks.world_size
-    return nodes, fill_the_world or (have_all_come and len(nodes) == num_named)
+    return nodes, fill_the_world or (have_all_come and len(nodes) == num_nodes)
 
 
-def _first_key(channel: Channel) -> str:
-    return f"first_of/{channel.ranks.node}"
+def wait_for_nodes(block: Block) -> None:
+    """Return once the first rank of every node has finished the block.
+
+    Where nothing tells how many ranks a node has, only nodes whose first rank has come already are waited for.
+
+    Raises as :func:`await_verdict`, and FirstRankError when a node's first rank failed or ended.
+    """
+    if block.channel.ranks.are_on_one_node:
+        return
+    nodes = _NodesInBlock(block)
+    end = await_verdict(
+        block.channel,
+        block.key(keys.BLOCK_END),
+        nodes.duties,
+        nodes.describe_wait,
+        block.options,
+        contribute=nodes.claim_success,
+    )
+    if end != OK:
+        raise FirstRankError(end)
+
+
+class _NodesInBlock:
+    """The nodes that a rank waits for behind a block, as far as they have come."""
+
+    def __init__(self, block: Block) -> None:
+        self._block = block
+        self._nodes: list[Node] = []
+        self._are_complete = False
+        self._others: Iterator[Turn] = iter(())
+
+    def claim_success(self) -> str | None:
+        """Claim the end of the block once all nodes have succeeded; None before."""
+        channel = self._block.channel
+        if not self._are_complete:
+            self._read_nodes()
+        # A node that has not come cannot be waited for if nothing says that there is another.
+        may_conclude = self._are_complete or channel.ranks.local_size is None
+        if not may_conclude or channel.count(self._block.key(keys.BLOCK_NUM_NODES_DONE)) < len(self._nodes):
+            return None
+        return channel.claim(self._block.key(keys.BLOCK_END), OK) if self._are_complete else OK
+
+    def duties(self) -> list[Duty]:
+        """The report of another node. A thousand ranks must not each look at a hundred nodes at every poll."""
+        return [turn.duty for turn in islice(self._others, 1)]
+
+    def describe_wait(self) -> str:
+        channel = self._block.channel
+        done = f"rank {channel.ranks.global_rank} has finished {self._block.name}"
+        for turn in map(self._turn_of, self._nodes):
+            if channel.read(turn.report_key) is None:
+                return f"{done}: {turn.describe_wait()}"
+        num_ranks = sum(node.local_size or 0 for node in self._nodes)
+        names = ", ".join(node.name for node in self._nodes)
+        return (
+            f"{done}: waits for more nodes than {names}, which have {num_ranks} of {channel.ranks.world_size} ranks; "
+            "their first ranks have not reached any block"
+        )
+
+    def _read_nodes(self) -> None:
+        num_before, rank = len(self._nodes), self._block.channel.ranks.global_rank
+        self._nodes, self._are_complete = read_nodes(self._block.channel)
+        # Only first ranks watch the first ranks of other nodes, one at a time.
+        if len(self._nodes) > num_before and rank in {node.first_rank for node in self._nodes}:
+            self._others = cycle([self._turn_of(node) for node in self._nodes if node.first_rank != rank])
+
+    def _turn_of(self, node: Node) -> Turn:
+        return Turn(self._block, node.first_rank, node.name)

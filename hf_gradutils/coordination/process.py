@@ -1,4 +1,4 @@
-"""Who a process is, and whether it still lives."""
+"""Identities of processes, and a look at whether one still runs."""
 
 import os
 import socket
@@ -41,7 +41,7 @@ def current_process() -> ProcessIdentity:
 
 
 def is_alive(process: ProcessIdentity) -> bool | None:
-    """Whether that process still runs; None when it cannot be seen from here.
+    """True while that process runs, False once it has ended, None when it cannot be seen from here.
 
     It can be seen from its own pid namespace on Linux. A zombie has ended. No signal is sent.
     """
@@ -51,12 +51,12 @@ def is_alive(process: ProcessIdentity) -> bool | None:
     try:
         stat = _read_stat(process.pid)
     except OSError:
-        return None  # no file descriptors left, for one: not a reason to declare anybody dead
+        return None  # no file descriptors left, for one: not a reason to declare it dead
     return stat is not None and stat[1] == process.start_time and stat[0] not in "ZXx"
 
 
 def has_ended(process: ProcessIdentity, *, grace_s: float = 0.0) -> bool:
-    """Whether that process is known to have ended, now or within ``grace_s``."""
+    """True if that process can be seen to have ended, now or within ``grace_s``."""
     deadline = time.monotonic() + grace_s
     while is_alive(process):
         if time.monotonic() >= deadline:
@@ -65,7 +65,8 @@ def has_ended(process: ProcessIdentity, *, grace_s: float = 0.0) -> bool:
     return is_alive(process) is False
 
 
-def _host_node() -> str:
+def host_node() -> str:
+    """The name of this process's node where no launcher gives it one."""
     # Pods on one machine share the boot id, cloned images share the host name.
     return f"{socket.gethostname()}-{_boot_id()}-{_pid_namespace()}"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from hf_gradutils import _environment
-from hf_gradutils.coordination.process import _host_node
+from hf_gradutils.coordination.process import host_node
 from hf_gradutils.errors import LauncherError
 
 
@@ -27,6 +27,11 @@ class Ranks:
     local_size: int | None
     """How many ranks the node has; None when nothing says."""
 
+    @property
+    def are_on_one_node(self) -> bool:
+        """True where all ranks are known to be on one node."""
+        return self.local_size == self.world_size
+
 
 def current_ranks() -> Ranks:
     """The ranks of this process as they are now.
@@ -40,11 +45,11 @@ def current_ranks() -> Ranks:
     if not dist.is_initialized():
         launched = _environment.read_launched_rank()
         if launched is None:
-            return Ranks(global_rank=0, world_size=1, local_rank=0, node=_host_node(), local_size=1)
+            return Ranks(global_rank=0, world_size=1, local_rank=0, node=host_node(), local_size=1)
         global_rank, world_size = launched.global_rank, launched.world_size
     elif dist.get_backend() == "fake":
         # Its world exists in the imagination of one process.
-        return Ranks(global_rank=0, world_size=1, local_rank=0, node=_host_node(), local_size=1)
+        return Ranks(global_rank=0, world_size=1, local_rank=0, node=host_node(), local_size=1)
     else:
         global_rank, world_size = dist.get_rank(), dist.get_world_size()
         launched = _launched_as(global_rank, world_size)
@@ -53,7 +58,7 @@ def current_ranks() -> Ranks:
         global_rank=global_rank,
         world_size=world_size,
         local_rank=None if launched is None else launched.local_rank,
-        node=_host_node() if node is None else str(node),
+        node=host_node() if node is None else str(node),
         local_size=None if launched is None else launched.local_size,
     )
 

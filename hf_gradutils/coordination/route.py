@@ -1,7 +1,7 @@
-"""accelerate's and transformers' own ways to let one rank go first, led to :class:`FirstRankPerNode`.
+"""Route accelerate's and transformers' own ways to let one rank go first to :class:`FirstRankPerNode`.
 
-For code that one does not write oneself: example scripts that prepare data under
-``training_args.main_process_first()``, and trainers of trl, which tokenize under ``PartialState``'s.
+For the code of others: example scripts that prepare data under ``training_args.main_process_first()``, and trainers of
+trl, which tokenize under ``PartialState``'s.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ def _arguments_first(self: Any, local: bool = True, desc: str = "work") -> First
 
 @contextlib.contextmanager
 def route_first_rank() -> Iterator[None]:
-    """Inside, what asks accelerate or transformers to let one rank go first gets :class:`FirstRankPerNode`.
+    """Let calls of accelerate and transformers that let one rank go first use :class:`FirstRankPerNode` inside.
 
         with route_first_rank():
             trainer = SFTTrainer(…)  # tokenizes under accelerate's PartialState

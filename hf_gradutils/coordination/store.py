@@ -1,4 +1,4 @@
-"""The channel on which ranks tell each other small things: keys of a c10d store, and nothing else.
+"""The channel on which ranks exchange small values: keys of a c10d store, and nothing else.
 
 No process group, no GPU memory, no files and no Python threads. One channel is chosen per process and kept:
 
@@ -25,8 +25,10 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined] # documented there
 
 from hf_gradutils import _environment
-from hf_gradutils.coordination.channel import Channel, poll
+from hf_gradutils.coordination import keys
+from hf_gradutils.coordination.channel import Channel
 from hf_gradutils.coordination.ranks import Ranks, current_ranks
+from hf_gradutils.coordination.waiting import WaitOptions, poll
 from hf_gradutils.errors import LauncherError
 from hf_gradutils.upstream.torch import default_store
 
@@ -38,9 +40,8 @@ CONNECT_TIMEOUT = timedelta(seconds=30)
 LEAVE_GRACE_S = 10.0
 """How long rank 0 stays at its end for ranks that have not read everything yet."""
 
-
 _served_port: int | None = None
-"""Where the store listens that this process hosts."""
+"""The port of the store that this process hosts."""
 
 _channel: Channel | None = None
 _num_channels = 0
@@ -63,7 +64,7 @@ def open_channel(*, log_every_s: float = 60.0) -> Channel | None:
         with _opening:
             if _channel is None and (ranks := current_ranks()).world_size > 1:
                 channel = _choose(ranks, log_every_s)
-                channel.introduce()
+                channel.write_identity()
                 _channel, _num_channels = channel, _num_channels + 1
                 _served_port = _port_of(channel.server)
                 # Not atexit: children that multiprocessing forked (notebook_launcher) end without it.
@@ -83,7 +84,7 @@ def current_channel() -> Channel | None:
 
 
 def leave(*, grace_s: float = LEAVE_GRACE_S) -> None:
-    """Say farewell and give the channel up; runs by itself when the process ends.
+    """Write a farewell and give the channel up; runs by itself when the process ends.
 
     Global rank 0 may hold the server: it stays up to ``grace_s`` seconds for ranks that have not left and
     live. To be called on all ranks, if at all: before ``destroy_process_group`` and a second
@@ -96,7 +97,7 @@ def leave(*, grace_s: float = LEAVE_GRACE_S) -> None:
         return
     ranks = channel.ranks
     try:
-        channel.say_farewell()
+        channel.write_farewell()
         waiting = set(range(ranks.world_size)) if ranks.global_rank == 0 and channel.server else set()
         deadline = time.monotonic() + grace_s
         while waiting and time.monotonic() < deadline:
@@ -107,9 +108,9 @@ def leave(*, grace_s: float = LEAVE_GRACE_S) -> None:
 
 
 def _close_inherited_sockets() -> None:
-    """Close, in a child that was just forked, what it inherited of the store that its parent hosts.
+    """Close, in a child that was just forked, the sockets of the store that its parent hosts.
 
-    Workers of ``datasets.map(num_proc=…)`` may outlive a parent that was killed. While they hold its sockets, nobody's
+    Workers of ``datasets.map(num_proc=…)`` may outlive a parent that was killed. While they hold its sockets, no
     connection to the store is reset, and a call to it never returns (torch 2.13).
     """
     if _served_port is None:
@@ -131,9 +132,9 @@ if sys.platform == "linux":
 
 def _choose(ranks: Ranks, log_every_s: float) -> Channel:
     rendezvous = _environment.read_rendezvous()
-    # Several jobs and channels of one process may pass through one server.
     run_id, num_restarts = _environment.read_run_attempt()
-    prefix = f"hf_gradutils/{run_id}/{_num_channels}/"
+    # Several jobs and channels of one process may pass through one server.
+    prefix = keys.CHANNEL_PREFIX.format(run_id=run_id, channel=_num_channels)
 
     def channel(store: Store, origin: str, server: Store | None = None) -> Channel:
         namespace = PrefixStore(prefix, store)
@@ -178,11 +179,10 @@ def _connect(
         poll(
             probe,
             lambda: f"rank {ranks.global_rank} waits for {origin}",
-            log_every_s=log_every_s,
-            timeout_s=None if limit is None else limit.total_seconds(),
+            WaitOptions(log_every_s=log_every_s, timeout_s=None if limit is None else limit.total_seconds()),
         )
     except TimeoutError as error:
-        raise LauncherError(f"{error}: nobody listens there") from None
+        raise LauncherError(f"{error}: nothing listens there") from None
     return _tcp_store(rendezvous, origin, hosts=False)
 
 

@@ -51,7 +51,7 @@ def test_a_rank_that_ends_without_coming_is_an_error_for_the_others(tmp_path):
     with pytest.raises(RankFailure, match="rank 1 of 3 died"):
         run_ranks(_one_never_comes, 3, tmp_path, grace_s=3, init=False)
     for other in (0, 2):
-        assert "not every rank came to barrier_and_log: rank 1 on host" in (tmp_path / str(other)).read_text()
+        assert "not every rank came to barrier_and_log: rank 1 of 3 on host" in (tmp_path / str(other)).read_text()
 
 
 def _one_never_comes(folder):
