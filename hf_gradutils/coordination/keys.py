@@ -1,7 +1,7 @@
 """Patterns of all keys that the ranks share; README.md in this folder has the writers, readers and life of each."""
 
-CHANNEL_PREFIX = "hf_gradutils/{run_id}/{channel}/"
-ATTEMPT_PREFIX = "{attempt}/"
+CHANNEL_PREFIX = "hf_gradutils/{run_id}/{channel}"  # PrefixStore adds the slash
+ATTEMPT_PREFIX = "{attempt}"
 ATTEMPT = "attempt"
 
 RANK_PROCESS = "rank/{rank}/process"

@@ -34,7 +34,7 @@ class Block:
 
     options: WaitOptions
 
-    def key(self, pattern: str, **fields: str) -> str:
+    def key(self, pattern: str, **fields: object) -> str:
         """Fill a pattern: the same key on all ranks, different between passages."""
         return pattern.format(name=self.name, count=self.count, **fields)
 

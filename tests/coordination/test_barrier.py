@@ -1,4 +1,4 @@
-"""barrier_and_log: everybody waits, one rank says one line."""
+"""barrier_and_log: all ranks wait, one logs a line."""
 
 import logging
 import os
@@ -10,6 +10,7 @@ import pytest
 from hf_gradutils import barrier_and_log
 from hf_gradutils.coordination.barrier import wait_for_all
 from hf_gradutils.errors import GradUtilsError
+from tests.harness.first_rank_cases import logged_lines
 from tests.harness.ranks import RankFailure, run_ranks
 
 
@@ -26,12 +27,7 @@ def test_all_ranks_wait_and_rank_0_logs_one_line_with_the_time(launch):
 
 
 def _wait_and_log():
-    lines = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logger = logging.getLogger("hf_gradutils.dist_utils")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    lines = logged_lines("hf_gradutils.dist_utils", logging.INFO)
     if os.environ["RANK"] == "1":
         time.sleep(0.4)
     arrived = time.time()
@@ -72,9 +68,6 @@ def test_who_is_missing_is_logged():
 def _describe_missing():
     if os.environ["RANK"] == "2":
         time.sleep(0.5)
-    lines = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logging.getLogger("hf_gradutils").addHandler(handler)
+    lines = logged_lines()
     wait_for_all("here", log_every_s=0.3)
     return lines

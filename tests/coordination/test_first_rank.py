@@ -1,7 +1,6 @@
 """FirstRankPerNode on one node: order, failures, and every way of being launched."""
 
 import contextlib
-import logging
 import os
 import re
 import signal
@@ -14,7 +13,7 @@ import torch.distributed as dist
 
 from hf_gradutils import FirstRankPerNode
 from hf_gradutils.errors import FirstRankError, InvalidArgumentError
-from tests.harness.first_rank_cases import Metronome, meet, wait_for
+from tests.harness.first_rank_cases import Metronome, logged_lines, meet, rank, wait_for
 from tests.harness.ranks import RankFailure, ranks, run_ranks
 
 PREPARE_S = 0.4
@@ -23,10 +22,6 @@ LAUNCHES = [
     pytest.param({"init": False}, id="before init, agent store"),
     pytest.param({"init": False, "agent": False}, id="variables only"),
 ]
-
-
-def rank() -> int:
-    return int(os.environ["RANK"])
 
 
 def prepare(folder):
@@ -79,26 +74,6 @@ def test_every_node_has_its_own_first(tmp_path):
         if is_first:
             prepare(folder)
         assert (folder / "data").read_text() == "whole"
-
-
-@ranks(3, init=False, env={"LOCAL_RANK": "0"})
-def test_one_is_first_where_every_rank_says_local_rank_0(tmp_path):
-    with FirstRankPerNode() as is_first:
-        (tmp_path / f"{rank()}-{is_first}").touch()
-        time.sleep(0.05)
-    dist.init_process_group("gloo")
-    dist.barrier()
-    assert len(list(tmp_path.glob("*-True"))) == 1
-
-
-@ranks(2, init=False)
-def test_a_group_may_be_made_in_between():
-    with FirstRankPerNode() as is_first:
-        assert is_first == (rank() == 0)
-    assert not dist.is_initialized(), "no group is left behind"
-    dist.init_process_group("gloo")
-    with FirstRankPerNode() as is_first:
-        assert is_first == (rank() == 0)
 
 
 @ranks(2, init=False)
@@ -240,71 +215,6 @@ def test_threads_keep_their_blocks_apart(tmp_path):
         list(pool.map(work, contexts))
 
 
-def test_ctrl_c_ends_a_waiting_rank_at_once(tmp_path):
-    with Metronome() as clock:
-        sent_at, (name, ended_at) = run_ranks(_interrupt_follower, 2, tmp_path)
-    assert name == "KeyboardInterrupt"
-    assert clock.seconds(sent_at, ended_at) < 1.0
-
-
-def _interrupt_follower(folder):
-    pid, is_out = folder / "pid", folder / "out"
-    if rank() == 1:
-        (folder / "part").write_text(str(os.getpid()))
-        (folder / "part").rename(pid)
-    try:
-        with FirstRankPerNode() as is_first:
-            if not is_first:
-                return "entered", 0.0
-            wait_for([pid])
-            time.sleep(0.2)
-            sent_at = time.monotonic()
-            os.kill(int(pid.read_text()), signal.SIGINT)
-            wait_for([is_out])
-            return sent_at
-    except KeyboardInterrupt:
-        is_out.touch()
-        return "KeyboardInterrupt", time.monotonic()
-
-
-@ranks(3)
-def test_nested_blocks_keep_their_order(tmp_path):
-    with FirstRankPerNode() as outer_first:
-        with FirstRankPerNode() as inner_first:
-            assert inner_first == outer_first
-            (tmp_path / f"inner{rank()}").touch()
-        if outer_first:
-            time.sleep(PREPARE_S)
-            assert [p.name for p in tmp_path.glob("inner*")] == ["inner0"], "nobody follows into the outer block"
-
-
-@ranks(2)
-def test_a_decorated_function_runs_first_on_the_first_at_every_call(tmp_path):
-    for call in range(3):
-        assert _build(tmp_path, call) == "whole"
-
-
-@FirstRankPerNode()
-def _build(folder, call):
-    path = folder / str(call)
-    if rank() == 0:
-        path.write_text("half")
-        time.sleep(0.1)
-        path.write_text("whole")
-    return path.read_text()
-
-
-@ranks(3)
-def test_a_rank_may_leave_out_a_block(tmp_path):
-    if rank() != 1:
-        with FirstRankPerNode() as is_first:
-            if is_first:
-                prepare(tmp_path)
-    with FirstRankPerNode() as is_first:
-        assert is_first == (rank() == 0)
-        assert (tmp_path / "data").read_text() == "whole"
-
-
 @ranks(2)
 def test_an_exit_stack_tells_blocks_apart_by_their_own_line(tmp_path):
     with contextlib.ExitStack() as stack:
@@ -326,10 +236,7 @@ def test_waiting_is_logged_and_may_be_limited(tmp_path):
 
 
 def _wait_with_log(folder):
-    lines = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logging.getLogger("hf_gradutils").addHandler(handler)
+    lines = logged_lines()
     runs, has_given_up = folder / "runs", folder / "given up"
     if rank() == 1:
         wait_for([runs])

@@ -16,12 +16,8 @@ from hf_gradutils.coordination import heartbeat
 from hf_gradutils.coordination.process import is_alive
 from hf_gradutils.coordination.store import current_channel, leave
 from hf_gradutils.errors import FirstRankError, InvalidArgumentError
-from tests.harness.first_rank_cases import Metronome, meet, on_a_host_of_its_own, wait_for
+from tests.harness.first_rank_cases import Metronome, meet, on_a_host_of_its_own, rank, wait_for
 from tests.harness.ranks import RankFailure, ranks, run_ranks
-
-
-def rank() -> int:
-    return int(os.environ["RANK"])
 
 
 def node() -> str:
@@ -159,6 +155,18 @@ def _die_alone(folder):
     except FirstRankError as error:
         assert is_alive(current_channel().process_of(1)) is None, "control: its end cannot be seen from here"
         (folder / "told").write_text(str(error))
+
+
+@ranks(2, nodes=2, init=False)
+def test_a_rank_alone_on_its_node_may_be_silent_between_blocks():
+    on_a_host_of_its_own()
+    heartbeat.BEAT_S, heartbeat.SILENCE_S = 0.1, 0.5
+    with FirstRankPerNode():
+        time.sleep(0.2)  # it has beaten once
+    if rank() == 1:
+        time.sleep(1.0)  # longer than the silence that counts in a block
+    with FirstRankPerNode():
+        pass
 
 
 SLURM = {

@@ -1,5 +1,6 @@
 """Ranks and nodes from a launcher, from a process group, or from nothing."""
 
+import dataclasses
 import os
 
 import pytest
@@ -90,12 +91,8 @@ def test_a_process_is_alive_until_it_has_ended():
     child = os.fork()
     if child == 0:
         os._exit(0)
-    ended = current_process().__class__(**{**_as_dict(current_process()), "pid": child})
+    ended = dataclasses.replace(current_process(), pid=child)
     os.waitpid(child, 0)
     assert is_alive(ended) is False
-    elsewhere = current_process().__class__(**{**_as_dict(current_process()), "boot_id": "another machine"})
+    elsewhere = dataclasses.replace(current_process(), boot_id="another machine")
     assert is_alive(elsewhere) is None
-
-
-def _as_dict(process):
-    return {name: getattr(process, name) for name in ("host", "pid", "start_time", "pid_namespace", "boot_id")}

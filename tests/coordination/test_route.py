@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from hf_gradutils.accelerator import GradUtilsAccelerator, GradUtilsPlugin
 from hf_gradutils.coordination.route import route_first_rank
 from hf_gradutils.errors import FirstRankError
+from tests.harness.first_rank_cases import rank
 from tests.harness.ranks import run_ranks
 
 ASKED = {
@@ -26,10 +27,6 @@ ASKED = {
 
 def _arguments():
     return TrainingArguments(output_dir=os.environ["TMPDIR"], use_cpu=True, report_to=[])
-
-
-def rank() -> int:
-    return int(os.environ["RANK"])
 
 
 def test_each_of_them_is_routed_and_the_others_learn_of_a_failure():

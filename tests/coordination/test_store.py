@@ -10,11 +10,8 @@ import torch.distributed as dist
 from hf_gradutils import FirstRankPerNode
 from hf_gradutils.coordination.store import current_channel, leave, open_channel
 from hf_gradutils.errors import LauncherError
+from tests.harness.first_rank_cases import rank
 from tests.harness.ranks import ranks, run_ranks
-
-
-def rank() -> int:
-    return int(os.environ["RANK"])
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ The ranks write lines to files, because some of them are killed. The tests start
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -84,6 +85,16 @@ FAULTS = {f.__name__: f for f in (raises, exits_with_3, ends_with_success, is_ki
 def data_file(folder: Path) -> Path:
     """The cache of this node."""
     return folder / f"data-{os.environ.get('GROUP_RANK', '0')}"
+
+
+def logged_lines(name: str = "hf_gradutils", level: int = logging.WARNING) -> list[str]:
+    """A list that gets every line that this process logs from now on."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger(name).addHandler(handler)
+    logging.getLogger(name).setLevel(level)
+    return lines
 
 
 def wait_for(paths: list[Path], *, limit_s: float = 60.0) -> None:
