@@ -127,9 +127,9 @@ def judge(row: str, folder: Path, ended_s: float, is_stopped: bool) -> str:
     if half := story.num_half():
         words.append(f"**{half} {'rank' if half == 1 else 'ranks'} on half-made data**")
     if case == "waiting_rank_is_interrupted":
-        told = {rank: when for rank, when in story.told().items() if rank == 1}
+        told = {rank: when for rank, when in story.errors().items() if rank == 1}
     elif case in ("fault_in_first", "one_node_is_slower"):
-        told = story.told() if story.of("fault") else {}
+        told = story.errors() if story.of("fault") else {}
     else:
         told = {}
     if told:

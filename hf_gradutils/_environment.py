@@ -1,4 +1,4 @@
-"""The only reader of ``os.environ``: what a launcher told this process, as typed values.
+"""The only reader of ``os.environ``: the variables of launchers and of the package, as typed values.
 
 A variable that is set to the empty string counts as unset. Nothing is cached: tests, notebooks and
 accelerate set variables after import.
@@ -24,7 +24,7 @@ class Launcher:
     """Number of the node; None where the launcher has none (OMPI_COMM_WORLD_NODE_RANK is a local rank)."""
 
     local_size: str
-    """How many ranks the node has."""
+    """Number of ranks on the node."""
 
 
 LAUNCHERS = (
@@ -62,12 +62,12 @@ LAUNCHERS = (
         local_size="MPI_LOCALNRANKS",
     ),
 )
-"""The launchers that are understood; the first one whose rank and world size are both set is believed."""
+"""The supported launchers; the first one whose rank and world size are both set counts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LaunchedRank:
-    """What one launcher says about this process."""
+    """Place of this process in the job, by one launcher."""
 
     launcher: str
     global_rank: int
@@ -79,7 +79,7 @@ class LaunchedRank:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rendezvous:
-    """Where the ranks of a job find their store."""
+    """Address at which the ranks of a job find their store."""
 
     host: str
     port: int
@@ -141,7 +141,7 @@ def read_run_attempt() -> tuple[str, str]:
 
 
 def read_cache_directory() -> Path:
-    """Where datasets keeps what it prepares, as it finds the place itself: by three variables, else in the home."""
+    """The cache directory of datasets, found as datasets finds it: by three variables, else in the home."""
     if datasets_cache := _text("HF_DATASETS_CACHE"):
         return Path(datasets_cache).expanduser()
     cache = Path(_text("XDG_CACHE_HOME") or "~/.cache")
@@ -149,12 +149,12 @@ def read_cache_directory() -> Path:
 
 
 def read_accumulation_steps() -> int | None:
-    """What ``accelerate launch --gradient_accumulation_steps`` was told."""
+    """The value of ``accelerate launch --gradient_accumulation_steps``."""
     return _integer("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
 
 
 SETTING = "HF_GRADUTILS_"
-"""What the variables begin with that set a field of ``GradUtilsPlugin``: HF_GRADUTILS_SYNC."""
+"""Prefix of variables that set a field of ``GradUtilsPlugin``: HF_GRADUTILS_SYNC."""
 
 
 def read_settings() -> dict[str, str]:

@@ -24,7 +24,7 @@ PACKAGES = ("hf-gradutils", "torch", "accelerate", "transformers", "datasets", "
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0, 1 if a check fails, 2 for what the user can put right."""
+    """Run the command; returns the exit code: 0, 1 if a check fails, 2 for an error of the user."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.run is None:
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         "accelerate launch --multi_gpu --num_processes 2 -m hf_gradutils.cli check recipes/finetune.py FILE.yaml",
     )
     check.add_argument("script", type=Path, help="a recipe, or a script of yours that takes --check_invariance")
-    check.add_argument("arguments", nargs=argparse.REMAINDER, help="what the script is told")
+    check.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
     check.set_defaults(run=_check)
 
     plot = commands.add_parser(
@@ -113,7 +113,7 @@ def _settings() -> list[str]:
     """Variables that set fields of the plugin, checked."""
     from hf_gradutils.accelerator import GradUtilsPlugin
 
-    GradUtilsPlugin()  # says so if one means nothing
+    GradUtilsPlugin()  # raises if a value is invalid
     values = _environment.read_settings()
     return [f"{_environment.SETTING}{name.upper()}={value}" for name, value in values.items()]
 
@@ -153,9 +153,7 @@ def _ranks_of(channel: Channel, timeout_s: float) -> list[str]:
 
 def _check(options: argparse.Namespace) -> int:
     if not options.script.is_file():
-        raise InvalidArgumentError(
-            f"expected a script that takes --check_invariance, got no file {str(options.script)!r}"
-        )
+        raise InvalidArgumentError(f"no file {str(options.script)!r}; give a script that takes --check_invariance")
     sys.argv = [str(options.script), *options.arguments, "--check_invariance"]
     sys.path.insert(0, str(options.script.resolve().parent))  # as when the script is run itself
     try:

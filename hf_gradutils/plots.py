@@ -1,4 +1,4 @@
-"""Pictures of training runs, out of the ``trainer_state.json`` that a Trainer writes."""
+"""Plots of training runs, from the ``trainer_state.json`` that a Trainer writes."""
 
 import json
 import math
@@ -21,7 +21,7 @@ class Run:
     name: str
     log: list[dict[str, Any]]
     max_grad_norm: float | None
-    """What gradients were clipped to; None where nothing says."""
+    """Norm that gradients were clipped to; None if unknown."""
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Steps and values of one number in the log."""
@@ -34,15 +34,13 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """A run's log: from the folder itself, else from its newest checkpoint.
+    """Read a run's log, from the folder itself or else from its newest checkpoint.
 
     Raises:
-        InvalidArgumentError: there is none, or it is not what a Trainer writes.
+        InvalidArgumentError: there is none, or it was not written by a Trainer.
     """
     if not folder.exists():
-        raise InvalidArgumentError(
-            f"expected the output folder of a training, got {str(folder)!r}, which does not exist"
-        )
+        raise InvalidArgumentError(f"{str(folder)!r} does not exist; give the output folder of a training")
     checkpoints = sorted(
         folder.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.split("-")[-1])
     )
@@ -50,14 +48,14 @@ def read_run(folder: Path) -> Run:
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
         raise InvalidArgumentError(
-            f"expected trainer_state.json in {str(folder)!r} or in its checkpoints, got none; it is written with every "
-            "checkpoint, and by trainer.save_state()"
+            f"no trainer_state.json in {str(folder)!r} or in its checkpoints; it is written with every checkpoint "
+            "and by trainer.save_state()"
         )
     try:
         log = json.loads(path.read_text())["log_history"]
         steps = [entry["step"] for entry in log]
     except (ValueError, KeyError, TypeError) as error:
-        raise InvalidArgumentError(f"{path} is not what a Trainer writes: {error!r}") from None
+        raise InvalidArgumentError(f"{path} was not written by a Trainer: {error!r}") from None
     if not any("loss" in entry for entry in log):
         raise InvalidArgumentError(f"{path} has {len(steps)} log entries and none with a loss; set logging_steps lower")
     name = path.parent.parent.name if path.parent.name.startswith("checkpoint-") else path.parent.name
@@ -68,7 +66,7 @@ _NUMBERS = ("BINFLOAT", "FLOAT", "BININT", "BININT1", "BININT2", "INT")
 
 
 def _read_max_grad_norm(folder: Path) -> float | None:
-    """From the arguments that a Trainer pickles beside its model, without unpickling what may be anybody's."""
+    """Read it from the arguments that a Trainer pickles, without unpickling a file that need not be trusted."""
     try:
         with zipfile.ZipFile(folder / "training_args.bin") as archive:
             (name,) = (n for n in archive.namelist() if n.endswith("data.pkl"))
@@ -76,7 +74,7 @@ def _read_max_grad_norm(folder: Path) -> float | None:
     except (OSError, ValueError, zipfile.BadZipFile):
         return None
     places = [place for place, (_, value) in enumerate(operations) if value == "max_grad_norm"]
-    # What follows the name in a pickled dictionary is its value, or notes about what has been seen before.
+    # In a pickled dictionary a name is followed by its value, or by memo operations and then its value.
     following = operations[places[0] + 1 : places[0] + 4] if places else []
     return next((float(value) for kind, value in following if kind in _NUMBERS and value is not None), None)
 
@@ -87,7 +85,7 @@ def plot_runs(runs: Sequence[Run], path: Path, *, max_grad_norm: float | None = 
     Args:
         runs: At least one. Norms of groups are drawn for the first that has them.
         path: The file.
-        max_grad_norm: Where the line of the clip goes; default: what each run was clipped to.
+        max_grad_norm: Height of the line of the clip; default: each run's own.
 
     Returns:
         ``path``.
@@ -98,7 +96,7 @@ def plot_runs(runs: Sequence[Run], path: Path, *, max_grad_norm: float | None = 
     try:
         import matplotlib
     except ImportError:
-        raise InvalidArgumentError("expected matplotlib for plots; pip install 'hf-gradutils[plot]'") from None
+        raise InvalidArgumentError("plots need matplotlib; pip install 'hf-gradutils[plot]'") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -94,7 +94,7 @@ def test_check_runs_the_script_and_passes_its_exit_code_on(code, tmp_path):
 
 def test_check_of_no_script_is_an_error(capsys):
     assert main(["check", "nowhere.py"]) == 2
-    assert "got no file 'nowhere.py'" in capsys.readouterr().err
+    assert "no file 'nowhere.py'; give a script" in capsys.readouterr().err
 
 
 def _write_run(folder, *, groups=False, checkpoint=""):
@@ -142,8 +142,8 @@ def test_a_run_is_read_from_its_newest_checkpoint_and_nothing_is_unpickled(tmp_p
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "expected trainer_state.json in"),
-        ("{", "is not what a Trainer writes"),
+        (None, "no trainer_state.json in"),
+        ("{", "was not written by a Trainer"),
         ('{"log_history": [{"step": 1, "epoch": 1}]}', "none with a loss; set logging_steps lower"),
     ],
 )
@@ -153,4 +153,4 @@ def test_plot_of_something_else_says_what_is_wrong(content, message, tmp_path, c
     assert main(["plot", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
     assert main(["plot", str(tmp_path / "nowhere")]) == 2
-    assert "which does not exist" in capsys.readouterr().err
+    assert "nowhere' does not exist" in capsys.readouterr().err

@@ -23,7 +23,7 @@ class Channel:
     def __init__(self, store: Store, *, ranks: Ranks, origin: str, server: Store | None, num_restarts: str) -> None:
         self.ranks = ranks
         self.origin = origin
-        """Where the store lives, for messages."""
+        """The place of the store, for messages."""
 
         self.process = current_process()
         self._attempts = store

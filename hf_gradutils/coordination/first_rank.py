@@ -158,7 +158,7 @@ class FirstRankPerNode(contextlib.ContextDecorator):
         is_first = True
         channel = open_channel(log_every_s=self._options.log_every_s)
         if channel is not None:
-            name = self._name or self._describe_site(sys._getframe(1))
+            name = self._name or _call_site(sys._getframe(1), self._function)
             block = Block(channel=channel, name=name, count=channel.next_count(name), options=self._options)
             turns, is_first = self._wait_for_turn(block)
         entry = _Entry(block=block, turns=tuple(turns), is_outermost=_depth.value == 0)
@@ -187,11 +187,6 @@ class FirstRankPerNode(contextlib.ContextDecorator):
         if exc_val is None and entry.is_outermost and self._waits_for_nodes:
             with _first_rank_errors(entry.block):
                 wait_for_nodes(entry.block)
-
-    def _describe_site(self, frame: FrameType | None) -> str:
-        """The name of a block that was not given one: a rank may skip it, and so one call of a function."""
-        site = _call_site(frame)
-        return site if self._function is None else f"{self._function}, called in {site}"
 
     def _wait_for_turn(self, block: Block) -> tuple[list[Turn], bool]:
         """Return when this rank may enter, with its own turns, begun, and whether it is first of all."""
@@ -246,10 +241,11 @@ def _first_rank_errors(block: Block) -> Iterator[None]:
         ) from lost
 
 
-def _call_site(frame: FrameType | None) -> str:
-    """Module, function and line of a block, the same on every rank."""
+def _call_site(frame: FrameType | None, function: str | None) -> str:
+    """The name of a block without one, the same on every rank: its module, function and line, or those of the call."""
     while frame is not None and frame.f_globals.get("__name__") == "contextlib":
         frame = frame.f_back  # ExitStack.enter_context, or the call of a decorated function
-    if frame is None:
-        return "unknown"
-    return f"{frame.f_globals.get('__name__')}.{frame.f_code.co_qualname}:{frame.f_lineno}"
+    site = "unknown"
+    if frame is not None:
+        site = f"{frame.f_globals.get('__name__')}.{frame.f_code.co_qualname}:{frame.f_lineno}"
+    return site if function is None else f"{function}, called in {site}"

@@ -14,10 +14,10 @@ from hf_gradutils.coordination.channel import Channel
 from hf_gradutils.coordination.process import is_alive
 
 BEAT_S = 5.0
-"""Between two signs of life."""
+"""Seconds between two signs of life."""
 
 SILENCE_S = 300.0
-"""After so long without one a rank counts as ended: long, since loading a large JSON file can hold the GIL."""
+"""Seconds without one after which a rank counts as ended: many, since loading a large JSON file can hold the GIL."""
 
 
 def start_heartbeat(channel: Channel, key: str) -> Callable[[], None]:

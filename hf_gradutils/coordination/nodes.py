@@ -23,7 +23,7 @@ class Node:
     name: str
     first_rank: int
     local_size: int | None
-    """How many ranks it has; None when nothing says."""
+    """Number of its ranks; None when nothing says."""
 
 
 def claim_first_rank(channel: Channel) -> int | None:

@@ -25,7 +25,7 @@ class Ranks:
     """Equal on the processes of one node, different between nodes. Two torchrun agents are two nodes."""
 
     local_size: int | None
-    """How many ranks the node has; None when nothing says."""
+    """Number of ranks on the node; None when nothing says."""
 
     @property
     def are_on_one_node(self) -> bool:
@@ -44,19 +44,18 @@ def current_ranks() -> Ranks:
     """
     if not dist.is_initialized():
         launched = _environment.read_launched_rank()
-        if launched is None:
-            return Ranks(global_rank=0, world_size=1, local_rank=0, node=host_node(), local_size=1)
-        global_rank, world_size = launched.global_rank, launched.world_size
-    elif dist.get_backend() == "fake":
-        # Its world exists in the imagination of one process.
-        return Ranks(global_rank=0, world_size=1, local_rank=0, node=host_node(), local_size=1)
+        place = None if launched is None else (launched.global_rank, launched.world_size)
+    elif dist.get_backend() == "fake":  # its world exists in one process only
+        launched = place = None
     else:
-        global_rank, world_size = dist.get_rank(), dist.get_world_size()
-        launched = _launched_as(global_rank, world_size)
+        place = dist.get_rank(), dist.get_world_size()
+        launched = _launched_as(*place)
+    if place is None:
+        return Ranks(global_rank=0, world_size=1, local_rank=0, node=host_node(), local_size=1)
     node = None if launched is None else launched.node_rank
     return Ranks(
-        global_rank=global_rank,
-        world_size=world_size,
+        global_rank=place[0],
+        world_size=place[1],
         local_rank=None if launched is None else launched.local_rank,
         node=host_node() if node is None else str(node),
         local_size=None if launched is None else launched.local_size,

@@ -34,11 +34,11 @@ from hf_gradutils.upstream.torch import default_store
 
 logger = logging.getLogger("hf_gradutils.store")
 
-CONNECT_TIMEOUT = timedelta(seconds=30)
+CONNECT_TIMEOUT_S = 30.0
 """Limit of calls that cannot be interrupted: connecting to a server that has just answered a probe."""
 
 LEAVE_GRACE_S = 10.0
-"""How long rank 0 stays at its end for ranks that have not read everything yet."""
+"""Seconds that rank 0 stays at its end for ranks that have not read everything yet."""
 
 _served_port: int | None = None
 """The port of the store that this process hosts."""
@@ -66,7 +66,8 @@ def open_channel(*, log_every_s: float = 60.0) -> Channel | None:
                 channel = _choose(ranks, log_every_s)
                 channel.write_identity()
                 _channel, _num_channels = channel, _num_channels + 1
-                _served_port = _port_of(channel.server)
+                hosted = _tcp_store_beneath(channel.server) if ranks.global_rank == 0 else None
+                _served_port = None if hosted is None else hosted.port
                 # Not atexit: children that multiprocessing forked (notebook_launcher) end without it.
                 Finalize(None, leave, exitpriority=0)
             channel = _channel
@@ -142,12 +143,16 @@ def _choose(ranks: Ranks, log_every_s: float) -> Channel:
 
     if rendezvous is not None and rendezvous.is_agent_store:
         origin = f"the agent store of the launcher at {rendezvous.host}:{rendezvous.port}"
-        return channel(_connect(rendezvous, origin, ranks, log_every_s, CONNECT_TIMEOUT), origin)
+        return channel(_connect(rendezvous, origin, ranks, log_every_s, CONNECT_TIMEOUT_S), origin)
 
     if dist.is_initialized():
         group_store = default_store()
-        client: Store = _strip_prefixes(group_store, rendezvous).clone()  # type: ignore[attr-defined]
-        client.set_timeout(CONNECT_TIMEOUT)
+        inner = _tcp_store_beneath(group_store)
+        at = None if inner is None else (inner.host, inner.port)
+        # Beneath the group's prefixes are the keys of ranks that chose before there was a group.
+        is_rendezvous = rendezvous is not None and at == (rendezvous.host, rendezvous.port)
+        client: Store = (inner if is_rendezvous else group_store).clone()  # type: ignore[union-attr]
+        client.set_timeout(timedelta(seconds=CONNECT_TIMEOUT_S))
         # A clone of a TCPStore does not keep the server alive (torch 2.13); its origin does.
         return channel(client, "the store of the default process group", group_store)
 
@@ -165,7 +170,7 @@ def _choose(ranks: Ranks, log_every_s: float) -> Channel:
 
 
 def _connect(
-    rendezvous: _environment.Rendezvous, origin: str, ranks: Ranks, log_every_s: float, limit: timedelta | None
+    rendezvous: _environment.Rendezvous, origin: str, ranks: Ranks, log_every_s: float, timeout_s: float | None
 ) -> Store:
     def probe() -> bool | None:
         try:
@@ -179,7 +184,7 @@ def _connect(
         poll(
             probe,
             lambda: f"rank {ranks.global_rank} waits for {origin}",
-            WaitOptions(log_every_s=log_every_s, timeout_s=None if limit is None else limit.total_seconds()),
+            WaitOptions(log_every_s=log_every_s, timeout_s=timeout_s),
         )
     except TimeoutError as error:
         raise LauncherError(f"{error}: nothing listens there") from None
@@ -192,7 +197,7 @@ def _tcp_store(rendezvous: _environment.Rendezvous, origin: str, *, hosts: bool)
             rendezvous.host,
             rendezvous.port,
             is_master=hosts,
-            timeout=CONNECT_TIMEOUT,
+            timeout=timedelta(seconds=CONNECT_TIMEOUT_S),
             wait_for_workers=False,
             multi_tenant=True,
         )
@@ -203,24 +208,8 @@ def _tcp_store(rendezvous: _environment.Rendezvous, origin: str, *, hosts: bool)
         ) from error
 
 
-def _beneath_prefixes(store: Store) -> Store:
+def _tcp_store_beneath(store: Store | None) -> TCPStore | None:
+    """The TCPStore beneath all prefixes; None if the store is of another kind."""
     while isinstance(store, PrefixStore):
         store = store.underlying_store
-    return store
-
-
-def _port_of(server: Store | None) -> int | None:
-    """The port of the store that this process hosts; None if it hosts none."""
-    inner = None if server is None else _beneath_prefixes(server)
-    return inner.port if isinstance(inner, TCPStore) and current_ranks().global_rank == 0 else None
-
-
-def _strip_prefixes(store: Store, rendezvous: _environment.Rendezvous | None) -> Store:
-    """The TCPStore beneath, if it is the one at MASTER_ADDR:MASTER_PORT; else the store as it is."""
-    inner = _beneath_prefixes(store)
-    is_rendezvous = (
-        rendezvous is not None
-        and isinstance(inner, TCPStore)
-        and (inner.host, inner.port) == (rendezvous.host, rendezvous.port)
-    )
-    return inner if is_rendezvous else store
+    return store if isinstance(store, TCPStore) else None

@@ -30,7 +30,7 @@ class Block:
     channel: Channel
     name: str
     count: int
-    """How often this rank has entered a block of that name before."""
+    """Number of times that this rank has entered a block of that name before."""
 
     options: WaitOptions
 

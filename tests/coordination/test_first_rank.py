@@ -91,9 +91,9 @@ def test_an_exception_in_the_first_reaches_all_others(launch, tmp_path):
     for kind, (first, *others) in zip(kinds, zip(*results, strict=True), strict=True):
         name, raised_at, _ = first
         assert name == kind.__name__, "the first keeps its own exception"
-        for name, told_at, message in others:
+        for name, noticed_at, message in others:
             assert name == "FirstRankError"
-            assert clock.seconds(raised_at, told_at) < 1.0
+            assert clock.seconds(raised_at, noticed_at) < 1.0
             assert "rank 0 of 4 on host" in message
             assert "disk full" in message
             assert "_fail_in_first" in message, "the original traceback"
@@ -131,10 +131,10 @@ def test_the_death_of_the_first_reaches_all_others(launch, tmp_path):
         run_ranks(_kill_first, 3, tmp_path, grace_s=3, **launch)
     died_at = float((tmp_path / "died").read_text())
     for follower in (1, 2):
-        told_at, told = (tmp_path / str(follower)).read_text().split(maxsplit=1)
-        assert clock.seconds(died_at, float(told_at)) < 2.0
-        assert told.startswith("rank 0 of 3 on host")
-        assert "has ended (killed, or left early) before it was done" in told
+        noticed_at, error = (tmp_path / str(follower)).read_text().split(maxsplit=1)
+        assert clock.seconds(died_at, float(noticed_at)) < 2.0
+        assert error.startswith("rank 0 of 3 on host")
+        assert "has ended (killed, or left early) before it was done" in error
 
 
 def _kill_first(folder):
@@ -161,7 +161,7 @@ def _never_come_back(folder):
         pass
     if rank() == 0:
         time.sleep(0.3)
-        os._exit(0)  # a launcher sees success and ends nobody
+        os._exit(0)  # a launcher sees success and ends no rank
     try:
         with FirstRankPerNode():
             (folder / "1").write_text("entered")

@@ -22,7 +22,7 @@ than all of 1, 2 and P, the rest says why.
 | forked workers alive when the first dies | 1 P: nothing of it is between nodes | workers_that_the_first_has_forked |
 | processor time, the log, what is left behind | forks of a test | test_first_rank.py, test_first_rank_nodes.py |
 
-Times are told by a :class:`first_rank_cases.Metronome`.
+Times are taken by a :class:`first_rank_cases.Metronome`.
 """
 
 import contextlib
@@ -158,13 +158,13 @@ def _wait_until_all_have_ended(folder, limit_s=20.0):
 
 @pytest.mark.parametrize("fault", cases.FAULTS)
 @pytest.mark.parametrize("how", LAUNCHES)
-def test_what_ends_the_first_rank_is_told_to_all_that_wait(how, fault, tmp_path):
+def test_what_ends_the_first_rank_reaches_all_that_wait(how, fault, tmp_path):
     story = launch(how, cases.fault_in_first, tmp_path, "ours", fault)
-    told = story.told()
+    errors = story.errors()
     assert story.num_half() == 0
-    assert set(told) == {1, 2, 3}, story.events
+    assert set(errors) == {1, 2, 3}, story.events
     limit_s = 2.0 if fault in ("is_killed", "ends_with_success") else 1.0
-    for global_rank, (after_s, error) in told.items():
+    for global_rank, (after_s, error) in errors.items():
         assert after_s < limit_s, (global_rank, error)
         assert error.startswith("FirstRankError: rank 0 of 4 on host"), error
         if limit_s == 1.0:
@@ -178,12 +178,12 @@ def test_what_ends_the_first_rank_is_told_to_all_that_wait(how, fault, tmp_path)
 def test_a_first_that_catches_its_own_error_meets_the_others_errors(how, tmp_path):
     story = launch(how, cases.fault_in_first, tmp_path, "ours", "raises", goes_on=True)
     assert story.num_half() == 0
-    assert set(story.told()) == {1, 2, 3}
-    assert not story.of("left"), "nobody gets past the collective that follows"
+    assert set(story.errors()) == {1, 2, 3}
+    assert not story.of("left"), "no rank gets past the collective that follows"
 
 
 @pytest.mark.parametrize("how", LAUNCHES)
-def test_a_follower_that_raises_holds_nobody_in_the_block(how, tmp_path):
+def test_a_follower_that_raises_holds_no_rank_in_the_block(how, tmp_path):
     story = launch(how, cases.follower_raises, tmp_path, "ours", init_timeout_s=20)
     assert story.num_half() == 0
     assert {e.rank for e in story.of("left")} == {0, 2, 3}
@@ -192,7 +192,7 @@ def test_a_follower_that_raises_holds_nobody_in_the_block(how, tmp_path):
 @pytest.mark.parametrize("how", LAUNCHES)
 def test_a_waiting_rank_is_interrupted_within_a_second(how, tmp_path):
     story = launch(how, cases.waiting_rank_is_interrupted, tmp_path, "ours", prepare_s=30)
-    after_s, error = story.told()[1]
+    after_s, error = story.errors()[1]
     assert error.startswith("KeyboardInterrupt")
     assert after_s < 1.0
     assert story.num_half() == 0
@@ -235,8 +235,8 @@ def _blocks_around_init(folder):
 def test_calls_of_a_decorated_function_pair_up_by_place_and_number(how, tmp_path):
     """A rank that leaves out a call gets what the others have at the next place, not what they had at that one."""
     story = launch(how, _calls, tmp_path)
-    everybody = {0, 1, 2, 3}
-    _check_firsts(story, how, {"0": everybody, "1": everybody, "skipped by 1": everybody - {1}, "then": everybody})
+    all_ranks = {0, 1, 2, 3}
+    _check_firsts(story, how, {"0": all_ranks, "1": all_ranks, "skipped by 1": all_ranks - {1}, "then": all_ranks})
 
 
 def _calls(folder):
@@ -279,9 +279,9 @@ def test_one_rank_of_each_node_is_first_where_every_rank_says_local_rank_0(how, 
     assert [first // 2 for first in firsts] == [0, 1] if how == TWO_AGENTS else len(firsts) == 1
     (fault,) = story.of("fault")
     assert fault.rank in firsts
-    told = story.told(but=fault.rank)
-    assert len(told) == 3
-    for after_s, error in told.values():
+    errors = story.errors(but=fault.rank)
+    assert len(errors) == 3
+    for after_s, error in errors.values():
         assert after_s < 2.0
         assert error.startswith(f"rank {fault.rank} of 4 on host")
 
@@ -296,7 +296,7 @@ def _the_first_to_come(folder):
                 cases.note(folder, "fault")
                 cases.is_killed()
     except FirstRankError as error:
-        cases.note(folder, "told", str(error))
+        cases.note(folder, "error", str(error))
         raise
 
 
@@ -360,12 +360,12 @@ def _ends_between_blocks(folder):
     cases.note(folder, "left", os.environ["TORCHELASTIC_RESTART_COUNT"])
 
 
-def test_a_node_that_is_not_restarted_with_the_others_is_told(tmp_path):
+def test_a_node_that_is_not_restarted_with_the_others_is_an_error(tmp_path):
     """As with the static rendezvous, where each agent restarts its own ranks only."""
     story = launch(TWO_AGENTS, _only_node_0_again, tmp_path, max_restarts=1, opens=False)
-    told = {e.rank: e.text for e in story.of("told")}
-    assert set(told) == {2, 3}
-    for error in told.values():
+    errors = {e.rank: e.text for e in story.of("error")}
+    assert set(errors) == {2, 3}
+    for error in errors.values():
         assert error.startswith("LauncherError")
         assert "is in attempt 0 of the job" in error
     assert {e.rank for e in story.of("left")} == {0, 1, 2, 3}, "the agent of node 1 restarts its ranks, too"
@@ -384,7 +384,7 @@ def _only_node_0_again(folder):
         with FirstRankPerNode():
             pass
     except LauncherError as error:
-        cases.note(folder, "told", f"{type(error).__name__}: {error}")
+        cases.note(folder, "error", f"{type(error).__name__}: {error}")
         raise
     cases.note(folder, "left")
 
@@ -393,12 +393,12 @@ def _only_node_0_again(folder):
 def test_workers_that_the_first_has_forked_do_not_hide_its_death(how, tmp_path):
     """The store of plain processes lives in rank 0, and its connections in all children of rank 0."""
     story = launch(how, _dies_with_workers, tmp_path)
-    told = story.told()
+    errors = story.errors()
     for worker in (tmp_path / "workers").iterdir():
         assert os.path.exists(f"/proc/{worker.name}"), "control: the workers outlive their parent"
         os.kill(int(worker.name), signal.SIGKILL)
-    assert set(told) == {1, 2, 3}
-    assert max(after_s for after_s, _ in told.values()) < 2.0
+    assert set(errors) == {1, 2, 3}
+    assert max(after_s for after_s, _ in errors.values()) < 2.0
     assert story.num_half() == 0
 
 
@@ -411,7 +411,7 @@ def _dies_with_workers(folder):
             rows = datasets.Dataset.from_dict({"x": [1, 2]})
             rows.map(partial(_kill_the_first, folder, os.getpid()), num_proc=2)
     except FirstRankError as error:
-        cases.note(folder, "told", str(error))
+        cases.note(folder, "error", str(error))
         raise
 
 
@@ -461,8 +461,8 @@ def test_accelerate_launch_as_a_command_tells_both(tmp_path):
     for fault, limit_s in (("raises", 1.0), ("is_killed", 2.0)):
         story = cases.Story(tmp_path / fault, clock)
         assert story.num_half() == 0
-        assert set(story.told()) == {1}, ended.stderr
-        after_s, error = story.told()[1]
+        assert set(story.errors()) == {1}, ended.stderr
+        after_s, error = story.errors()[1]
         assert after_s < limit_s
         assert error.startswith("FirstRankError: rank 0 of 2 on host")
         assert ("disk full" in error) == (fault == "raises")

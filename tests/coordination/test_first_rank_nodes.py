@@ -5,9 +5,11 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from hf_gradutils import FirstRankPerNode
@@ -22,14 +24,6 @@ from tests.harness.ranks import RankFailure, ranks, run_ranks
 
 def node() -> str:
     return os.environ["GROUP_RANK"]
-
-
-def _run_in_scope(folder, scope, seconds=0.15):
-    """When each rank was inside, and whether it was first."""
-    with FirstRankPerNode(scope=scope, cache_dir=folder) as is_first:
-        start = time.monotonic()
-        time.sleep(seconds)
-        return is_first, start, time.monotonic()
 
 
 def test_in_the_world_rank_0_comes_first_then_the_firsts_of_the_nodes_then_the_rest(tmp_path):
@@ -62,23 +56,27 @@ def test_auto_finds_out_whether_the_nodes_share_the_directory(shared, init, tmp_
 
 
 def _run_in_auto(folder, shared):
-    first = {_run_in_scope(folder if shared else folder / node(), "auto", seconds=0)[0] for _ in range(2)}
-    assert len(first) == 1
-    return first.pop()
+    firsts = set()
+    for _ in range(2):
+        with FirstRankPerNode(scope="auto", cache_dir=folder if shared else folder / node()) as is_first:
+            firsts.add(is_first)
+    (is_first,) = firsts
+    return is_first
 
 
 @ranks(2, init=False)
 def test_auto_on_one_node_is_that_node(tmp_path):
-    assert _run_in_scope(tmp_path, "auto")[0] == (rank() == 0)
+    with FirstRankPerNode(scope="auto", cache_dir=tmp_path) as is_first:
+        assert is_first == (rank() == 0)
 
 
 def test_a_failure_of_rank_0_ends_the_world(tmp_path):
     with Metronome() as clock:
         (raised_at, _), *others = run_ranks(_fail_in_the_world, 4, tmp_path, nodes=2, init=False)
-    for told_at, error in others:
+    for noticed_at, error in others:
         assert "rank 0 of 4 on host" in error
         assert "disk full" in error
-        assert clock.seconds(raised_at, told_at) < 1.0
+        assert clock.seconds(raised_at, noticed_at) < 1.0
 
 
 def _fail_in_the_world(folder):
@@ -141,7 +139,7 @@ def _come_late(folder):
 def test_a_rank_alone_on_its_node_is_given_up_after_a_long_silence(tmp_path):
     with pytest.raises(RankFailure, match="rank 1 of 2 died"):
         run_ranks(_die_alone, 2, tmp_path, nodes=2, init=False, grace_s=4)
-    assert "rank 1 of 2 on host" in (tmp_path / "told").read_text()
+    assert "rank 1 of 2 on host" in (tmp_path / "error").read_text()
 
 
 def _die_alone(folder):
@@ -154,7 +152,7 @@ def _die_alone(folder):
                 os.kill(os.getpid(), signal.SIGKILL)
     except FirstRankError as error:
         assert is_alive(current_channel().process_of(1)) is None, "control: its end cannot be seen from here"
-        (folder / "told").write_text(str(error))
+        (folder / "error").write_text(str(error))
 
 
 @ranks(2, nodes=2, init=False)
@@ -212,7 +210,7 @@ def _launched_by(folder, variables):
 
 
 @ranks(2, nodes=2, init=False, agent=False, env={"LOCAL_WORLD_SIZE": None})
-def test_where_no_sizes_are_known_nobody_waits_for_a_node_that_never_comes():
+def test_where_no_sizes_are_known_no_rank_waits_for_a_node_that_never_comes():
     if rank() == 0:
         for _ in range(2):
             with FirstRankPerNode():
@@ -242,10 +240,6 @@ def _wait_and_measure(folder):
 
 @ranks(4, nodes=2, init=False)
 def test_nothing_is_left_behind(tmp_path):
-    import threading
-
-    import torch
-
     with FirstRankPerNode():  # opens the channel
         pass
     threads, files = threading.enumerate(), sorted(os.listdir("/proc/self/fd"))

@@ -4,6 +4,7 @@ import dataclasses
 import os
 
 import pytest
+import torch.distributed as dist
 
 from hf_gradutils._environment import LAUNCHERS, read_rendezvous
 from hf_gradutils.coordination.process import current_process, is_alive
@@ -76,11 +77,8 @@ def test_a_port_out_of_range_is_an_error(monkeypatch):
 
 @ranks(2, env={"RANK": None, "WORLD_SIZE": None, "LOCAL_RANK": None}, init=False)
 def test_the_process_group_is_believed_without_a_launcher():
-    import torch.distributed as dist
-
     index = int(os.environ["ROLE_RANK"])
-    address = f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    store = dist.TCPStore(*address.removeprefix("tcp://").split(":")[:1], int(os.environ["MASTER_PORT"]))
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     dist.init_process_group("gloo", store=store, rank=index, world_size=2)
     assert (current_ranks().global_rank, current_ranks().world_size) == (index, 2)
     assert current_ranks().local_rank is None

@@ -32,13 +32,13 @@ def _arguments():
 def test_each_of_them_is_routed_and_the_others_learn_of_a_failure():
     first, second = run_ranks(_fail_under_each, 2)
     assert first == [f"RuntimeError: disk full for {who}" for who in ASKED]
-    for who, told in zip(ASKED, second, strict=True):
-        assert told.startswith("FirstRankError: rank 0 of 2 on host")
-        assert f"disk full for {who}" in told
+    for who, error in zip(ASKED, second, strict=True):
+        assert error.startswith("FirstRankError: rank 0 of 2 on host")
+        assert f"disk full for {who}" in error
 
 
 def _fail_under_each():
-    told = []
+    errors = []
     with route_first_rank():
         for who, ask in ASKED.items():
             try:
@@ -46,8 +46,8 @@ def _fail_under_each():
                     assert is_first == (rank() == 0), who
                     raise RuntimeError(f"disk full for {who}")
             except (RuntimeError, FirstRankError) as error:
-                told.append(f"{type(error).__name__}: {error}")
-    return told
+                errors.append(f"{type(error).__name__}: {error}")
+    return errors
 
 
 def test_the_trainers_accelerator_needs_no_routing():

@@ -63,7 +63,7 @@ def test_a_group_that_met_in_a_file_serves_too(tmp_path):
 
 
 @ranks(2, init=False, agent=False, env={"MASTER_ADDR": None})
-def test_ranks_that_cannot_meet_are_told_what_to_set():
+def test_ranks_that_cannot_meet_learn_what_to_set():
     with pytest.raises(LauncherError, match=r"set MASTER_ADDR .* and MASTER_PORT"), FirstRankPerNode():
         pass
 
@@ -92,7 +92,7 @@ def _open_or_explain():
 
 
 @ranks(2, init=False)
-def test_a_forked_child_is_told_that_it_is_no_rank():
+def test_a_forked_child_learns_that_it_is_no_rank():
     open_channel()
     reader, writer = os.pipe()
     child = os.fork()

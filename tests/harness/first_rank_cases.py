@@ -105,9 +105,9 @@ def wait_for(paths: list[Path], *, limit_s: float = 60.0) -> None:
 
 
 def meet(folder: Path, num_ranks: int) -> None:
-    """Return when all ranks are here, with the channel open: nobody is late for what follows, on a busy machine either.
+    """Return when all ranks are here, with the channel open: none is late for what follows, on a busy machine either.
 
-    A rank 0 that hosts the store may otherwise end before a slow rank has found it: then there is nobody to tell that.
+    A rank 0 that hosts the store may otherwise end before a slow rank has found it: then no rank can learn of it.
     """
     from hf_gradutils.coordination.store import open_channel
 
@@ -145,7 +145,7 @@ def fault_in_first(folder: Path, tool: str, fault: str, *, goes_on: bool = False
             else:
                 note(folder, "entered", data_file(folder).read_text())
     except BaseException as error:
-        note(folder, "told", f"{type(error).__name__}: {error}")
+        note(folder, "error", f"{type(error).__name__}: {error}")
         if not (goes_on and rank() == 0):
             raise
     if goes_on:
@@ -223,7 +223,7 @@ def waiting_rank_is_interrupted(folder: Path, tool: str, *, prepare_s: float) ->
             else:
                 note(folder, "entered", data_file(folder).read_text())
     except BaseException as error:
-        note(folder, "told", f"{type(error).__name__}: {error}")
+        note(folder, "error", f"{type(error).__name__}: {error}")
         raise
     note(folder, "left")
 
@@ -307,7 +307,7 @@ class Story:
         """Between two events."""
         return end_s - begin_s if self._clock is None else self._clock.seconds(begin_s, end_s)
 
-    def told(self, *, but: int = 0) -> dict[int, tuple[float, str]]:
+    def errors(self, *, but: int = 0) -> dict[int, tuple[float, str]]:
         """Rank → (seconds after the fault, error), but for the rank at fault."""
         fault_s = self.fault_s()
-        return {e.rank: (self.seconds(fault_s, e.time_s), e.text) for e in self.of("told") if e.rank != but}
+        return {e.rank: (self.seconds(fault_s, e.time_s), e.text) for e in self.of("error") if e.rank != but}

@@ -1,0 +1,30 @@
+"""await_verdict on the store of one process: another rank ends between two looks."""
+
+import pytest
+from torch.distributed import HashStore
+
+from hf_gradutils.coordination import keys
+from hf_gradutils.coordination.channel import Channel
+from hf_gradutils.coordination.ranks import Ranks
+from hf_gradutils.coordination.waiting import OK, Duty, WaitOptions, await_verdict
+
+RANKS = Ranks(global_rank=0, world_size=2, local_rank=0, node="0", local_size=2)
+
+
+@pytest.mark.parametrize("key", ["verdict", "part"])
+@pytest.mark.parametrize("last_words", [OK, None])
+def test_what_a_rank_writes_at_its_end_counts(key, last_words):
+    class EndsUnderTheLook(Channel):
+        def has_left(self, global_rank):
+            if last_words is not None:
+                self.write(key, last_words)
+            self.write(keys.RANK_LEFT.format(rank=1), "left")
+            return super().has_left(global_rank)
+
+    channel = EndsUnderTheLook(HashStore(), ranks=RANKS, origin="here", server=None, num_restarts="0")
+    duties, options = [Duty(1, key, "was done")], WaitOptions(poll_s=0.01, timeout_s=5)
+    verdict = await_verdict(
+        channel, "verdict", lambda: duties, lambda: "waits", options, contribute=lambda: channel.read("part")
+    )
+    assert verdict == (last_words or channel.read("verdict"))
+    assert last_words or "rank 1 of 2 on a host unknown so far has ended" in verdict
