@@ -25,12 +25,12 @@ from hf_gradutils.gradients.plan import plan_by_name
 from hf_gradutils.invariance._reference import HOOKS, Measured, compare_with_one_process, difference
 from hf_gradutils.invariance._report import Comparison, InvarianceReport, compare_gradients
 from hf_gradutils.invariance._subjects import (
-    LoopSubject,
+    AcceleratorLoop,
     LossAndTargets,
     Rows,
     RunWindow,
     Subject,
-    WindowSubject,
+    TorchLoop,
     describe,
 )
 from hf_gradutils.invariance._trainer_subject import TrainerSubject
@@ -114,7 +114,7 @@ def check_loop_invariance(
         tolerance: As in :func:`check_invariance`.
         make_model: As in :func:`check_invariance`.
     """
-    subject = LoopSubject(accelerator, model, rows, collate, loss_and_targets)
+    subject = AcceleratorLoop(accelerator, model, rows, collate, loss_and_targets)
     return _check(subject, num_samples, tolerance, make_model)
 
 
@@ -142,7 +142,7 @@ def check_window_invariance(
         tolerance: As in :func:`check_invariance`.
         make_model: As in :func:`check_invariance`.
     """
-    subject = WindowSubject(model, rows, collate, run_window, loss_and_targets)
+    subject = TorchLoop(model, rows, collate, run_window, loss_and_targets)
     return _check(subject, num_samples, tolerance, make_model)
 
 

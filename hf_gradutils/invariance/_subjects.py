@@ -62,7 +62,7 @@ class Subject(Protocol):
         """Afterwards everything is as before."""
 
 
-class _OwnLoop:
+class _Loop:
     """What loops of one's own have in common."""
 
     def __init__(
@@ -80,25 +80,21 @@ class _OwnLoop:
         self._device = device
 
     def rows(self, num_rows: int) -> Rows:
-        """The first samples of the dataset, the same on all ranks."""
         if len(self._rows) < num_rows:
             raise InvalidArgumentError(f"expected at least {num_rows} rows, got {len(self._rows)}; lower num_samples")
         return [self._rows[index] for index in range(num_rows)]
 
     def batch(self, rows: Rows) -> Any:
-        """As in :class:`Subject`."""
         return send_to_device(self._collate(rows), self._device)
 
     def own_mean(self, model: nn.Module, batch: Any) -> Tensor:
-        """As in :class:`Subject`."""
         return self._loss_and_targets(model, batch)[0]
 
     def counter(self, model: nn.Module) -> TargetCounter:
-        """As in :class:`Subject`."""
         return TargetCounter(count=lambda batch: torch.as_tensor(self._loss_and_targets(model, batch)[1]))
 
 
-class LoopSubject(_OwnLoop):
+class AcceleratorLoop(_Loop):
     """A loop with an Accelerator, ours or accelerate's."""
 
     def __init__(
@@ -126,7 +122,6 @@ class LoopSubject(_OwnLoop):
         )
 
     def run(self, parts: Sequence[Rows]) -> float:
-        """As in :class:`Subject`."""
         accelerator, model = self.accelerator, self.model
         discard_deferred(model)
         if isinstance(accelerator, GradUtilsAccelerator):
@@ -146,8 +141,8 @@ class LoopSubject(_OwnLoop):
             total += loss.detach() / len(parts)
         if isinstance(accelerator, GradUtilsAccelerator):
             accelerator.windows.close(accelerator.windows.of_loss(model), step=1)
-            return _finish(accelerator, model)
-        return _mean_over_ranks(total)
+            return finish_step(accelerator, model)
+        return mean_over_ranks(total)
 
     def _sync_context(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
         if not is_last:
@@ -158,16 +153,15 @@ class LoopSubject(_OwnLoop):
 
     @contextlib.contextmanager
     def as_it_was(self) -> Iterator[None]:
-        """As in :class:`Subject`."""
         steps, step = self.accelerator.gradient_accumulation_steps, self.accelerator.step
         try:
-            with _untouched(self.model), _accelerator_untouched(self.accelerator):
+            with model_untouched(self.model), accelerator_untouched(self.accelerator):
                 yield
         finally:
             self.accelerator.gradient_accumulation_steps, self.accelerator.step = steps, step
 
 
-class WindowSubject(_OwnLoop):
+class TorchLoop(_Loop):
     """A loop of plain torch: data parallelism of any kind, or one process."""
 
     def __init__(
@@ -186,16 +180,14 @@ class WindowSubject(_OwnLoop):
         self.advice = "the window's end does not divide by the targets that the losses are means over"
 
     def run(self, parts: Sequence[Rows]) -> float:
-        """As in :class:`Subject`."""
         discard_deferred(self.model)
         return float(self._run_window([self.batch(part) for part in parts]))
 
     def as_it_was(self) -> contextlib.AbstractContextManager[None]:
-        """As in :class:`Subject`."""
-        return _untouched(self.model)
+        return model_untouched(self.model)
 
 
-def _finish(accelerator: GradUtilsAccelerator, model: nn.Module) -> float:
+def finish_step(accelerator: GradUtilsAccelerator, model: nn.Module) -> float:
     """What a fused optimizer would have done on the way to the step; the loss."""
     report = accelerator.report
     assert report is not None
@@ -209,13 +201,13 @@ def _finish(accelerator: GradUtilsAccelerator, model: nn.Module) -> float:
     return float(report.loss)
 
 
-def _mean_over_ranks(loss: Tensor) -> float:
+def mean_over_ranks(loss: Tensor) -> float:
     domain = world_domain()
     return add_up(domain, loss.device, loss=float(loss))["loss"] / domain.num_ranks
 
 
 @contextlib.contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
+def model_untouched(model: nn.Module) -> Iterator[None]:
     """Without dropout; gradients, buffers, modes and random states are as before afterwards."""
     gradients = [(p, p.grad) for p in model.parameters()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
@@ -239,7 +231,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _accelerator_untouched(accelerator: Accelerator) -> Iterator[None]:
+def accelerator_untouched(accelerator: Accelerator) -> Iterator[None]:
     sync = accelerator.sync_gradients
     try:
         yield

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_gradutils._precision import uses_exact_arithmetic
 from hf_gradutils.accelerator import GradUtilsAccelerator
 from hf_gradutils.errors import InvalidArgumentError
-from hf_gradutils.invariance._subjects import Rows, _accelerator_untouched, _finish, _mean_over_ranks, _untouched
+from hf_gradutils.invariance._subjects import Rows, accelerator_untouched, finish_step, mean_over_ranks, model_untouched
 from hf_gradutils.sync import discard_deferred
 from hf_gradutils.targets import trl
 from hf_gradutils.targets.counter import TargetCounter
@@ -43,7 +43,6 @@ class TrainerSubject:
         self._loader = trainer.get_train_dataloader()
 
     def rows(self, num_rows: int) -> Rows:
-        """The first samples of the dataset, the same on all ranks."""
         rows = list(itertools.islice(iter(self._loader.dataset), num_rows))
         if len(rows) < num_rows:
             raise InvalidArgumentError(
@@ -53,11 +52,9 @@ class TrainerSubject:
         return rows
 
     def batch(self, rows: Rows) -> Any:
-        """As in :class:`Subject`."""
         return self.trainer._prepare_inputs(self._loader.collate_fn(rows))
 
     def run(self, parts: Sequence[Rows]) -> float:
-        """As in :class:`Subject`."""
         trainer, model = self.trainer, self.model
         discard_deferred(model)
         if self._is_ours:
@@ -75,11 +72,10 @@ class TrainerSubject:
                 total += trainer.training_step(model, inputs, num_items)
         trainer._get_grad_norm(model)
         if self._is_ours:
-            return _finish(self.accelerator, model)
-        return _mean_over_ranks(total)
+            return finish_step(self.accelerator, model)
+        return mean_over_ranks(total)
 
     def own_mean(self, model: nn.Module, batch: Any) -> Tensor:
-        """As in :class:`Subject`."""
         trainer = self.trainer
         before, trainer.args.average_tokens_across_devices = trainer.args.average_tokens_across_devices, False
         count = self.counter(model)(batch).clamp(min=1) if trainer.compute_loss_func is not None else None
@@ -92,7 +88,6 @@ class TrainerSubject:
         return loss
 
     def counter(self, model: nn.Module) -> TargetCounter:
-        """As in :class:`Subject`."""
         if self._is_ours:
             return self.trainer._unit.counter  # type: ignore[no-any-return] # settled by the first run
         return TargetCounter(count=self._stock_count)
@@ -108,14 +103,13 @@ class TrainerSubject:
 
     @contextlib.contextmanager
     def as_it_was(self) -> Iterator[None]:
-        """As in :class:`Subject`."""
         trainer = self.trainer
         attributes = dict(vars(trainer))
         running_loss = trainer._tr_loss.clone() if hasattr(trainer, "_tr_loss") else None
         logged = {name: copy.deepcopy(attributes[name]) for name in TRL_METRICS if name in attributes}
         steps = trainer.args.gradient_accumulation_steps
         try:
-            with _untouched(self.model), _accelerator_untouched(self.accelerator):
+            with model_untouched(self.model), accelerator_untouched(self.accelerator):
                 yield
         finally:
             trainer.args.gradient_accumulation_steps = steps

@@ -7,11 +7,13 @@ moves.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from hf_gradutils.targets.counter import IGNORE_INDEX, LossUnit
+
+T = TypeVar("T")
 
 _CONTRASTIVE = "it contrasts every sample with the others of its micro-batch, so a smaller micro-batch is another task"
 _TWO_MEANS = "it adds two means over different numbers of targets"
@@ -23,56 +25,35 @@ _DENOISING = (
     "num_denoising=0 in the configuration it is a mean over boxes"
 )
 
+
+def _each(names: str, value: T) -> dict[str, T]:
+    """The same value for each name of a text."""
+    return dict.fromkeys(names.split(), value)
+
+
 NO_UNIT = {
-    **dict.fromkeys(
-        [
-            "AltCLIPModel",
-            "BlipModel",
-            "ChineseCLIPModel",
-            "CLIPModel",
-            "CLIPSegModel",
-            "GroupViTModel",
-            "MetaClip2Model",
-            "Owlv2Model",
-            "OwlViTModel",
-            "Siglip2Model",
-            "SiglipModel",
-            "Tipsv2Model",
-            "VideoPrismClipModel",
-            "VisionTextDualEncoderModel",
-            "XCLIPModel",
-        ],
+    **_each(
+        """
+        AltCLIPModel BlipModel ChineseCLIPModel CLIPModel CLIPSegModel GroupViTModel MetaClip2Model Owlv2Model
+        OwlViTModel Siglip2Model SiglipModel Tipsv2Model VideoPrismClipModel VisionTextDualEncoderModel
+        XCLIPModel
+        """,
         _CONTRASTIVE,
     ),
-    **dict.fromkeys(
-        [
-            "AlbertForPreTraining",
-            "BertForPreTraining",
-            "BigBirdForPreTraining",
-            "ErnieForPreTraining",
-            "FNetForPreTraining",
-            "LxmertForPreTraining",
-            "MegatronBertForPreTraining",
-            "MobileBertForPreTraining",
-            "VisualBertForPreTraining",
-            "Deimv2ForObjectDetection",
-            "DetrForObjectDetection",
-            "DetrForSegmentation",
-            "MaskFormerForInstanceSegmentation",
-            "TableTransformerForObjectDetection",
-            "YolosForObjectDetection",
-        ],
+    **_each(
+        """
+        AlbertForPreTraining BertForPreTraining BigBirdForPreTraining ErnieForPreTraining FNetForPreTraining
+        LxmertForPreTraining MegatronBertForPreTraining MobileBertForPreTraining VisualBertForPreTraining
+        Deimv2ForObjectDetection DetrForObjectDetection DetrForSegmentation MaskFormerForInstanceSegmentation
+        TableTransformerForObjectDetection YolosForObjectDetection
+        """,
         _TWO_MEANS,
     ),
-    **dict.fromkeys(
-        [
-            "EomtDinov3ForUniversalSegmentation",
-            "EomtForUniversalSegmentation",
-            "Mask2FormerForUniversalSegmentation",
-            "OneFormerForUniversalSegmentation",
-            "RfDetrForInstanceSegmentation",
-            "ViTMAEForPreTraining",
-        ],
+    **_each(
+        """
+        EomtDinov3ForUniversalSegmentation EomtForUniversalSegmentation Mask2FormerForUniversalSegmentation
+        OneFormerForUniversalSegmentation RfDetrForInstanceSegmentation ViTMAEForPreTraining
+        """,
         _RANDOM,
     ),
     "AutoformerForPrediction": _SHARED_DELAYS,
@@ -82,32 +63,24 @@ NO_UNIT = {
 """Class name → why its loss is no mean over anything that could be counted."""
 
 UNITS: dict[str, LossUnit] = {
-    **dict.fromkeys(["ElectraForPreTraining", "FunnelForPreTraining"], "attended_tokens"),
-    **dict.fromkeys(
-        [
-            "ConditionalDetrForObjectDetection",
-            "ConditionalDetrForSegmentation",
-            "DabDetrForObjectDetection",
-            "DeformableDetrForObjectDetection",
-            "LwDetrForObjectDetection",
-            "RfDetrForObjectDetection",
-            "RTDetrForObjectDetection",
-            "RTDetrV2ForObjectDetection",
-        ],
+    **_each("ElectraForPreTraining FunnelForPreTraining", "attended_tokens"),
+    **_each(
+        """
+        ConditionalDetrForObjectDetection ConditionalDetrForSegmentation DabDetrForObjectDetection
+        DeformableDetrForObjectDetection LwDetrForObjectDetection RfDetrForObjectDetection
+        RTDetrForObjectDetection RTDetrV2ForObjectDetection
+        """,
         "boxes",
     ),
     # Tokens as for others, but their decoder cannot start without any label, as the question about the shift has it.
-    **dict.fromkeys(["MBartForConditionalGeneration", "PLBartForConditionalGeneration"], "tokens"),
+    **_each("MBartForConditionalGeneration PLBartForConditionalGeneration", "tokens"),
     # Labels of tokens, but a mean over questions; and labels that -100 must not be among.
-    **dict.fromkeys(["ParakeetForTDT", "TapasForQuestionAnswering"], "rows"),
-    **dict.fromkeys(
-        [
-            "DeiTForMaskedImageModeling",
-            "FocalNetForMaskedImageModeling",
-            "SwinForMaskedImageModeling",
-            "Swinv2ForMaskedImageModeling",
-            "ViTForMaskedImageModeling",
-        ],
+    **_each("ParakeetForTDT TapasForQuestionAnswering", "rows"),
+    **_each(
+        """
+        DeiTForMaskedImageModeling FocalNetForMaskedImageModeling SwinForMaskedImageModeling
+        Swinv2ForMaskedImageModeling ViTForMaskedImageModeling
+        """,
         "masked_patches",
     ),
 }
