@@ -714,8 +714,8 @@ def test_a_cell_that_a_planted_scale_passes_is_a_fault(monkeypatch):
 class Planted(half_exactness.ScaledOurs):
     """A gradient that is 1.05 times as long as it should be."""
 
-    def _close_window(self, model, max_norm):
-        norm = super()._close_window(model, max_norm)
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
         for parameter in model.parameters():
             if parameter.grad is not None:
                 parameter.grad *= half_exactness.PLANTED
