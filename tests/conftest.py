@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from tests.harness.ranks import UPSTREAM_WARNINGS, helper_pids, stop_forkserver
+from tests.harness.ranks.forkserver import helper_pids, stop_forkserver
+from tests.harness.ranks.launch import UPSTREAM_WARNINGS
 
 # Before anything imports transformers: no test talks to a hub.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")

@@ -1,6 +1,6 @@
 """Tests that need a GPU: run when they are asked for by path, as `make test-gpu` does, and where there is one.
 
-The pytest process never touches CUDA: everything runs in ranks of `tests/harness/ranks.py`, which are forked
+The pytest process never touches CUDA: everything runs in ranks of `tests/harness/ranks`, which are forked
 from a process that must not have touched it either.
 """
 

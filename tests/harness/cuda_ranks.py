@@ -1,4 +1,4 @@
-"""Ranks of `ranks.py` that share the first GPU.
+"""Ranks of `harness.ranks` that share the first GPU.
 
 CUDA works in no process whose parent has started it. Ranks are forked, so that neither pytest nor what forks them may
 have; a module may do so while it is imported, and `torch.cuda.is_available()` does unless it is told otherwise.
@@ -8,8 +8,7 @@ import os
 
 import torch
 
-from tests.harness import ranks
-from tests.harness.ranks import RankFailure, run_ranks
+from tests.harness.ranks import RankFailure, forkserver, run_ranks
 
 
 def one_gpu() -> dict[str, str]:
@@ -20,12 +19,12 @@ def one_gpu() -> dict[str, str]:
 def let_ranks_start_cuda() -> None:
     """See to it that ranks can; if need be they import everything for themselves, which takes longer."""
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    ranks.stop_forkserver()  # the next one has the variable from its start
+    forkserver.stop_forkserver()  # the next one has the variable from its start
     try:
         _start_cuda()
     except RankFailure:
-        ranks.stop_forkserver()
-        ranks.ALWAYS_PRELOADED = ranks.PRELOADED_IF_IMPORTED = ()
+        forkserver.stop_forkserver()
+        forkserver.ALWAYS_PRELOADED = forkserver.PRELOADED_IF_IMPORTED = ()
         _start_cuda()
 
 

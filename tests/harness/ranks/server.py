@@ -1,4 +1,4 @@
-"""What happens inside one rank: the process that `ranks.py` forks for each of them.
+"""What happens inside one rank: the process that is forked for each of them.
 
 The parent sends a `Job`, the rank runs its body and answers with one `Answer`, then waits for the
 parent's "go" before it takes its process group down: so no rank closes a connection that another

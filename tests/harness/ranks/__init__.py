@@ -1,0 +1,18 @@
+"""`@ranks(4)`: a plain test function, run by four real gloo processes.
+
+    @ranks(4, dp=2, tp=2)
+    def test_each_rank_has_its_place(mesh):
+        assert mesh.get_coordinate() == [dist.get_rank() // 2, dist.get_rank() % 2]
+
+The ranks are forked from a forkserver that has torch loaded, so they start in milliseconds. The
+store they meet at lives in the pytest process. A rank that raises, hangs or dies fails the test
+with that rank's traceback; the others are ended and nothing is left behind.
+
+Modules that are slow to import (transformers) are loaded once, in the forkserver, if a collected
+test module imports them at its top; imported inside a test, every rank pays for them.
+"""
+
+from tests.harness.ranks.decorator import ranks, run_ranks
+from tests.harness.ranks.reports import RankFailure
+
+__all__ = ["RankFailure", "ranks", "run_ranks"]

@@ -1,0 +1,69 @@
+"""The process that ranks are forked from: torch, and what else the session needs, is loaded in it once."""
+
+import multiprocessing
+import os
+import sys
+from multiprocessing import forkserver, resource_tracker
+
+ALWAYS_PRELOADED = (
+    "pytest",
+    "torch",
+    "torch.distributed",
+    "torch.distributed.tensor",
+    "torch.distributed.tensor.parallel",
+    "torch.distributed.fsdp",
+    "torch._dynamo",  # DistributedDataParallel and the optimizers import it: 0.7 s in every rank
+    "tests.harness.ranks.server",
+)
+PRELOADED_IF_IMPORTED = (
+    "accelerate",
+    "datasets",
+    "peft",
+    "transformers",
+    "transformers.trainer",
+    "transformers.models.llama.modeling_llama",
+    "trl",
+    "trl.trainer.dpo_trainer",
+    "trl.trainer.sft_trainer",
+    "hf_gradutils",
+    "hf_gradutils.accelerator",
+    "hf_gradutils.trainer",
+)
+"""Loaded in the forkserver if the pytest process has them when the first ranks are wanted."""
+
+_is_started = False
+
+
+def start_forkserver() -> None:
+    """Start the forkserver, once per session, with the modules that this session needs."""
+    global _is_started
+    if _is_started:
+        return
+    multiprocessing.set_forkserver_preload(
+        [*ALWAYS_PRELOADED, *(name for name in PRELOADED_IF_IMPORTED if name in sys.modules)]
+    )
+    prior = dict(os.environ)
+    # One thread each: a pool of threads would not survive the fork.
+    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    # Python 3.11 does not hand sys.path to what it preloads.
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(prior)
+    _is_started = True
+
+
+def stop_forkserver() -> None:
+    """End the forkserver and multiprocessing's resource tracker, if they run."""
+    global _is_started
+    forkserver._forkserver._stop()
+    resource_tracker._resource_tracker._stop()
+    _is_started = False
+
+
+def helper_pids() -> set[int]:
+    """The processes that are there to stay until the session ends."""
+    pids = (forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid)
+    return {pid for pid in pids if pid is not None}
