@@ -15,31 +15,22 @@ from hf_gradutils import (
     reduce_loss,
     rescale_gradients,
 )
-from tests.harness.layouts import (
-    LAYOUTS,
+from tests.harness.gradients import norm_of, relative_error, whole_gradients
+from tests.harness.layouts import NET_LAYOUTS, run
+from tests.harness.ranks import run_ranks
+from tests.harness.tiny_net import (
     data_group,
     data_rank,
-    full_gradients,
     make_batch,
     make_mesh,
     make_net,
-    norm_of,
     parallelize,
-    relative_error,
     summed_loss,
     sync_plain_gradients,
     true_mean_gradient,
 )
-from tests.harness.ranks import run_ranks
 
 NUM_MICRO_BATCHES = 3
-LAYOUT_NAMES = list(LAYOUTS)
-
-
-def run(function, layout, *args):
-    """On the layout's ranks; in this process where there is one."""
-    world_size = math.prod(LAYOUTS[layout].values())
-    return run_ranks(function, world_size, layout, *args) if world_size > 1 else [function(layout, *args)]
 
 
 def accumulate(layout, dtype=torch.float64):
@@ -60,7 +51,7 @@ def accumulate(layout, dtype=torch.float64):
     return model, mesh, losses, num_tokens
 
 
-@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+@pytest.mark.parametrize("layout", NET_LAYOUTS)
 def test_a_step_written_from_the_utilities_is_exact(layout):
     run(_a_step_is_exact, layout)
 
@@ -74,7 +65,7 @@ def _a_step_is_exact(layout):
     tokens_before = num_tokens.clone()
     rescale_gradients(model, num_tokens, group)
     assert torch.equal(num_tokens, tokens_before)
-    assert relative_error(full_gradients(model), want) < 1e-12
+    assert relative_error(whole_gradients(model), want) < 1e-12
 
     # Without a group, tensor-parallel copies count in both numbers and cancel.
     loss, denominator = reduce_loss(losses, num_tokens, dp_group=group)
@@ -86,13 +77,13 @@ def _a_step_is_exact(layout):
 
     norm = norm_of(want)
     assert clip_gradients(model, math.inf).item() == pytest.approx(norm, rel=1e-12)
-    assert relative_error(full_gradients(model), want) < 1e-12, "inf measures only"
+    assert relative_error(whole_gradients(model), want) < 1e-12, "inf measures only"
     clip_norm = norm / 3
     assert clip_gradients(model, clip_norm).item() == pytest.approx(norm, rel=1e-12)
     clipped = {name: g * clip_norm / (norm + 1e-6) for name, g in want.items()}
-    assert relative_error(full_gradients(model), clipped) < 1e-12
+    assert relative_error(whole_gradients(model), clipped) < 1e-12
     assert clip_gradients(model, 10 * norm).item() == pytest.approx(clip_norm, rel=1e-5), "already short enough"
-    assert relative_error(full_gradients(model), clipped) < 1e-12
+    assert relative_error(whole_gradients(model), clipped) < 1e-12
 
 
 def test_control_the_mean_of_means_is_another_gradient():
@@ -101,10 +92,10 @@ def test_control_the_mean_of_means_is_another_gradient():
     for micro in range(NUM_MICRO_BATCHES):
         rows = slice(micro, None, NUM_MICRO_BATCHES)
         (summed_loss(model, x[rows], y[rows], mask[rows]) / mask[rows].sum() / NUM_MICRO_BATCHES).backward()
-    assert relative_error(full_gradients(model), true_mean_gradient()) > 1e-2
+    assert relative_error(whole_gradients(model), true_mean_gradient()) > 1e-2
 
 
-@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+@pytest.mark.parametrize("layout", NET_LAYOUTS)
 def test_every_norm_type_and_dtype_counts_each_element_once(layout):
     run(_norms_are_exact, layout)
 
@@ -121,7 +112,7 @@ def _norms_are_exact(layout):
         model = parallelize(make_net(dtype), layout, mesh)
         for p in model.parameters():
             p.grad = torch.ones_like(p) * 0.1 + p.detach()
-        gradients = full_gradients(model)
+        gradients = whole_gradients(model)
         for p in (1, 2, 3, math.inf):
             want = norm_of(gradients, p)
             assert clip_gradients(model, math.inf, norm_type=p).item() == pytest.approx(want, rel=tolerance)
@@ -131,7 +122,7 @@ def _norms_are_exact(layout):
             got = get_grad_norm(list(model.parameters()), *groups, norm_type=p, dtype=torch.float64)
             assert got == pytest.approx(want, rel=tolerance)
             assert isinstance(got, float)
-        if dist.is_initialized() and layout.startswith(("fsdp", "hsdp", "tp2_fsdp2")):
+        if dist.is_initialized() and layout.startswith(("fsdp", "hsdp", "tp2_fsdp")):
             local = torch.cat([p.grad.to_local().flatten().double() for p in model.parameters()])
             assert float(local.norm()) != pytest.approx(norm_of(gradients), rel=1e-3), "control: this rank's part alone"
 
@@ -147,7 +138,7 @@ def _groups(mesh):
     return (mesh["dp"].get_group() if "dp" in names else None), tp
 
 
-@pytest.mark.parametrize("layout", ["alone", "ddp2", "fsdp4", "hsdp2x2", "tp2_fsdp2", "plain_beside_fsdp2"])
+@pytest.mark.parametrize("layout", ["one_rank", "ddp2", "fsdp2x4", "hsdp2x2", "tp2_fsdp2x2", "plain_beside_fsdp2x2"])
 def test_finite_gradients_that_overflow_their_dtype_have_a_finite_norm(layout):
     run(_overflow, layout)
 
@@ -160,7 +151,7 @@ def _overflow(layout):
     num_elements = sum(p.numel() for p in make_net().parameters())
     want = 1e25 * num_elements**0.5
     assert clip_gradients(model, 1.0).item() == pytest.approx(want, rel=1e-6)
-    assert norm_of(full_gradients(model)) == pytest.approx(1.0, rel=1e-4)
+    assert norm_of(whole_gradients(model)) == pytest.approx(1.0, rel=1e-4)
 
 
 def test_fp16_at_three_million_elements():
@@ -170,7 +161,7 @@ def test_fp16_at_three_million_elements():
     assert get_grad_norm(parameter, None, None) == pytest.approx(300 * 3e6**0.5, rel=1e-6)
 
 
-@pytest.mark.parametrize("layout", ["ddp2", "fsdp2", "plain_beside_fsdp2"])
+@pytest.mark.parametrize("layout", ["ddp2", "fsdp2x2", "plain_beside_fsdp2x2"])
 def test_a_rank_without_gradients_takes_part(layout):
     run(_one_rank_has_none, layout)
 
@@ -204,7 +195,7 @@ def _numel_on_rank_0(p):
     return count.item()
 
 
-@pytest.mark.parametrize("layout", ["alone", "ddp2", "fsdp4"])
+@pytest.mark.parametrize("layout", ["one_rank", "ddp2", "fsdp2x4"])
 def test_no_gradients_at_all_have_norm_zero(layout):
     run(_no_gradients, layout)
 
@@ -233,7 +224,7 @@ def _partial():
     assert math.sqrt((1 + 4) * 6) != pytest.approx(want, rel=0.1), "control: squared as they are"
     assert get_grad_norm(model.weight, None, mesh.get_group()) == pytest.approx(want, rel=1e-6)
     assert clip_gradients(model, 1.0).item() == pytest.approx(want, rel=1e-12)
-    assert norm_of(full_gradients(model)) == pytest.approx(1.0, rel=1e-5)
+    assert norm_of(whole_gradients(model)) == pytest.approx(1.0, rel=1e-5)
 
 
 def test_a_bare_tensor_and_a_bare_dtensor_are_accepted():
@@ -255,7 +246,7 @@ def test_plain_shards_are_summed_where_the_caller_says_so():
 
 
 def _plain_shards():
-    mesh = make_mesh("tp2_fsdp2")
+    mesh = make_mesh("tp2_fsdp2x2")
     parameter = torch.nn.Parameter(torch.zeros(3))
     parameter.grad = torch.full((3,), 1.0 + mesh.get_local_rank("tp"))
     groups = mesh["dp"].get_group(), mesh["tp"].get_group()
@@ -348,7 +339,7 @@ def test_bad_arguments_say_what_was_expected(call, message):
     assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters()), "nothing is lost"
 
 
-@pytest.mark.parametrize("layout", ["ddp2", "fsdp2", "hsdp2x2", "tp2_fsdp2", "two_meshes"])
+@pytest.mark.parametrize("layout", ["ddp2", "fsdp2x2", "hsdp2x2", "tp2_fsdp2x2", "two_meshes2x2"])
 def test_a_clip_is_one_all_reduce(layout):
     run(_one_all_reduce, layout)
 

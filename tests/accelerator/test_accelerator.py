@@ -12,19 +12,17 @@ from torch import nn
 
 from hf_gradutils import GradUtilsAccelerator, GradUtilsPlugin
 from hf_gradutils.errors import InvalidArgumentError, NonfiniteGradientError, TargetCountError
-from tests.harness.accelerator_cases import make, run_loop, whole_gradients
+from tests.harness.accelerator_cases import make, run_loop
 from tests.harness.counting import collectives, events_of, num_host_syncs
+from tests.harness.gradients import norm_of, relative_error, whole_gradients
 from tests.harness.half_cases import with_scaler
 from tests.harness.heads import HEADS
+from tests.harness.layouts import LAYOUTS, run
 from tests.harness.trainer_cases import (
-    LAYOUTS,
     make_data,
     make_model,
     micro_batches_of,
-    norm,
-    relative_error,
     reset_accelerate,
-    run,
     truth,
     truth_of_micro_batches,
 )
@@ -42,16 +40,16 @@ SUMS = ("wav2vec2 ctc sum",)
 """Heads that return no mean, which a loop of one's own divides itself."""
 
 IN_LAYOUT = {
-    "1 rank": [head for head in HEADS if head not in SUMS],
+    "one_rank": [head for head in HEADS if head not in SUMS],
     "ddp2": [head for head in HEADS if head not in SUMS],
     "ddp4": [HEAD],
     "fsdp2x2": [HEAD, "t5 seq2seq", "bert classes", "qwen3 moe aux", "plain shifting module"],
     "hsdp2x2": [HEAD, "bert classes"],
-    "native fsdp2x2": [HEAD, "bert tokens"],
-    "native hsdp2x2": [HEAD],
+    "native_fsdp2x2": [HEAD, "bert tokens"],
+    "native_hsdp2x2": [HEAD],
     "tp2": [HEAD, "qwen3 causal"],
-    "tp2 x fsdp2": [HEAD, "qwen3 causal"],
-    "ep2 x fsdp2": ["qwen3 moe aux"],
+    "tp2_fsdp2x2": [HEAD, "qwen3 causal"],
+    "ep2_fsdp2x2": ["qwen3 moe aux"],
 }
 
 
@@ -76,7 +74,7 @@ def _is_exact(layout, head, accumulation):
     loop = run_loop(head, layout, accumulation, max_norm=math.inf)
     assert len(loop.gradients) == 1
     assert relative_error(loop.gradients[0], want) < TOLERANCE, (head, accumulation)
-    assert loop.norms == pytest.approx([norm(want)], rel=TOLERANCE)
+    assert loop.norms == pytest.approx([norm_of(want)], rel=TOLERANCE)
     assert loop.losses == pytest.approx([loss], rel=TOLERANCE)
     assert loop.num_targets == [HEADS[head].targets(HEADS[head].collate(rows))]
 
@@ -97,7 +95,7 @@ def test_control_the_stock_accelerator_is_not():
 # ---- Windows ----
 
 
-@pytest.mark.parametrize("layout", ["1 rank", "ddp2", "fsdp2x2"])
+@pytest.mark.parametrize("layout", ["one_rank", "ddp2", "fsdp2x2"])
 def test_the_gradient_is_exact_without_clipping_and_in_a_short_last_window(layout):
     run(_short_window, layout)
 
@@ -115,7 +113,7 @@ def _short_window(layout):
         assert loss == pytest.approx(want_loss, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("layout", ["1 rank", "ddp2", "fsdp2x2"])
+@pytest.mark.parametrize("layout", ["one_rank", "ddp2", "fsdp2x2"])
 def test_a_loop_that_says_no_sync_itself_is_exact(layout):
     run(_with_no_sync, layout)
 
@@ -169,7 +167,7 @@ def _uneven(layout, num_rows):
     assert loader.batch_sampler.even_batches, "as before"
 
 
-@pytest.mark.parametrize("layout", ["1 rank", "ddp2", "fsdp2x2"])
+@pytest.mark.parametrize("layout", ["one_rank", "ddp2", "fsdp2x2"])
 def test_a_window_that_is_given_up_leaves_nothing_behind(layout):
     run(_given_up, layout)
 
@@ -231,7 +229,7 @@ def _prepared(plugin, models, num_optimizers=None, **options):
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_two_models_with_a_loss_each_have_a_window_each(num_ranks):
-    run(_two_losses, "1 rank" if num_ranks == 1 else "ddp2")
+    run(_two_losses, "one_rank" if num_ranks == 1 else "ddp2")
 
 
 def _two_losses(layout):
@@ -253,7 +251,7 @@ def _two_losses(layout):
             step_b.step()
     for model, gradients in zip((a, b), want, strict=True):
         assert relative_error(whole_gradients(model), gradients) < TOLERANCE
-    assert float(total) == pytest.approx(norm(want[1]), rel=TOLERANCE)
+    assert float(total) == pytest.approx(norm_of(want[1]), rel=TOLERANCE)
 
 
 def test_a_loss_that_trains_two_models_with_an_optimizer_each():
@@ -366,7 +364,7 @@ def test_an_overflow_skips_the_step_and_the_scheduler_holds():
 # ---- Clipping ----
 
 
-@pytest.mark.parametrize("layout", ["1 rank", "ddp2", "fsdp2x2", "tp2"])
+@pytest.mark.parametrize("layout", ["one_rank", "ddp2", "fsdp2x2", "tp2"])
 def test_any_parameters_can_be_clipped(layout):
     run(_clip_some, layout)
 
@@ -386,28 +384,28 @@ def _clip_some(layout):
             return
         accelerator = loop.accelerator
         named = dict(loop.model.named_parameters())
-        limit = norm(some) / 2
+        limit = norm_of(some) / 2
         got = accelerator.clip_grad_norm_((p for n, p in named.items() if "mlp" in n), limit)
-        assert float(got) == pytest.approx(norm(some), rel=TOLERANCE)
+        assert float(got) == pytest.approx(norm_of(some), rel=TOLERANCE)
         clipped = {n: g * 0.5 for n, g in some.items()} | rest
         assert relative_error(whole_gradients(loop.model), clipped) < TOLERANCE
-        assert float(accelerator.report.grad_norm) == pytest.approx(norm(want), rel=TOLERANCE)
+        assert float(accelerator.report.grad_norm) == pytest.approx(norm_of(want), rel=TOLERANCE)
         backwards = accelerator.clip_grad_norm_(reversed(list(named.values())), math.inf)
-        assert float(backwards) == pytest.approx(norm(clipped), rel=TOLERANCE)
+        assert float(backwards) == pytest.approx(norm_of(clipped), rel=TOLERANCE)
         one = next(n for n in named if "mlp" in n)
         largest = float(clipped[one.removeprefix("module.")].abs().max())
         assert float(accelerator.clip_grad_norm_(named[one], math.inf, norm_type=math.inf)) == pytest.approx(
             largest, rel=TOLERANCE
         )
         assert float(accelerator.clip_grad_norm_(stranger.parameters(), 1.0)) == pytest.approx(24**0.5)
-        assert float(stranger.layer.weight.grad.norm()) == pytest.approx(1.0, rel=1e-4)
+        assert float(stranger.layer.weight.grad.norm_of()) == pytest.approx(1.0, rel=1e-4)
         checked.append(True)
 
     run_loop(HEAD, layout, 4, after_backward=clip)
     assert checked == [True]
 
 
-@pytest.mark.parametrize("layout", ["1 rank", "ddp2", "fsdp2x2"])
+@pytest.mark.parametrize("layout", ["one_rank", "ddp2", "fsdp2x2"])
 def test_values_can_be_clipped_wherever_they_are(layout):
     run(_clip_values, layout)
 
@@ -450,13 +448,13 @@ def test_clipping_before_the_end_of_a_window_is_refused():
     with pytest.raises(InvalidArgumentError, match=r"if accelerator\.sync_gradients"):
         run_loop(
             HEAD,
-            "1 rank",
+            "one_rank",
             4,
             after_backward=lambda loop: loop.accelerator.clip_grad_norm_(loop.model.parameters(), 1.0),
         )
 
 
-@pytest.mark.parametrize("layout", ["1 rank", "ddp2", "fsdp2x2"])
+@pytest.mark.parametrize("layout", ["one_rank", "ddp2", "fsdp2x2"])
 def test_a_fused_optimizer_that_scales_takes_the_same_steps(layout):
     run(_folded, layout)
 
@@ -482,7 +480,7 @@ def test_clipping_twice_is_refused_where_the_optimizer_still_scales():
 
     with pytest.raises(InvalidArgumentError, match="expected to clip once with fold_into_optimizer=True"):
         run_loop(
-            HEAD, "1 rank", 1, batch_size=4, plugin=plugin, optimizer=FUSED, max_norm=1.0, after_backward=clip_again
+            HEAD, "one_rank", 1, batch_size=4, plugin=plugin, optimizer=FUSED, max_norm=1.0, after_backward=clip_again
         )
 
 
@@ -499,7 +497,7 @@ def _poison(loop):
         grad.view(-1)[0] = math.nan
 
 
-@pytest.mark.parametrize("layout", ["1 rank", "ddp2", "fsdp2x2"])
+@pytest.mark.parametrize("layout", ["one_rank", "ddp2", "fsdp2x2"])
 def test_a_bad_step_is_skipped_and_the_scheduler_holds(layout):
     run(_skips, layout)
 
@@ -515,7 +513,7 @@ def _skips(layout):
     assert all(p.isfinite().all() for p in loop.model.parameters())
 
 
-@pytest.mark.parametrize("layout", ["1 rank", "ddp2", "fsdp2x2"])
+@pytest.mark.parametrize("layout", ["one_rank", "ddp2", "fsdp2x2"])
 @pytest.mark.parametrize("kind", ["sgd", "fused"])
 def test_a_bad_step_raises_and_nothing_has_moved(layout, kind):
     run(_raises, layout, kind)
@@ -541,7 +539,9 @@ def _raises(layout, kind):
 
 
 def test_no_checkpoint_is_written_over_a_bad_step(tmp_path):
-    loop, loader = make(HEAD, "1 rank", plugin=GradUtilsPlugin(), rows=make_data(HEAD), batch_size=16, optimizer=FUSED)
+    loop, loader = make(
+        HEAD, "one_rank", plugin=GradUtilsPlugin(), rows=make_data(HEAD), batch_size=16, optimizer=FUSED
+    )
     for batch in loader:
         loop.accelerator.backward(loop.model(**batch).loss, num_targets=HEADS[HEAD].targets(batch))
         _poison(loop)
@@ -556,7 +556,7 @@ def test_no_checkpoint_is_written_over_a_bad_step(tmp_path):
 # ---- Costs ----
 
 
-@pytest.mark.parametrize("layout", ["1 rank", "ddp2", "fsdp2x2"])
+@pytest.mark.parametrize("layout", ["one_rank", "ddp2", "fsdp2x2"])
 def test_the_end_of_a_window_is_one_all_reduce_and_no_host_sync(layout):
     run(_counts, layout)
 
@@ -580,7 +580,7 @@ def _counts(layout):
         assert not collectives(steps)
         assert num_host_syncs(steps) == torch_own_syncs
         loop.optimizer.zero_grad()
-    assert counted == [(0 if layout == "1 rank" else 1, 0)] * len(counted)
+    assert counted == [(0 if layout == "one_rank" else 1, 0)] * len(counted)
     assert counted
 
 
@@ -691,7 +691,7 @@ def test_a_bad_keyword_is_not_blamed_on_a_variable(monkeypatch):
 
 def test_a_training_goes_on_from_a_checkpoint_as_if_nothing_had_happened(tmp_path):
     def loop_from(start, *, saves=None, loads=None):
-        loop, loader = make(HEAD, "1 rank", plugin=GradUtilsPlugin(num_steps=2), rows=make_data(HEAD), batch_size=2)
+        loop, loader = make(HEAD, "one_rank", plugin=GradUtilsPlugin(num_steps=2), rows=make_data(HEAD), batch_size=2)
         accelerator = loop.accelerator
         if loads:
             accelerator.load_state(loads)

@@ -26,11 +26,12 @@ from hf_gradutils.targets.probe import check_additivity
 from hf_gradutils.targets.unit import settle_unit
 from hf_gradutils.upstream.dtensor import local_tensor
 from hf_gradutils.upstream.fsdp import _fsdp2_groups, fsdp2_adds_shards_by_position
-from tests.harness.accelerator_cases import whole_gradients
+from tests.harness.gradients import relative_error, whole_gradients
 from tests.harness.half_cases import SELDOM, Seldom, collate, dtypes_in, seldom_rows, with_scaler
 from tests.harness.heads import HEADS
-from tests.harness.layouts import (
-    full_gradients,
+from tests.harness.layouts import LAYOUTS, run
+from tests.harness.ranks import RankFailure, run_ranks
+from tests.harness.tiny_net import (
     make_batch,
     make_mesh,
     make_net,
@@ -39,18 +40,7 @@ from tests.harness.layouts import (
     sync_plain_gradients,
     true_mean_gradient,
 )
-from tests.harness.layouts import relative_error as error_of
-from tests.harness.ranks import RankFailure, run_ranks
-from tests.harness.trainer_cases import (
-    LAYOUTS,
-    fsdp_on_cpu,
-    make_data,
-    make_model,
-    relative_error,
-    reset_accelerate,
-    run,
-    train,
-)
+from tests.harness.trainer_cases import fsdp_on_cpu, make_data, make_model, reset_accelerate, train
 
 NEEDS_EVERY_PARAMETER = fsdp2_adds_shards_by_position()
 """Before torch 2.15."""
@@ -165,7 +155,7 @@ def test_until_it_is_decided_no_parameter_has_to_take_part_every_time():
 
 def _careful():
     found = []
-    for layout in ("hsdp2x2", "fsdp4"):
+    for layout in ("hsdp2x2", "fsdp2x4"):
         model = parallelize(make_net(), layout, make_mesh(layout))
         assert PolicyChoice("auto", torch.device("cpu")).policy(model, is_last=False) == sparing_policy(model)
         found.append(sparing_policy(model))
@@ -440,11 +430,11 @@ def test_in_float32_a_loss_that_happens_to_fit_half_precision_is_no_excuse():
 
 # ---- fp16's scaler ----
 
-MIXED = ("plain_beside_fsdp2", "two_meshes", "tp2_fsdp2", "fsdp2", "tp2")
+MIXED = ("plain_beside_fsdp2x2", "two_meshes2x2", "tp2_fsdp2x2", "fsdp2x2", "tp2")
 
 
 def _num_ranks(layout):
-    return 4 if layout in ("two_meshes", "tp2_fsdp2") else 2
+    return 4 if layout in ("two_meshes2x2", "tp2_fsdp2x2") else 2
 
 
 @pytest.mark.parametrize("layout", MIXED)
@@ -476,12 +466,12 @@ def _loop(layout, spoil=None, init_scale=1024.0):
 def _unscaled(layout):
     model, accelerator, optimizer = _loop(layout)
     window = accelerator.windows.of_loss(model)
-    window.sums._num_replicas = 1 if layout not in ("tp2", "tp2_fsdp2") else 2
+    window.sums._num_replicas = 1 if layout not in ("tp2", "tp2_fsdp2x2") else 2
     accelerator.clip_grad_norm_(model.parameters(), math.inf)
-    got = full_gradients(model)
+    got = whole_gradients(model)
     optimizer.step()
     assert not accelerator.optimizer_step_was_skipped
-    return error_of(got, true_mean_gradient())
+    return relative_error(got, true_mean_gradient())
 
 
 @pytest.mark.parametrize("layout", MIXED)
@@ -526,14 +516,14 @@ def test_control_torchs_scaler_takes_no_plain_gradient_beside_a_sharded_one():
 
 
 def _torchs_unscale():
-    _, accelerator, optimizer = _loop("plain_beside_fsdp2")
+    _, accelerator, optimizer = _loop("plain_beside_fsdp2x2")
     accelerator.scaler.unscale_(optimizer.optimizer)
 
 
 # ---- Parameters in bfloat16 ----
 
 
-@pytest.mark.parametrize("layout", ["1 rank", "ddp2", "fsdp2x2"])
+@pytest.mark.parametrize("layout", ["one_rank", "ddp2", "fsdp2x2"])
 def test_many_micro_batches_lose_nothing_where_they_accumulate_in_float32(layout):
     narrow, wide = (max(error.error for error in run(_accumulated, layout, is_wide)) for is_wide in (False, True))
     assert wide < 0.8 * narrow
@@ -566,7 +556,7 @@ def _accumulated_in_parts():
         assert {p.grad.dtype for p in model.parameters()} == {torch.bfloat16}
         truth = make_net(torch.bfloat16).double()
         summed_loss(truth, x, y, mask).backward()
-        errors.append(error_of(full_gradients(model), {name: p.grad for name, p in truth.named_parameters()}))
+        errors.append(relative_error(whole_gradients(model), {name: p.grad for name, p in truth.named_parameters()}))
     return errors
 
 
@@ -579,7 +569,7 @@ def test_it_is_so_from_32_micro_batches_on_unless_something_else_is_said():
 
 
 @pytest.mark.parametrize("sync", ["defer", "every"])
-@pytest.mark.parametrize("layout", ["1 rank", "ddp2", "fsdp2x2"])
+@pytest.mark.parametrize("layout", ["one_rank", "ddp2", "fsdp2x2"])
 @pytest.mark.parametrize("fused", [False, True], ids=["foreach", "fused"])
 def test_optimizers_get_gradients_of_the_parameters_dtype_window_after_window(layout, sync, fused):
     run(_windows, layout, sync, fused)
@@ -725,9 +715,9 @@ class Planted(half_exactness.ScaledOurs):
 @pytest.mark.parametrize("precision", half_exactness.DTYPES)
 def test_a_planted_scale_in_the_trainer_itself_is_found_in_every_cell(monkeypatch, precision):
     monkeypatch.setitem(half_exactness.TRAINERS, "ours", Planted)
-    row = {name: half_exactness.measure("bert answers", "1 rank", precision, name, 1) for name in ("ours", "stock")}
+    row = {name: half_exactness.measure("bert answers", "one_rank", precision, name, 1) for name in ("ours", "stock")}
     assert len(row["ours"]) == 4
-    assert len(half_exactness.faults({("bert answers", "1 rank", precision): row})) == 4
+    assert len(half_exactness.faults({("bert answers", "one_rank", precision): row})) == 4
 
 
 def test_closeness_of_a_multiple_is_what_is_measured_of_it():

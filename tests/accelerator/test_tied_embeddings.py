@@ -5,8 +5,10 @@ import torch
 from packaging.version import Version
 from transformers import Trainer
 
+from tests.harness.gradients import relative_error
+from tests.harness.layouts import run
 from tests.harness.ranks import RankFailure, run_ranks
-from tests.harness.trainer_cases import CHECKPOINTING, make_data, relative_error, run, train, truth
+from tests.harness.trainer_cases import CHECKPOINTING, make_data, train, truth
 
 
 @pytest.mark.parametrize("layout", ["fsdp2x2", "hsdp2x2"])

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tests.harness.layouts import LAYOUTS
 from tests.harness.ranks import run_ranks
-from tests.harness.trainer_cases import LAYOUTS
 
 DEVICE = os.environ.get("HF_GRADUTILS_TEST_DEVICE", "cuda")
 """``cpu`` tries out all that does not need CUDA. Read by pytest only: ranks are told."""

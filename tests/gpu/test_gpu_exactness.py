@@ -11,14 +11,16 @@ from transformers import Trainer
 from hf_gradutils import GradUtilsPlugin, GradUtilsTrainer
 from tests.gpu.cuda_cases import DEVICE, SHARED, arguments_for, assert_on, exact_attention, run
 from tests.harness.accelerator_cases import run_loop
+from tests.harness.gradients import norm_of, relative_error
 from tests.harness.half_cases import with_scaler
 from tests.harness.heads import HEADS
-from tests.harness.trainer_cases import LAYOUTS, make_data, make_model, norm, relative_error, train, truth
+from tests.harness.layouts import LAYOUTS
+from tests.harness.trainer_cases import make_data, make_model, train, truth
 
 TOLERANCE = 1e-5
 ACCUMULATION = 8
 HERE = ["llama causal", "t5 seq2seq", "bert classes"]
-IN_ALL = ["1 rank", *SHARED]
+IN_ALL = ["one_rank", *SHARED]
 
 
 def loop(layout, device, head, accumulation=ACCUMULATION, **options):
@@ -47,7 +49,7 @@ def trainer_is_exact(layout, device, heads):
         assert relative_error(tap.steps[0], want) < TOLERANCE, head
         entry = trainer.state.log_history[0]
         assert entry["loss"] == pytest.approx(want_loss, rel=1e-5)
-        assert entry["grad_norm"] == pytest.approx(norm(want), rel=1e-5)
+        assert entry["grad_norm"] == pytest.approx(norm_of(want), rel=1e-5)
         assert entry["num_targets"] == HEADS[head].targets(HEADS[head].collate(data))
 
 
@@ -74,13 +76,13 @@ def loop_is_exact(layout, device, heads):
     for head in heads:
         rows = make_data(head, 32)
         want, want_loss = truth(head, rows)
-        limit = norm(want) / 4
+        limit = norm_of(want) / 4
         with exact_attention():
             done = loop(layout, device, head, rows=rows, max_norm=limit)
         assert_on(done.model, device)
-        clipped = {name: g * limit / (norm(want) + 1e-6) for name, g in want.items()}
+        clipped = {name: g * limit / (norm_of(want) + 1e-6) for name, g in want.items()}
         assert relative_error(done.gradients[0], clipped) < TOLERANCE, head
-        assert done.norms == pytest.approx([norm(want)], rel=1e-5)
+        assert done.norms == pytest.approx([norm_of(want)], rel=1e-5)
         assert done.losses == pytest.approx([want_loss], rel=1e-5)
         assert done.num_targets == [HEADS[head].targets(HEADS[head].collate(rows))]
 
@@ -129,10 +131,10 @@ def test_fused_adamw_takes_the_step_of_float64(fold, layout):
 def fused_step(layout, device, fold):
     head = "llama causal"
     want, _ = truth(head, make_data(head))
-    limit = norm(want) / 2
+    limit = norm_of(want) / 2
     reference, before = make_model(head).double(), make_model(head).double()
     for name, parameter in reference.named_parameters():
-        parameter.grad = want[name] * limit / (norm(want) + 1e-6)
+        parameter.grad = want[name] * limit / (norm_of(want) + 1e-6)
     torch.optim.AdamW(reference.parameters(), lr=LR, eps=EPS, weight_decay=0.0).step()
     moved = difference(reference, before)
 
@@ -190,8 +192,8 @@ def half_is_as_near(layout, device, arguments, options, most):
     head = "llama causal"
     rows = make_data(head)
     want, want_loss = truth(head, rows)
-    limit = norm(want) / 4
-    clipped = {name: g * limit / (norm(want) + 1e-6) for name, g in want.items()}
+    limit = norm_of(want) / 4
+    clipped = {name: g * limit / (norm_of(want) + 1e-6) for name, g in want.items()}
     is_scaled = "fp16" in arguments
     handlers = [GradScalerKwargs(init_scale=1024.0)] if is_scaled else []
 
@@ -202,7 +204,7 @@ def half_is_as_near(layout, device, arguments, options, most):
         assert (trainer.accelerator.scaler is not None) == is_scaled
         entry = trainer.state.log_history[0]
         assert entry["loss"] == pytest.approx(want_loss, rel=most)
-        assert entry["grad_norm"] == pytest.approx(norm(want), rel=most)
+        assert entry["grad_norm"] == pytest.approx(norm_of(want), rel=most)
         return tap.steps[0]
 
     def by_loop(accumulation):
@@ -210,7 +212,7 @@ def half_is_as_near(layout, device, arguments, options, most):
         assert_on(done.model, device)
         assert (done.accelerator.scaler is not None) == is_scaled
         assert done.losses == pytest.approx([want_loss], rel=most)
-        assert done.norms == pytest.approx([norm(want)], rel=most)
+        assert done.norms == pytest.approx([norm_of(want)], rel=most)
         return done.gradients[0]
 
     doors = [by_trainer] if device == "cpu" and is_scaled else [by_trainer, by_loop]
@@ -221,7 +223,7 @@ def half_is_as_near(layout, device, arguments, options, most):
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="accelerate has a scaler on accelerators only")
-@pytest.mark.parametrize("layout", ["1 rank", "ddp2"])
+@pytest.mark.parametrize("layout", ["one_rank", "ddp2"])
 def test_an_overflow_of_the_scaler_skips_the_step(layout):
     run(overflow_skips, layout)
 

@@ -14,20 +14,18 @@ from hf_gradutils import GradUtilsPlugin, GradUtilsTrainer
 from hf_gradutils.sync import SyncContext, free_bytes
 from hf_gradutils.sync._auto import deferred_bytes
 from tests.gpu.cuda_cases import DEVICE, SHARED, arguments_for, assert_on, exact_attention, on_ranks, run
+from tests.harness.gradients import relative_error, whole_gradients
 from tests.harness.heads import collate
-from tests.harness.layouts import (
+from tests.harness.tiny_net import (
     data_rank,
-    full_gradients,
     make_batch,
     make_mesh,
     make_net,
     parallelize,
-    relative_error,
     summed_loss,
     true_mean_gradient,
 )
 from tests.harness.trainer_cases import make_data, train, truth
-from tests.harness.trainer_cases import relative_error as relative_error_of_sums
 
 POLICIES = ("defer", "every", "reduce_scatter")
 MIB = 2**20
@@ -37,7 +35,7 @@ needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="asks CUDA's allocator")
 # ---- The same gradients ----
 
 
-@pytest.mark.parametrize("layout", ["ddp2", "fsdp2"])
+@pytest.mark.parametrize("layout", ["ddp2", "fsdp2x2"])
 def test_every_policy_gives_the_same_gradient(layout):
     on_ranks(policies_agree, 2, DEVICE, layout)
 
@@ -56,7 +54,7 @@ def policies_agree(device, layout):
                 with SyncContext(model, policy, is_last=i == 3):
                     summed_loss(model, x[rows], y[rows], mask[rows]).backward()
             assert_on(model, device)
-            got = {name: g * factor for name, g in full_gradients(model).items()}
+            got = {name: g * factor for name, g in whole_gradients(model).items()}
             assert relative_error(got, true_mean_gradient()) < 1e-12, policy
 
 
@@ -74,7 +72,7 @@ def trainer_agrees(layout, device):
         with exact_attention():
             trainer, tap = train(head, 4, layout=layout, grad_plugin=plugin, arguments=arguments)
         assert_on(trainer.model_wrapped, device)
-        assert [relative_error_of_sums(step, want) < 1e-5 for step in tap.steps] == [True] * 4, sync
+        assert [relative_error(step, want) < 1e-5 for step in tap.steps] == [True] * 4, sync
 
 
 # ---- Gradients that wait ----
@@ -83,7 +81,7 @@ SIZE, NUM_LAYERS = 1024, 24
 
 
 @needs_cuda
-@pytest.mark.parametrize("layout", ["ddp2", "fsdp2"])
+@pytest.mark.parametrize("layout", ["ddp2", "fsdp2x2"])
 def test_the_estimate_of_deferred_memory_is_what_is_measured(layout):
     kept, peak, estimate = on_ranks(memory_of_policies, 2, DEVICE, layout)[0]
     print(layout, "kept", kept, "peak", peak, "estimate", estimate)
@@ -169,7 +167,7 @@ class Wide(nn.Module):
 
 
 def test_a_window_of_many_micro_batches_does_not_hold_their_batches():
-    [(ours, stock)] = run(peaks_of_batches, "1 rank")
+    [(ours, stock)] = run(peaks_of_batches, "one_rank")
     if DEVICE == "cuda":
         assert ours < 6 * 4 * MIB, "one that is trained, one ahead, and what is being copied"
         assert stock > 0.9 * NUM_BATCHES * 4 * MIB, "the control holds all of them"

@@ -11,7 +11,7 @@ from tests.window.test_nonfinite import FUSED, PLAIN, Spoiled, train_spoiled
 OPTIMIZERS = {"fused adamw": FUSED, "adamw": PLAIN, "sgd": {"optim": "sgd"}}
 """The first leaves the step out on the device; for the others the host reads a flag."""
 
-LAYOUTS = ["1 rank", "ddp2", "fsdp2x2"]
+LAYOUTS = ["one_rank", "ddp2", "fsdp2x2"]
 
 
 def assert_used(device):
@@ -40,7 +40,7 @@ def skips(layout, device, optimizer):
     assert_used(device)
 
 
-@pytest.mark.parametrize("layout", ["1 rank", "fsdp2x2"])  # under DDP the ranks would go apart
+@pytest.mark.parametrize("layout", ["one_rank", "fsdp2x2"])  # under DDP the ranks would go apart
 def test_ignoring_takes_the_step(layout):
     run(ignores, layout)
 

@@ -16,16 +16,8 @@ from hf_gradutils.gradients.power_sums import power_sums, root
 from hf_gradutils.window import AccumulationWindow
 from tests.gpu.cuda_cases import DEVICE, on_ranks
 from tests.harness.counting import events_of, top_level
-from tests.harness.layouts import (
-    data_rank,
-    make_batch,
-    make_mesh,
-    make_net,
-    norm_of,
-    relative_error,
-    summed_loss,
-    true_mean_gradient,
-)
+from tests.harness.gradients import norm_of, relative_error
+from tests.harness.tiny_net import data_rank, make_batch, make_mesh, make_net, summed_loss, true_mean_gradient
 
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 1e-5, torch.float16: 1e-5}
 
@@ -99,7 +91,7 @@ def test_ranks_without_gradients_take_part():
 
 
 def empty_ranks(device):
-    mesh = make_mesh("fsdp2", device)
+    mesh = make_mesh("fsdp2x2", device)
     model = nn.Linear(5, 1, bias=False).to(device)  # one row for two ranks
     nn.init.ones_(model.weight)
     fully_shard(model, mesh=mesh)
@@ -133,7 +125,7 @@ def offloaded(device, backend):
     """
     dist.init_process_group(backend)
     want = true_mean_gradient()
-    mesh = make_mesh("fsdp2", device)
+    mesh = make_mesh("fsdp2x2", device)
     model = make_net().float()
     for part in (model.inp, model.out, model):
         fully_shard(part, mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=device == "cuda"))

@@ -114,7 +114,7 @@ FEW, MANY = 1, 8
 
 
 def test_micro_batches_of_the_trainer_do_not_wait():
-    [(ours, stock)] = run(waits_per_micro_batch, "1 rank")
+    [(ours, stock)] = run(waits_per_micro_batch, "one_rank")
     assert ours == 0
     assert stock >= 2 or DEVICE == "cpu", "the control: its filter of non-finite losses asks twice"
 

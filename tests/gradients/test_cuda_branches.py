@@ -85,7 +85,7 @@ class Seen(TorchDispatchMode):
         return not self.copies and "lift_fresh" not in self.names
 
 
-def make_model(dtypes, devices=(CUDA,), num_parameters=300):
+def fake_model(dtypes, devices=(CUDA,), num_parameters=300):
     model = nn.ParameterList()
     for i in range(num_parameters):
         device, dtype = devices[i % len(devices)], dtypes[i % len(dtypes)]
@@ -103,7 +103,7 @@ def weigh(window, dtype=torch.float32):
 @pytest.mark.parametrize("name", DTYPES)
 def test_a_window_ends_on_the_device_in_a_few_multi_tensor_calls(name, p):
     dtypes = DTYPES[name]
-    model = make_model(dtypes)
+    model = fake_model(dtypes)
     window = AccumulationWindow(CUDA)
     with Seen() as first:
         weighed = weigh(window, dtypes[0])
@@ -124,7 +124,7 @@ def test_a_window_ends_on_the_device_in_a_few_multi_tensor_calls(name, p):
 
 @pytest.mark.parametrize("name", DTYPES)
 def test_the_utilities_stay_on_the_device(name):
-    model = make_model(DTYPES[name])
+    model = fake_model(DTYPES[name])
     count = torch.empty((), device=CUDA, dtype=torch.int64)
     clip_gradients(model, 1.0)
     with Seen() as seen:
@@ -138,7 +138,7 @@ def test_the_utilities_stay_on_the_device(name):
 
 @pytest.mark.parametrize("name", DTYPES)
 def test_norms_are_taken_and_tensors_scaled_without_a_look_at_their_values(name):
-    gradients = [parameter.grad for parameter in make_model(DTYPES[name])]
+    gradients = [parameter.grad for parameter in fake_model(DTYPES[name])]
     with Seen() as seen:
         powers = power_sums(gradients, 2.0)
         scale_(gradients, powers.sum())
@@ -150,7 +150,7 @@ def test_norms_are_taken_and_tensors_scaled_without_a_look_at_their_values(name)
 @pytest.mark.parametrize("first", ["cpu", "cuda"])
 def test_what_the_host_reads_of_offloaded_gradients_has_been_waited_for(first):
     other = {"cpu": CUDA, "cuda": torch.device("cpu")}[first]
-    model = make_model(DTYPES["fp32"], devices=(torch.device(first, 0 if first == "cuda" else None), other))
+    model = fake_model(DTYPES["fp32"], devices=(torch.device(first, 0 if first == "cuda" else None), other))
     window = AccumulationWindow(CUDA)
     weigh(window)
     with Seen() as seen:
@@ -161,7 +161,7 @@ def test_what_the_host_reads_of_offloaded_gradients_has_been_waited_for(first):
 
 
 def test_control_a_read_is_caught():
-    model = make_model(DTYPES["fp32"])
+    model = fake_model(DTYPES["fp32"])
     window = AccumulationWindow(CUDA)
     weigh(window)
     report = window.close(model, 1.0)

@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from hf_gradutils import clip_gradients, get_grad_norm
 from hf_gradutils._collectives import domain_of
 from hf_gradutils.errors import InvalidArgumentError, ReplicaMismatchError
-from tests.harness.layouts import make_mesh, make_net, parallelize
 from tests.harness.ranks import ranks, run_ranks
+from tests.harness.tiny_net import make_mesh, make_net, parallelize
 
 
 @ranks(2)
@@ -115,7 +115,7 @@ def test_a_parameter_sharded_on_one_rank_only_is_an_error():
     model = make_net()
     mesh = make_mesh("ddp2")
     if dist.get_rank() == 0:
-        model = parallelize(model, "fsdp2", mesh)
+        model = parallelize(model, "fsdp2x2", mesh)
     else:
         fully_shard(nn.Linear(1, 1), mesh=mesh)
     with pytest.raises(ReplicaMismatchError, match="is a DTensor on rank 0 and a plain tensor on rank 1"):

@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin, ParallelismConfig
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from hf_gradutils import GradUtilsAccelerator, GradUtilsPlugin
+from tests.harness.gradients import whole_gradients
 from tests.harness.heads import HEADS
+from tests.harness.layouts import LAYOUTS, Layout
 from tests.harness.trainer_cases import (
-    LAYOUTS,
     TIED,
     fsdp_on_cpu,
     load,
@@ -29,20 +29,18 @@ from tests.harness.trainer_cases import (
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
 
 
-def spread(layout: str, layers: tuple[str, ...]) -> dict[str, Any]:
-    """What the Accelerator is told of a layout."""
+def spread(layout: Layout, layers: tuple[str, ...]) -> dict[str, Any]:
+    """Options of the Accelerator; ``layers`` are the class names of the repeated ones."""
     # Some heads have parts that text alone does not use; Trainer switches this on by itself.
     options: dict[str, Any] = {"kwargs_handlers": [DistributedDataParallelKwargs(find_unused_parameters=True)]}
-    if layout in ("fsdp2x2", "hsdp2x2"):
+    axes = {"rep": "dp_replicate_size", "dp": "dp_shard_size", "tp": "tp_size"}
+    if layout.is_fsdp:
         options["fsdp_plugin"] = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=list(layers)
         )
-    if layout == "hsdp2x2":
-        options["parallelism_config"] = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)
-    if layout == "tp2":
-        options["parallelism_config"] = ParallelismConfig(tp_size=2)
-    if layout == "tp2 x fsdp2":
-        options["parallelism_config"] = ParallelismConfig(tp_size=2, dp_shard_size=2)
+    if (layout.is_fsdp and "rep" in layout.axes) or "tp" in layout.axes:
+        sizes = {axes[name]: size for name, size in layout.axes.items()}
+        options["parallelism_config"] = ParallelismConfig(**sizes)
     return options
 
 
@@ -61,16 +59,6 @@ class Loop:
     num_targets: list[float] = field(default_factory=list)
 
 
-def whole_gradients(model: nn.Module) -> dict[str, Tensor]:
-    gradients = {}
-    for name, p in model.named_parameters():
-        if p.grad is not None:
-            grad = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
-            whole = grad.detach().to("cpu", torch.float64, copy=True)
-            gradients[name.removeprefix("module.").removeprefix("_orig_mod.")] = whole
-    return gradients
-
-
 def make(
     head: str,
     layout: str,
@@ -86,7 +74,7 @@ def make(
     reset_accelerate()
     spec, layers = LAYOUTS[layout], HEADS[head].layers
     assert spec.num_ranks == (dist.get_world_size() if dist.is_initialized() else 1)
-    told = spread(layout, layers)
+    told = spread(spec, layers)
     with fsdp_on_cpu() if spec.loading or spec.arguments(layers) else contextlib.nullcontext():
         model = load(head, spec.loading) if spec.loading else make_model(head)
         if layout == "fsdp2x2" and head in TIED:

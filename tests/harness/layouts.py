@@ -1,155 +1,148 @@
-"""A tiny model in every parallel layout, and the one-process float64 truth beside it."""
+"""The layouts of ranks that tests and benchmarks name, and `@on_layouts`: a test that runs in each of them.
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+    @on_layouts("one_rank", "ddp2", "fsdp2x2")
+    def test_the_gradient_is_exact(layout, mesh):
+        model = parallelize(make_net(), layout, mesh)
+
+The body runs on every rank of the layout, in pytest's own process where there is one. ``mesh`` is made if it is
+asked for.
+"""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-LAYOUTS: dict[str, dict[str, int]] = {
-    "alone": {},
-    "ddp2": {"dp": 2},
-    "ddp4": {"dp": 4},
-    "fsdp2": {"dp": 2},
-    "fsdp4": {"dp": 4},
-    "hsdp2x2": {"rep": 2, "dp": 2},
-    "tp2": {"tp": 2},
-    "tp2_fsdp2": {"dp": 2, "tp": 2},
-    "plain_beside_fsdp2": {"dp": 2},
-    "two_meshes": {"dp": 2, "tp": 2},
+from tests.harness.ranks import run_ranks
+from tests.harness.ranks.decorator import F, run_plan, without_mesh
+from tests.harness.ranks.launch import Plan
+from tests.harness.ranks.server import seed
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model is spread over ranks."""
+
+    axes: Mapping[str, int]
+    """Of the mesh, outermost first. Ranks along ``rep`` and ``dp`` see different rows, ranks along ``tp`` the same."""
+    is_right: Callable[[nn.Module], bool]
+    """Whether a wrapped model is spread like that: FSDP on CPU silently becomes DDP."""
+    loading: Mapping[str, Any] | None = None
+    """For ``from_pretrained``, where transformers spreads the model itself."""
+    is_fsdp: bool = False
+    """Whether accelerate shards the model."""
+
+    @property
+    def num_ranks(self) -> int:
+        return math.prod(self.axes.values())
+
+    @property
+    def num_data_ranks(self) -> int:
+        return self.num_ranks // self.axes.get("tp", 1)
+
+    def arguments(self, layers: tuple[str, ...]) -> dict[str, Any]:
+        """``TrainingArguments`` for accelerate; ``layers`` are the class names of the repeated ones."""
+        if not self.is_fsdp:
+            return {}
+        arguments: dict[str, Any] = {
+            "fsdp": True,
+            "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": list(layers)},
+        }
+        if "rep" in self.axes:
+            from accelerate.utils import ParallelismConfig  # slow, and most tests of layouts do without
+
+            arguments["parallelism_config"] = ParallelismConfig(
+                dp_replicate_size=self.axes["rep"], dp_shard_size=self.axes["dp"]
+            )
+        return arguments
+
+
+def _meshes(model: nn.Module) -> set[tuple[int, ...]]:
+    return {tuple(p.device_mesh.shape) for p in model.parameters() if isinstance(p, DTensor)}
+
+
+def _is_ddp(model: nn.Module) -> bool:
+    return isinstance(model, DistributedDataParallel)
+
+
+def _is_fsdp(*shape: int) -> Callable[[nn.Module], bool]:
+    return lambda model: isinstance(model, FSDPModule) and _meshes(model) == {shape}
+
+
+def _is_tp(model: nn.Module) -> bool:
+    return (2,) in _meshes(model) and not isinstance(model, FSDPModule)
+
+
+def _is_tp_in_fsdp(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule) and (2, 2) in _meshes(model)
+
+
+def _is_partly_sharded(model: nn.Module) -> bool:
+    return not all(isinstance(p, DTensor) for p in model.parameters()) and _meshes(model) == {(2,)}
+
+
+FSDP, HSDP, TP = {"dp": 2}, {"rep": 2, "dp": 2}, {"tp": 2}
+
+LAYOUTS: dict[str, Layout] = {
+    "one_rank": Layout({}, lambda model: not _meshes(model)),
+    "ddp2": Layout({"dp": 2}, _is_ddp),
+    "ddp4": Layout({"dp": 4}, _is_ddp),
+    "fsdp2x2": Layout(FSDP, _is_fsdp(2), is_fsdp=True),
+    "fsdp2x4": Layout({"dp": 4}, _is_fsdp(4), is_fsdp=True),
+    "hsdp2x2": Layout(HSDP, _is_fsdp(2, 2), is_fsdp=True),
+    "native_fsdp2x2": Layout(FSDP, _is_fsdp(2), {"fsdp_size": 2}),
+    "native_hsdp2x2": Layout(HSDP, _is_fsdp(2, 2), {"fsdp_size": 2, "dp_replicate_size": 2}),
+    "tp2": Layout(TP, _is_tp, {"tp_size": 2, "tp_plan": "auto"}),
+    "tp2_fsdp2x2": Layout(FSDP | TP, _is_tp_in_fsdp, {"tp_size": 2, "tp_plan": "auto", "fsdp_size": 2}),
+    "ep2_fsdp2x2": Layout(
+        FSDP, lambda model: len(_meshes(model)) == 2, {"fsdp_size": 2, "ep_size": 2, "ep_implementation": "all_to_all"}
+    ),
+    "plain_beside_fsdp2x2": Layout(FSDP, _is_partly_sharded),
+    "two_meshes2x2": Layout(FSDP | TP, _is_partly_sharded),
 }
-"""Name → mesh dims. Data-parallel ranks see different rows, tensor-parallel ones the same."""
+
+NET_LAYOUTS = tuple(name for name in LAYOUTS if not name.startswith(("native", "ep2")))
+"""Those of `tiny_net`, spread by hand."""
+
+HEAD_LAYOUTS = tuple(name for name in LAYOUTS if name not in ("fsdp2x4", "plain_beside_fsdp2x2", "two_meshes2x2"))
+"""Those of models of transformers: spread by accelerate (DDP, FSDP2 and HSDP) or while they are loaded."""
 
 
-class TinyNet(nn.Module):
-    """Shapes that shard unevenly: 7 rows over 2 ranks, 3 rows over 4 (one shard is empty)."""
+def on_layouts(*names: str, **options: Any) -> Callable[[F], F]:
+    """Run a test function on every rank of each layout; it is given the name as ``layout``.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.inp = nn.Linear(5, 7)
-        self.up = nn.Linear(7, 8)
-        self.down = nn.Linear(8, 6)
-        self.norm = nn.LayerNorm(6)
-        self.out = nn.Linear(6, 3)
+    Args:
+        *names: Of ``LAYOUTS``. None where another mark parametrizes ``layout``.
+        **options: As for `ranks`: ``deadline_s``, ``env``, ``nodes``.
+    """
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(self.inp(x))
-        x = self.norm(self.down(torch.tanh(self.up(x))))
-        return self.out(x)
+    def decorate(body: F) -> F:
+        @functools.wraps(body)
+        def in_layout(*, layout: str, **kwargs: Any) -> None:
+            __tracebackhide__ = True
+            axes, kwargs = LAYOUTS[layout].axes, kwargs | {"layout": layout}
+            if axes:
+                run_plan(Plan(world_size=math.prod(axes.values()), mesh_dims=axes, **options), body, (), kwargs)
+                return
+            seed()
+            body(**kwargs | ({"mesh": None} if wants_mesh else {}))
 
+        wants_mesh = "mesh" in inspect.signature(body).parameters
+        visible = without_mesh(in_layout)
+        return pytest.mark.parametrize("layout", names)(visible) if names else visible
 
-def make_net(dtype: torch.dtype = torch.float64) -> TinyNet:
-    torch.manual_seed(7)
-    return TinyNet().to(dtype)
-
-
-def make_batch(num_rows: int = 24) -> tuple[Tensor, Tensor, Tensor]:
-    """x, y and a mask of targets: ragged counts per row, one row without any."""
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn(num_rows, 5, generator=generator, dtype=torch.float64)
-    y = torch.randn(num_rows, 3, generator=generator, dtype=torch.float64)
-    mask = torch.rand(num_rows, 3, generator=generator) < 0.6
-    mask[1] = False
-    return x, y, mask
+    return decorate
 
 
-def summed_loss(model: nn.Module, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
-    """Sum over targets; the mean is this divided by ``mask.sum()``."""
-    error = (model(x.to(next(model.parameters()).dtype)) - y).pow(2)
-    return (error * mask).sum()
-
-
-def true_mean_gradient(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """Gradient of the mean over all targets of the batch: one process, one batch, float64."""
-    model = make_net(dtype).double()
-    x, y, mask = make_batch()
-    (summed_loss(model, x, y, mask) / mask.sum()).backward()
-    return {name: p.grad for name, p in model.named_parameters()}
-
-
-def norm_of(gradients: dict[str, Tensor], p: float = 2.0) -> float:
-    return float(torch.linalg.vector_norm(torch.cat([g.flatten().double() for g in gradients.values()]), p))
-
-
-def make_mesh(layout: str, device_type: str = "cpu") -> DeviceMesh | None:
-    dims = LAYOUTS[layout]
-    return init_device_mesh(device_type, tuple(dims.values()), mesh_dim_names=tuple(dims)) if dims else None
-
-
-def parallelize(model: TinyNet, layout: str, mesh: DeviceMesh | None) -> nn.Module:
-    """The model in a layout. Asserts that the layout is what it is called."""
-    if mesh is None:
-        return model
-    if layout.startswith("ddp"):
-        return DistributedDataParallel(model)
-    if "tp" in mesh.mesh_dim_names:
-        plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
-        parallelize_module(model, mesh["tp"], plan)
-        assert isinstance(model.up.weight, DTensor)
-        assert model.up.weight.placements == (Shard(0),)
-    if layout == "two_meshes":  # FSDP over dp for some, tensor parallelism over tp for others, the rest plain
-        fully_shard(model.inp, mesh=mesh["dp"])
-        fully_shard(model.out, mesh=mesh["dp"])
-        return model
-    if layout == "plain_beside_fsdp2":
-        fully_shard(model.up, mesh=mesh)
-        fully_shard(model.down, mesh=mesh)
-        return model
-    if layout != "tp2":
-        fsdp_mesh = mesh["dp"] if layout == "tp2_fsdp2" else mesh
-        for child in (model.inp, model.out, model):
-            fully_shard(child, mesh=fsdp_mesh)
-        assert isinstance(model, FSDPModule)
-        assert all(isinstance(p, DTensor) for p in model.parameters())
-    return model
-
-
-def data_rank(mesh: DeviceMesh | None) -> tuple[int, int]:
-    """(this rank's place among the data ranks, how many there are)."""
-    if mesh is None:
-        return 0, 1
-    index, size = 0, 1
-    for dim, name in enumerate(mesh.mesh_dim_names):
-        if name != "tp":
-            index = index * mesh.size(dim) + mesh.get_local_rank(name)
-            size *= mesh.size(dim)
-    return index, size
-
-
-def data_group(layout: str, mesh: DeviceMesh | None) -> dist.ProcessGroup | None:
-    """The data ranks as one group; None for the default group, which is right wherever they are all there are."""
-    return (
-        mesh["dp"].get_group()
-        if mesh is not None and "tp" in mesh.mesh_dim_names and "dp" in mesh.mesh_dim_names
-        else None
-    )
-
-
-def sync_plain_gradients(model: nn.Module, layout: str, mesh: DeviceMesh | None) -> None:
-    """Average what no wrapper averages: plain parameters beside sharded ones, DTensors outside of FSDP."""
-    if layout not in ("plain_beside_fsdp2", "two_meshes"):
-        return
-    for name, p in model.named_parameters():
-        is_sharded_by_fsdp = name.split(".")[0] in (("inp", "out") if layout == "two_meshes" else ("up", "down"))
-        if p.grad is not None and not is_sharded_by_fsdp:
-            grad = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
-            dist.all_reduce(grad, op=dist.ReduceOp.SUM, group=mesh["dp"].get_group())
-            grad /= mesh["dp"].size()
-
-
-def full_gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Name → whole gradient, as a plain float64 tensor on the CPU."""
-    result = {}
-    for name, p in model.named_parameters():
-        grad = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
-        result[name.removeprefix("module.")] = grad.detach().to("cpu", torch.float64)
-    return result
-
-
-def relative_error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
-    assert set(got) == set(want)
-    difference = sum(float((got[k] - want[k].double()).square().sum()) for k in want)
-    return (difference / sum(float(w.double().square().sum()) for w in want.values())) ** 0.5
+def run(function: Callable[..., Any], layout: str, *args: Any) -> list[Any]:
+    """Call ``function(layout, *args)`` on every rank of the layout; what each returned."""
+    num_ranks = LAYOUTS[layout].num_ranks
+    return [function(layout, *args)] if num_ranks == 1 else run_ranks(function, num_ranks, layout, *args)

@@ -2,10 +2,8 @@
 
 import contextlib
 import functools
-import math
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +11,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from accelerate.utils import ParallelismConfig
 from packaging.version import Version
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from hf_gradutils import GradUtilsTrainer
+from tests.harness.gradients import whole_gradients
 from tests.harness.heads import HEADS, without_batch_statistics
-from tests.harness.ranks import run_ranks
+from tests.harness.layouts import LAYOUTS
 
 NUM_SAMPLES = 16
 IS_OLD = Version(transformers.__version__) < Version("5.23")
@@ -72,76 +68,6 @@ def micro_batches_of(data: Rows, layout: str, accumulation: int) -> list[Rows]:
 
 # ---- Layouts ----
 
-
-@dataclass(frozen=True)
-class Layout:
-    """How a model is spread over ranks."""
-
-    num_ranks: int
-    num_data_ranks: int
-    is_right: Callable[[nn.Module], bool]
-    """Whether the model that a Trainer has wrapped is spread like that: FSDP on CPU silently becomes DDP."""
-    arguments: Callable[[tuple[str, ...]], dict[str, Any]] = lambda layers: {}
-    """Class names of the repeated layers → training arguments."""
-    loading: dict[str, Any] | None = None
-    """What ``from_pretrained`` is told, where transformers spreads the model itself."""
-
-
-def _meshes(model: nn.Module) -> set[tuple[int, ...]]:
-    return {tuple(p.device_mesh.shape) for p in model.parameters() if isinstance(p, DTensor)}
-
-
-def _fsdp2(layers: tuple[str, ...]) -> dict[str, Any]:
-    return {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": list(layers)}}
-
-
-def _hsdp(layers: tuple[str, ...]) -> dict[str, Any]:
-    return _fsdp2(layers) | {"parallelism_config": ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)}
-
-
-def _is_ddp(model: nn.Module) -> bool:
-    return isinstance(model, DistributedDataParallel)
-
-
-def _is_fsdp(*shape: int) -> Callable[[nn.Module], bool]:
-    return lambda model: isinstance(model, FSDPModule) and _meshes(model) == {shape}
-
-
-def _is_tp(model: nn.Module) -> bool:
-    return (2,) in _meshes(model) and not isinstance(model, FSDPModule)
-
-
-LAYOUTS = {
-    "1 rank": Layout(1, 1, lambda model: not _meshes(model)),
-    "ddp2": Layout(2, 2, _is_ddp),
-    "ddp4": Layout(4, 4, _is_ddp),
-    "fsdp2x2": Layout(2, 2, _is_fsdp(2), _fsdp2),
-    "hsdp2x2": Layout(4, 4, _is_fsdp(2, 2), _hsdp),
-    "native fsdp2x2": Layout(2, 2, _is_fsdp(2), loading={"fsdp_size": 2}),
-    "native hsdp2x2": Layout(4, 4, _is_fsdp(2, 2), loading={"fsdp_size": 2, "dp_replicate_size": 2}),
-    "tp2": Layout(2, 1, _is_tp, loading={"tp_size": 2, "tp_plan": "auto"}),
-    "tp2 x fsdp2": Layout(
-        4,
-        2,
-        lambda model: isinstance(model, FSDPModule) and (2, 2) in _meshes(model),
-        loading={"tp_size": 2, "tp_plan": "auto", "fsdp_size": 2},
-    ),
-    "ep2 x fsdp2": Layout(
-        2,
-        2,
-        lambda model: len(_meshes(model)) == 2,
-        loading={"fsdp_size": 2, "ep_size": 2, "ep_implementation": "all_to_all"},
-    ),
-}
-"""Name → how a Trainer gets there. DDP, FSDP2 and HSDP through accelerate, ``native`` and the rest by transformers."""
-
-
-def run(function: Callable[..., Any], layout: str, *args: Any) -> list[Any]:
-    """Call ``function(layout, *args)`` on every rank of the layout; what each returned."""
-    num_ranks = LAYOUTS[layout].num_ranks
-    return [function(layout, *args)] if num_ranks == 1 else run_ranks(function, num_ranks, layout, *args)
-
-
 TIED = ("bert masked",)
 """Heads whose tied parameters accelerate 1.15 puts into two FSDP2 groups, which torch 2.13 refuses."""
 
@@ -182,12 +108,7 @@ class GradientTap(TrainerCallback):
         self.steps: list[dict[str, Tensor]] = []
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        gradients = {}
-        for name, p in model.named_parameters():
-            if p.grad is not None:
-                grad = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
-                gradients[name.removeprefix("module.")] = grad.detach().to("cpu", torch.float64, copy=True)
-        self.steps.append(gradients)
+        self.steps.append(whole_gradients(model))
 
 
 def train(
@@ -208,13 +129,13 @@ def train(
     """One optimizer step over all the data, on the ranks there are.
 
     Args:
-        layout: A key of ``LAYOUTS``; None for what accelerate makes of the ranks, DDP or one process.
+        layout: Of ``HEAD_LAYOUTS``; None for what accelerate makes of the ranks, DDP or one process.
         resume: The checkpoint to go on from.
         taps: Keep the gradients of each step; a callback, which folding into the optimizer refuses.
     """
     reset_accelerate()
     world_size = dist.get_world_size() if dist.is_initialized() else 1
-    spread = LAYOUTS[layout or ("1 rank" if world_size == 1 else f"ddp{world_size}")]
+    spread = LAYOUTS[layout or ("one_rank" if world_size == 1 else f"ddp{world_size}")]
     assert spread.num_ranks == world_size
     data = make_data(head) if data is None else data
     num_samples = len(data) if hasattr(data, "__len__") else NUM_SAMPLES
@@ -259,19 +180,8 @@ def train(
     inside = getattr(wrapped, "_orig_mod", wrapped)  # of what torch.compile returns
     if spread.loading and hasattr(inside, "get_base_model"):
         inside = inside.get_base_model()  # peft's is around what transformers has sharded
-    assert spread.is_right(wrapped) or spread.is_right(inside), (layout, type(wrapped), _meshes(wrapped))
+    assert spread.is_right(wrapped) or spread.is_right(inside), (layout, type(wrapped))
     return trainer, tap
-
-
-def relative_error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
-    names = set(got) | set(want)
-    pairs = [(got.get(n), want.get(n)) for n in names]
-    difference = sum(float(((0 if g is None else g) - (0 if w is None else w)).square().sum()) for g, w in pairs)
-    return math.sqrt(difference / sum(float(w.square().sum()) for w in want.values()))
-
-
-def norm(gradients: dict[str, Tensor]) -> float:
-    return math.sqrt(sum(float(g.square().sum()) for g in gradients.values()))
 
 
 def reset_accelerate() -> None:

@@ -27,7 +27,8 @@ from hf_gradutils.errors import InvalidArgumentError, InvarianceError
 from hf_gradutils.invariance import InvarianceReport
 from hf_gradutils.invariance._report import Comparison
 from tests.harness.heads import HEADS
-from tests.harness.trainer_cases import make_data, make_model, reset_accelerate, run, train
+from tests.harness.layouts import run
+from tests.harness.trainer_cases import make_data, make_model, reset_accelerate, train
 
 COPIES, PARTS, LAYOUT, TARGETS = range(4)
 HEAD = "llama causal"
@@ -48,7 +49,7 @@ def checking(trainer_class, **options):
     return Checking
 
 
-def report_of(trainer_class, head=HEAD, layout="1 rank", **options):
+def report_of(trainer_class, head=HEAD, layout="one_rank", **options):
     trainer, _ = train(head, 4, layout=layout, trainer_class=checking(trainer_class), **options)
     return trainer.report
 
@@ -56,13 +57,13 @@ def report_of(trainer_class, head=HEAD, layout="1 rank", **options):
 # ---- What is right passes ----
 
 RIGHT = {
-    "1 rank": [HEAD, "bert classes", "qwen3 moe aux", "plain shifting module"],
+    "one_rank": [HEAD, "bert classes", "qwen3 moe aux", "plain shifting module"],
     "ddp2": [HEAD, "t5 seq2seq"],
     "fsdp2x2": [HEAD],
     "hsdp2x2": ["bert classes"],
-    "native fsdp2x2": [HEAD],
+    "native_fsdp2x2": [HEAD],
     "tp2": ["qwen3 causal"],
-    "tp2 x fsdp2": ["qwen3 causal"],
+    "tp2_fsdp2x2": ["qwen3 causal"],
 }
 
 
@@ -82,14 +83,14 @@ def _passes(layout):
 # ---- Planted faults ----
 
 
-@pytest.mark.parametrize("layout", ["1 rank", "ddp2", "fsdp2x2"])
+@pytest.mark.parametrize("layout", ["one_rank", "ddp2", "fsdp2x2"])
 def test_the_stock_trainer_is_shown_to_scale_wrongly(layout):
     run(_stock_scaling, layout)
 
 
 def _stock_scaling(layout):
     report = report_of(Trainer, "bert classes", layout)
-    num_parts, num_ranks = (8, 1) if layout == "1 rank" else (4, 2)
+    num_parts, num_ranks = (8, 1) if layout == "one_rank" else (4, 2)
     assert not report.passed
     assert report.comparisons[COPIES].passed
     parts, whole = report.comparisons[PARTS], report.comparisons[LAYOUT]
@@ -138,7 +139,7 @@ def _refused_unit(layout):
     assert "the loss is not a mean over the targets counted" in kept[1].comparisons[-1].problem
 
 
-@pytest.mark.parametrize("layout", ["tp2", "tp2 x fsdp2"])
+@pytest.mark.parametrize("layout", ["tp2", "tp2_fsdp2x2"])
 def test_qk_norm_under_stock_tensor_parallelism_is_found(layout):
     run(_qk_norm, layout)
 
@@ -215,7 +216,7 @@ def _expert_loss(model, batch):
 # ---- Loops ----
 
 
-@pytest.mark.parametrize("layout", ["1 rank", "ddp2"])
+@pytest.mark.parametrize("layout", ["one_rank", "ddp2"])
 def test_a_loop_is_checked_too(layout):
     run(_loops, layout)
 
@@ -240,7 +241,7 @@ def _causal_loss(model, batch):
     return model(**batch).loss, (batch["labels"][:, 1:] != -100).sum()
 
 
-@pytest.mark.parametrize("layout", ["1 rank", "ddp2", "fsdp2x2"])
+@pytest.mark.parametrize("layout", ["one_rank", "ddp2", "fsdp2x2"])
 def test_a_loop_of_plain_torch_is_checked_too(layout):
     run(_plain_loop, layout)
 
@@ -276,7 +277,7 @@ def _plain_loop(layout):
 # ---- Nothing has changed ----
 
 
-@pytest.mark.parametrize("layout", ["1 rank", "ddp2", "fsdp2x2"])
+@pytest.mark.parametrize("layout", ["one_rank", "ddp2", "fsdp2x2"])
 def test_a_training_is_the_same_with_and_without_a_check(layout):
     run(_same_training, layout)
 
@@ -317,7 +318,7 @@ def test_everything_is_as_it_was():
                 seen["before"], seen["after"] = before, _state(self)
             return GradUtilsTrainer.train(self, *args, **kwargs)
 
-    train(HEAD, 4, layout="1 rank", trainer_class=Looks)
+    train(HEAD, 4, layout="one_rank", trainer_class=Looks)
     assert seen["before"] == seen["after"]
 
 
@@ -344,9 +345,9 @@ def test_what_cannot_be_checked_says_why():
     with pytest.raises(InvalidArgumentError, match="check_loop_invariance"):
         check_invariance(object())
     with pytest.raises(InvalidArgumentError, match="expected a dataset of at least 99 samples"):
-        train(HEAD, 4, layout="1 rank", trainer_class=checking(GradUtilsTrainer, num_samples=99))
+        train(HEAD, 4, layout="one_rank", trainer_class=checking(GradUtilsTrainer, num_samples=99))
     with pytest.raises(InvalidArgumentError, match="tolerance must be > 0"):
-        train(HEAD, 4, layout="1 rank", trainer_class=checking(GradUtilsTrainer, tolerance=0))
+        train(HEAD, 4, layout="one_rank", trainer_class=checking(GradUtilsTrainer, tolerance=0))
 
 
 def test_a_sharded_model_that_cannot_be_built_anew_is_not_compared_with_one_process():

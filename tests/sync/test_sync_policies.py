@@ -32,36 +32,33 @@ from hf_gradutils.sync import PolicyChoice, SyncContext, communicates, discard_d
 from hf_gradutils.sync import _auto as sync_auto
 from hf_gradutils.sync._auto import decide, deferred_bytes
 from hf_gradutils.upstream.fsdp import fsdp1_sync_flag, fsdp2_sync_flags
+from tests.harness.gradients import relative_error, whole_gradients
 from tests.harness.heads import HEADS
-from tests.harness.layouts import (
+from tests.harness.ranks import ranks, run_ranks
+from tests.harness.tiny_net import (
     data_rank,
-    full_gradients,
     make_batch,
     make_mesh,
     make_net,
     parallelize,
-    relative_error,
     summed_loss,
     true_mean_gradient,
 )
-from tests.harness.ranks import ranks, run_ranks
-from tests.harness.trainer_cases import IS_OLD, make_data, train, truth
-from tests.harness.trainer_cases import make_model as make_model_of
-from tests.harness.trainer_cases import relative_error as relative_error_of_sums
+from tests.harness.trainer_cases import IS_OLD, make_data, make_model, train, truth
 
 ACCUMULATION = 4
 POLICIES = ("defer", "every", "reduce_scatter")
 
 COUNTS = {
     "ddp2": {"defer": (0, 1), "every": (0, 4), "reduce_scatter": (0, 1)},
-    "fsdp2": {"defer": (1, 0), "every": (4, 0), "reduce_scatter": (4, 0)},
+    "fsdp2x2": {"defer": (1, 0), "every": (4, 0), "reduce_scatter": (4, 0)},
     "hsdp2x2": {"defer": (1, 1), "every": (4, 4), "reduce_scatter": (4, 1)},
-    "fsdp1": {"defer": (1, 0), "every": (4, 0), "reduce_scatter": (4, 0)},
-    "hybrid fsdp1 2x2": {"defer": (1, 1), "every": (4, 4), "reduce_scatter": (4, 4)},
+    "fsdp1x2": {"defer": (1, 0), "every": (4, 0), "reduce_scatter": (4, 0)},
+    "hybrid_fsdp1_2x2": {"defer": (1, 1), "every": (4, 4), "reduce_scatter": (4, 4)},
 }
 """(reduce-scatters, all-reduces) of a window of four micro-batches: per bucket of DDP, per group of FSDP."""
 
-WRAPPED = {"ddp2 in a module": "ddp2", "compiled fsdp2": "fsdp2"}
+WRAPPED = {"ddp2_in_a_module": "ddp2", "compiled_fsdp2x2": "fsdp2x2"}
 """Layout with something around it → the layout that it communicates like."""
 
 FORGETS = not hasattr(FSDPParamGroup, "_get_partial_reduce_grad")
@@ -79,7 +76,7 @@ class Holder(nn.Module):
         return self.base_model(x)
 
 
-def make_model(layout, dtype=torch.float64):
+def make_wrapped(layout, dtype=torch.float64):
     net = make_net(dtype)
     if "fsdp1" in layout:
         hybrid = layout.startswith("hybrid")
@@ -98,7 +95,7 @@ def make_model(layout, dtype=torch.float64):
 
 
 def num_ranks_of(layout):
-    return 4 if "2x2" in layout else 2
+    return 4 if "hsdp" in layout or "hybrid" in layout else 2
 
 
 def num_groups(model):
@@ -154,7 +151,7 @@ def error_of(model, want):
         with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
             gradients = {name: p.grad.detach().double().clone() for name, p in model.named_parameters()}
     else:
-        gradients = full_gradients(model)
+        gradients = whole_gradients(model)
     names = {name: name.removeprefix("_orig_mod.").removeprefix("base_model.module.") for name in gradients}
     gradients = {names[name].removeprefix("module."): grad * factor for name, grad in gradients.items()}
     return relative_error(gradients, want)
@@ -173,7 +170,7 @@ def _promises(layout):
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         want = true_mean_gradient(dtype)
         for policy in POLICIES:
-            model = make_model(layout, dtype)
+            model = make_wrapped(layout, dtype)
             for is_first in (True, False):  # DDP arranges its buckets and FSDP sets itself up in the first window
                 model.zero_grad()
                 promised = COUNTS[WRAPPED.get(layout, layout)][policy]
@@ -233,7 +230,7 @@ def _keeps_branches(order, are_apart):
             continue
         run()
         want = {name: p.grad for name, p in alone.named_parameters()}
-        assert relative_error(full_gradients(model), want) < 1e-12, policy
+        assert relative_error(whole_gradients(model), want) < 1e-12, policy
 
 
 # ---- State ----
@@ -252,13 +249,13 @@ def flags_of(model):
 
 
 @pytest.mark.filterwarnings("ignore:FSDP1:FutureWarning", "ignore:.*FullyShardedDataParallel:FutureWarning")
-@pytest.mark.parametrize("layout", ["ddp2", "hsdp2x2", "fsdp1"])
+@pytest.mark.parametrize("layout", ["ddp2", "hsdp2x2", "fsdp1x2"])
 def test_the_prior_state_comes_back_whatever_it_was(layout):
     run_ranks(_restores, num_ranks_of(layout), layout)
 
 
 def _restores(layout):
-    model = make_model(layout)
+    model = make_wrapped(layout)
     at_first = flags_of(model)
     assert at_first
     for policy in POLICIES:
@@ -275,7 +272,7 @@ def _restores(layout):
 
 
 @pytest.mark.filterwarnings("ignore:FSDP1:FutureWarning", "ignore:.*FullyShardedDataParallel:FutureWarning")
-@pytest.mark.parametrize("layout", ["ddp2", "fsdp2", "hsdp2x2", "fsdp1"])
+@pytest.mark.parametrize("layout", ["ddp2", "fsdp2x2", "hsdp2x2", "fsdp1x2"])
 def test_a_window_that_was_given_up_leaves_nothing_for_the_next(layout):
     run_ranks(_gives_up, num_ranks_of(layout), layout)
 
@@ -283,7 +280,7 @@ def test_a_window_that_was_given_up_leaves_nothing_for_the_next(layout):
 def _gives_up(layout):
     want = true_mean_gradient()
     for policy in POLICIES:
-        model = make_model(layout)
+        model = make_wrapped(layout)
         is_held_elsewhere = isinstance(model, FSDPModule) and (
             policy == "defer" or (policy == "reduce_scatter" and layout.startswith("hsdp"))
         )
@@ -297,7 +294,7 @@ def _gives_up(layout):
             assert error > 0.1 if is_control else error < 1e-12, (policy, drop, error)
             discard_deferred(model)
         # FSDP2 of torch 2.11 and FSDP1 have no way back from the middle of a forward.
-        if layout != "fsdp1" and (hasattr(model, "reset_iter_state") or not isinstance(model, FSDPModule)):
+        if layout != "fsdp1x2" and (hasattr(model, "reset_iter_state") or not isinstance(model, FSDPModule)):
             for place in ("forward", "backward"):
                 _fail_in(place, model)
                 discard_deferred(model)
@@ -325,7 +322,7 @@ SIZE, NUM_LAYERS = 384, 16
 MIB = 2**20
 
 
-@pytest.mark.parametrize("layout", ["ddp2", "fsdp2", "fsdp2 mixed", "fsdp2 bf16", "hsdp2x2"])
+@pytest.mark.parametrize("layout", ["ddp2", "fsdp2x2", "fsdp2x2 mixed", "fsdp2x2 bf16", "hsdp2x2"])
 def test_the_estimate_of_deferred_memory_is_what_is_measured(layout):
     kept, estimate = run_ranks(_memory, num_ranks_of(layout), layout)[0]
     print(layout, {policy: f"{mib:.1f} MiB" for policy, mib in kept.items()}, f"estimate {estimate:.1f} MiB")
@@ -425,7 +422,7 @@ def _listen():
 
 @ranks(2)
 def test_auto_is_careful_until_the_second_step_and_then_decides_once():
-    lines, model = _listen(), make_model("fsdp2")
+    lines, model = _listen(), make_wrapped("fsdp2x2")
     choice = PolicyChoice("auto", torch.device("cpu"))
     for _ in range(2):
         assert {choice.policy(model, is_last=is_last) for is_last in (False, True)} == {"reduce_scatter"}
@@ -469,7 +466,7 @@ class Counting(GradUtilsTrainer):
         return [times(pair, 1 / num_groups(self.model_wrapped)) for pair in sums]
 
 
-@pytest.mark.parametrize("layout", ["ddp2", "fsdp2x2", "hsdp2x2", *([] if IS_OLD else ["native hsdp2x2"])])
+@pytest.mark.parametrize("layout", ["ddp2", "fsdp2x2", "hsdp2x2", *([] if IS_OLD else ["native_hsdp2x2"])])
 def test_a_step_of_the_trainer_communicates_as_the_policy_says(layout):
     run_ranks(_trains, 4 if "hsdp" in layout else 2, layout)
 
@@ -481,7 +478,7 @@ def test_so_it_does_with_adapters():
 def make_adapted(head):
     torch.manual_seed(4)
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    return peft.get_peft_model(make_model_of(head), config)
+    return peft.get_peft_model(make_model(head), config)
 
 
 def _trains(layout, with_adapters=False):
@@ -492,7 +489,7 @@ def _trains(layout, with_adapters=False):
         want = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
     else:
         want, _ = truth(head, make_data(head))
-    like = {"fsdp2x2": "fsdp2", "native hsdp2x2": "hsdp2x2"}.get(layout, layout)
+    like = layout.removeprefix("native_")
     for sync in POLICIES:
         trainer, tap = train(
             head,
@@ -505,7 +502,7 @@ def _trains(layout, with_adapters=False):
         )
         # The first step also looks at the model: buckets, copies, the unit of the loss.
         assert trainer.per_step()[1] == COUNTS[like][sync], sync
-        assert relative_error_of_sums(tap.steps[0], want) < 1e-5, sync
+        assert relative_error(tap.steps[0], want) < 1e-5, sync
 
 
 def test_a_training_that_was_interrupted_starts_afresh():
@@ -533,8 +530,8 @@ class Interrupted(GradUtilsTrainer):
 
 def _interrupted():
     head = "llama causal"
-    _, tap = train(head, ACCUMULATION, layout="native fsdp2x2", trainer_class=Interrupted)
-    assert relative_error_of_sums(tap.steps[0], truth(head, make_data(head))[0]) < 1e-5
+    _, tap = train(head, ACCUMULATION, layout="native_fsdp2x2", trainer_class=Interrupted)
+    assert relative_error(tap.steps[0], truth(head, make_data(head))[0]) < 1e-5
 
 
 def test_auto_settles_in_the_third_step_of_the_trainer():

@@ -13,9 +13,10 @@ from hf_gradutils.errors import LossUnitError, TargetCountError
 from hf_gradutils.targets.counter import TargetCounter
 from hf_gradutils.targets.known_heads import NO_UNIT, UNITS, known_head
 from hf_gradutils.upstream.accelerate import without_accelerate_state
+from tests.harness.gradients import relative_error
 from tests.harness.heads import HEADS
 from tests.harness.ranks import run_ranks
-from tests.harness.trainer_cases import IS_OLD, make_data, make_model, relative_error, train
+from tests.harness.trainer_cases import IS_OLD, make_data, make_model, train
 
 TOLERANCE = 1e-5
 

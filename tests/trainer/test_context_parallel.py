@@ -15,9 +15,11 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from hf_gradutils import GradUtilsTrainer
-from tests.harness.heads import LENGTH, VOCAB, collate
+from tests.harness.gradients import norm_of, relative_error
+from tests.harness.head_rows import LENGTH, VOCAB
+from tests.harness.heads import collate
 from tests.harness.ranks import run_ranks
-from tests.harness.trainer_cases import make_data, norm, relative_error, train
+from tests.harness.trainer_cases import make_data, train
 
 HEAD = "llama causal"
 SIZE = 2
@@ -107,7 +109,7 @@ def _exact(accumulation):
     assert relative_error(tap.steps[0], want) < 1e-5
     entry = trainer.state.log_history[0]
     assert entry["loss"] == pytest.approx(want_loss, rel=1e-5)
-    assert entry["grad_norm"] == pytest.approx(norm(want), rel=1e-5)
+    assert entry["grad_norm"] == pytest.approx(norm_of(want), rel=1e-5)
     assert entry["num_targets"] == int(collate(rows())["labels"][:, 1:].ne(-100).sum())
     assert trainer.evaluate()["eval_loss"] == pytest.approx(want_loss, rel=1e-5)
 

@@ -8,8 +8,10 @@ import torch
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 
 from hf_gradutils import GradUtilsSeq2SeqTrainer, GradUtilsTrainer
-from tests.harness.heads import HEADS, VOCAB
-from tests.harness.trainer_cases import make_data, make_model, run, train, truth
+from tests.harness.head_rows import VOCAB
+from tests.harness.heads import HEADS
+from tests.harness.layouts import run
+from tests.harness.trainer_cases import make_data, make_model, train, truth
 
 STILL = {"learning_rate": 0.0}
 """The weights stay those of the truth."""
@@ -18,8 +20,8 @@ STILL = {"learning_rate": 0.0}
 @pytest.mark.parametrize(
     ("head", "layout"),
     [
-        *itertools.product(["llama causal", "bert classes", "qwen2.5-vl images"], ["1 rank", "ddp2", "fsdp2x2"]),
-        *itertools.product(["llama causal"], ["tp2", "tp2 x fsdp2"]),
+        *itertools.product(["llama causal", "bert classes", "qwen2.5-vl images"], ["one_rank", "ddp2", "fsdp2x2"]),
+        *itertools.product(["llama causal"], ["tp2", "tp2_fsdp2x2"]),
     ],
 )
 def test_the_evaluation_loss_is_a_mean_over_all_targets_each_sample_once(head, layout):
@@ -82,7 +84,7 @@ def _metrics(layout):
     assert ours.keys() == stock.keys()
 
 
-@pytest.mark.parametrize("layout", ["1 rank", "ddp2"])
+@pytest.mark.parametrize("layout", ["one_rank", "ddp2"])
 def test_generation_while_evaluating_leaves_the_loss_exact(layout):
     run(_generates, layout)
 

@@ -11,28 +11,27 @@ from transformers import Trainer
 from hf_gradutils import GradUtilsTrainer, clip_gradients, get_sync_ctx, reduce_loss, rescale_gradients
 from hf_gradutils.accelerator import GradUtilsPlugin
 from hf_gradutils.errors import InvalidArgumentError, LossUnitError, TargetCountError
+from tests.harness.gradients import norm_of, relative_error
 from tests.harness.heads import HEADS, collate
+from tests.harness.layouts import run
 from tests.harness.trainer_cases import (
     GradientTap,
     make_data,
     make_model,
     micro_batches_of,
-    norm,
-    relative_error,
-    run,
     train,
     truth,
     truth_of_micro_batches,
 )
 
 TOLERANCE = 1e-5
-COMMON = ["1 rank", "ddp2", "fsdp2x2"]
-SPREAD = ["hsdp2x2", "native fsdp2x2", "native hsdp2x2", "tp2", "tp2 x fsdp2", "ep2 x fsdp2"]
+COMMON = ["one_rank", "ddp2", "fsdp2x2"]
+SPREAD = ["hsdp2x2", "native_fsdp2x2", "native_hsdp2x2", "tp2", "tp2_fsdp2x2", "ep2_fsdp2x2"]
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_every_head_is_exact_on_one_rank_and_on_two(head):
-    _is_exact("1 rank", head, 1, 8)
+    _is_exact("one_rank", head, 1, 8)
     run(_is_exact, "ddp2", head, 4)
 
 
@@ -56,7 +55,7 @@ def _is_exact(layout, head, *accumulations):
         assert relative_error(tap.steps[0], want) < TOLERANCE, accumulation
         entry = trainer.state.log_history[0]
         assert entry["loss"] == pytest.approx(want_loss, rel=1e-5)
-        assert entry["grad_norm"] == pytest.approx(norm(want), rel=1e-5)
+        assert entry["grad_norm"] == pytest.approx(norm_of(want), rel=1e-5)
         assert entry["num_targets"] == HEADS[head].targets(HEADS[head].collate(data))
 
 
@@ -87,14 +86,14 @@ def test_clipping_is_to_the_norm_of_the_whole_batch(layout):
 def _clips(layout):
     head = "t5 seq2seq"
     want, _ = truth(head, make_data(head))
-    limit = norm(want) / 4
+    limit = norm_of(want) / 4
     trainer, tap = train(head, 4, layout=layout, arguments={"max_grad_norm": limit})
-    clipped = {name: g * limit / (norm(want) + 1e-6) for name, g in want.items()}
+    clipped = {name: g * limit / (norm_of(want) + 1e-6) for name, g in want.items()}
     assert relative_error(tap.steps[0], clipped) < TOLERANCE
-    assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(norm(want), rel=1e-5)
+    assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(norm_of(want), rel=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["1 rank", "ddp2"])
+@pytest.mark.parametrize("layout", ["one_rank", "ddp2"])
 def test_a_loop_written_from_the_utilities_takes_the_same_step(layout):
     run(_same_step, layout)
 
@@ -261,7 +260,7 @@ def test_dropout_and_random_states_are_not_disturbed_by_the_check():
     assert relative_error(results[0], results[1]) == 0
 
 
-@pytest.mark.parametrize("layout", ["1 rank", "ddp2"])
+@pytest.mark.parametrize("layout", ["one_rank", "ddp2"])
 def test_a_loader_that_accelerate_has_not_prepared_is_exact_too(layout):
     run(_own_loader, layout)
 
@@ -311,7 +310,7 @@ class _Contrastive(torch.nn.Module):
         return {"loss": torch.nn.functional.cross_entropy(scores, torch.arange(len(x))), "logits": scores}
 
 
-@pytest.mark.parametrize("layout", ["1 rank", "ddp2"])
+@pytest.mark.parametrize("layout", ["one_rank", "ddp2"])
 def test_a_loss_that_is_no_mean_of_its_samples_stops_with_the_numbers(layout):
     run(_contrastive_stops, layout)
 
@@ -336,7 +335,7 @@ def test_a_wrong_unit_is_caught_and_the_users_own_count_is_used():
         GradUtilsPlugin(loss_unit="words")
 
 
-@pytest.mark.parametrize("layout", ["1 rank", "ddp2"])
+@pytest.mark.parametrize("layout", ["one_rank", "ddp2"])
 def test_labels_that_nothing_can_count_are_an_error_on_every_rank(layout):
     run(_uncountable, layout)
 

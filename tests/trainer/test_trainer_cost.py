@@ -12,11 +12,12 @@ from transformers import Trainer
 from hf_gradutils import GradUtilsTrainer
 from hf_gradutils.accelerator import GradUtilsPlugin
 from tests.harness.heads import collate
+from tests.harness.layouts import run
 from tests.harness.ranks import run_ranks
-from tests.harness.trainer_cases import make_data, run, train
+from tests.harness.trainer_cases import make_data, train
 
 
-@pytest.mark.parametrize("layout", ["1 rank", "ddp2"])
+@pytest.mark.parametrize("layout", ["one_rank", "ddp2"])
 @pytest.mark.parametrize("trainer_class", [GradUtilsTrainer, Trainer])
 def test_micro_batches_are_fetched_one_ahead_and_not_all_at_once(trainer_class, layout):
     ahead = run(_largest_look_ahead, layout, trainer_class is Trainer)
@@ -43,7 +44,7 @@ def _largest_look_ahead(layout, is_stock):
     return max(ahead)
 
 
-SPREAD = ["ddp2", "fsdp2x2", "hsdp2x2", "native fsdp2x2", "tp2", "tp2 x fsdp2", "ep2 x fsdp2"]
+SPREAD = ["ddp2", "fsdp2x2", "hsdp2x2", "native_fsdp2x2", "tp2", "tp2_fsdp2x2", "ep2_fsdp2x2"]
 
 
 @pytest.mark.parametrize("layout", SPREAD)

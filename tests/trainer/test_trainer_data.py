@@ -13,8 +13,10 @@ from hf_gradutils import GradUtilsTrainer
 from hf_gradutils.accelerator import Padding
 from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.trainer._batches import BatchStream, MicroBatches
+from tests.harness.gradients import relative_error
 from tests.harness.heads import HEADS
-from tests.harness.trainer_cases import LAYOUTS, make_data, make_model, relative_error, run, train, truth
+from tests.harness.layouts import LAYOUTS, run
+from tests.harness.trainer_cases import make_data, make_model, train, truth
 
 TOLERANCE = 1e-5
 HEAD = "t5 seq2seq"
@@ -49,7 +51,7 @@ STILL = {"learning_rate": 0.0, "per_device_train_batch_size": 2}
 """No learning, so that all windows are at the same weights."""
 
 
-@pytest.mark.parametrize("layout", ["1 rank", "ddp2", "fsdp2x2", "tp2"])
+@pytest.mark.parametrize("layout", ["one_rank", "ddp2", "fsdp2x2", "tp2"])
 def test_the_short_last_window_of_data_without_a_length_is_stepped_on_its_own(layout):
     run(_stream, layout)
 
@@ -167,7 +169,7 @@ def test_a_run_without_a_length_resumed_in_its_second_epoch_goes_on_as_if_nothin
 # ---- Rows that are packed, labels that are shifted already ----
 
 
-@pytest.mark.parametrize("layout", ["1 rank", "ddp2"])
+@pytest.mark.parametrize("layout", ["one_rank", "ddp2"])
 def test_flattened_rows_are_exact(layout):
     run(_flattened, layout)
 
@@ -188,7 +190,7 @@ def _collate_shifted(rows):
     return batch | {"shift_labels": shifted}
 
 
-@pytest.mark.parametrize("layout", ["1 rank", "ddp2"])
+@pytest.mark.parametrize("layout", ["one_rank", "ddp2"])
 def test_labels_shifted_by_the_collator_are_counted_as_they_are(layout):
     run(_shifted, layout)
 

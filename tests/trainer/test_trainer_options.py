@@ -12,24 +12,14 @@ from hf_gradutils import GradUtilsAccelerator, GradUtilsTrainer
 from hf_gradutils.accelerator import GradUtilsPlugin
 from hf_gradutils.errors import InvalidArgumentError, LossUnitError
 from hf_gradutils.targets.probe import loss_ignores_first_position
+from tests.harness.gradients import norm_of, relative_error
 from tests.harness.half_cases import with_scaler
 from tests.harness.heads import HEADS
-from tests.harness.trainer_cases import (
-    CHECKPOINTING,
-    IS_OLD,
-    LAYOUTS,
-    load,
-    make_data,
-    make_model,
-    norm,
-    relative_error,
-    run,
-    train,
-    truth,
-)
+from tests.harness.layouts import LAYOUTS, run
+from tests.harness.trainer_cases import CHECKPOINTING, IS_OLD, load, make_data, make_model, train, truth
 
 TOLERANCE = 1e-5
-COMMON = ["1 rank", "ddp2", "fsdp2x2"]
+COMMON = ["one_rank", "ddp2", "fsdp2x2"]
 
 
 def gradient_of(model, head, data):
@@ -51,13 +41,13 @@ def with_adapters(model):
     return adapted
 
 
-@pytest.mark.parametrize("layout", [*COMMON, "native fsdp2x2", "tp2"])  # peft 0.21 fails on two-dimensional meshes
+@pytest.mark.parametrize("layout", [*COMMON, "native_fsdp2x2", "tp2"])  # peft 0.21 fails on two-dimensional meshes
 def test_adapters_are_exact(layout):
     run(_adapters, layout)
 
 
 def _adapters(layout):
-    if IS_OLD and layout == "native fsdp2x2":
+    if IS_OLD and layout == "native_fsdp2x2":
         pytest.skip("transformers 5.17 wraps such a model in DDP, which refuses it")
     head = "llama causal"
     data = make_data(head)
@@ -88,7 +78,7 @@ def _frozen(layout):
     model = without_embedding_and_attention(make_model(head))
     trainer, tap = train(head, 4, layout=layout, model=model, data=data)
     assert relative_error(tap.steps[0], want) < TOLERANCE
-    assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(norm(want), rel=1e-5)
+    assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(norm_of(want), rel=1e-5)
 
 
 class Unused(torch.nn.Module):
@@ -115,7 +105,7 @@ def _unused(layout):
     got = {name.removeprefix("used."): gradient for name, gradient in tap.steps[0].items()}
     got = {name: gradient for name, gradient in got.items() if not name.startswith("unused.") or gradient.any()}
     assert relative_error(got, want) < TOLERANCE
-    assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(norm(want), rel=1e-5)
+    assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(norm_of(want), rel=1e-5)
 
 
 @pytest.mark.parametrize("layout", COMMON)
@@ -187,7 +177,7 @@ def large_loss(outputs, labels, num_items_in_batch=None):
     return 1000 * torch.nn.functional.cross_entropy(outputs.logits, labels)
 
 
-@pytest.mark.parametrize("layout", ["1 rank", "ddp2"])
+@pytest.mark.parametrize("layout", ["one_rank", "ddp2"])
 def test_gradients_are_unscaled_before_they_are_measured_and_clipped(layout):
     run(_unscaled, layout)
 
@@ -195,11 +185,11 @@ def test_gradients_are_unscaled_before_they_are_measured_and_clipped(layout):
 def _unscaled(layout):
     head = "bert classes"
     want, _ = truth(head, make_data(head))
-    limit = norm(want) / 4
+    limit = norm_of(want) / 4
     trainer, tap = train(head, 4, trainer_class=_Scaled, arguments={"max_grad_norm": limit})
-    clipped = {name: g * limit / (norm(want) + 1e-6) for name, g in want.items()}
+    clipped = {name: g * limit / (norm_of(want) + 1e-6) for name, g in want.items()}
     assert relative_error(tap.steps[0], clipped) < TOLERANCE
-    assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(norm(want), rel=1e-5)
+    assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(norm_of(want), rel=1e-5)
     before = dict(make_model(head).named_parameters())
     moved = {n: (before[n] - p).detach().double() for n, p in trainer.model.named_parameters()}
     assert relative_error(moved, {n: 0.1 * g for n, g in clipped.items()}) < 1e-4  # float32 weights, rounded

@@ -28,8 +28,9 @@ from hf_gradutils.errors import InvalidArgumentError, LossUnitError
 from hf_gradutils.targets import trl as trl_trainers
 from hf_gradutils.trainer import GradUtilsTrainerMixin
 from hf_gradutils.upstream.trl import TRL_AUXILIARY, TRL_METRICS
+from tests.harness.gradients import norm_of, relative_error
 from tests.harness.ranks import run_ranks
-from tests.harness.trainer_cases import GradientTap, fsdp_on_cpu, norm, relative_error, reset_accelerate
+from tests.harness.trainer_cases import GradientTap, fsdp_on_cpu, reset_accelerate
 
 trl = pytest.importorskip("trl")
 from trl import (  # noqa: E402
@@ -49,7 +50,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 TOLERANCE = 1e-5
 BETA = 0.1
-LAYOUTS = ["1 rank", "ddp2"]
+LAYOUTS = ["one_rank", "ddp2"]
 WORDS = ["<pad>", "<eos>", "<user>", "<assistant>", *(f"w{i}" for i in range(4, 16))]
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <eos> {% endfor %}"
@@ -92,7 +93,7 @@ SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers
 SIZES |= {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
 
 
-def make_model(seed=11):
+def make_llama(seed=11):
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**SIZES))
 
@@ -123,7 +124,7 @@ def log_probs(model, row, answer="chosen"):
 
 def truth(loss_type, data):
     """Gradient and loss of one process that sees every row by itself, in float64 and without trl."""
-    model, reference = make_model().double(), make_model(12).double()
+    model, reference = make_llama().double(), make_llama(12).double()
     log_p, uniform = (torch.cat(parts) for parts in zip(*(log_probs(model, row) for row in data), strict=True))
     if loss_type in ("nll", "sft"):
         loss = -log_p.mean()
@@ -174,13 +175,13 @@ def make_trainer(trainer_class, batch_size, accumulation=1, *, data=None, eval_d
         if issubclass(trainer_class, RewardTrainer):
             config = RewardConfig
         else:
-            kwargs.setdefault("ref_model", make_model(12))
+            kwargs.setdefault("ref_model", make_llama(12))
     return trainer_class(
         args=config(**options | (arguments or {})),
         train_dataset=as_dataset(data or make_data()),
         eval_dataset=as_dataset(eval_data or make_data(1)),
         processing_class=make_tokenizer(),
-        **{"model": make_model()} | kwargs,
+        **{"model": make_llama()} | kwargs,
     )
 
 
@@ -197,7 +198,7 @@ def _as_prompt_and_completion(rows):
 
 
 def run(function, layout, *args):
-    return [function(layout, *args)] if layout == "1 rank" else run_ranks(function, 2, layout, *args)
+    return [function(layout, *args)] if layout == "one_rank" else run_ranks(function, 2, layout, *args)
 
 
 # ---- Supervised fine-tuning: a mean over the answers' tokens ----
@@ -222,7 +223,7 @@ def _sft_is_exact(layout):
             assert relative_error(tap.steps[0], want) < TOLERANCE, (loss_type, accumulation)
             entry = trainer.state.log_history[0]
             assert entry["loss"] == pytest.approx(want_loss, rel=1e-5)
-            assert entry["grad_norm"] == pytest.approx(norm(want), rel=1e-5)
+            assert entry["grad_norm"] == pytest.approx(norm_of(want), rel=1e-5)
             assert entry["num_targets"] == sum(2 + i * 5 % 11 for i in range(16)), "words and <eos>"
 
 
@@ -264,7 +265,7 @@ def test_dpo_takes_the_step_of_the_whole_batch(layout):
 
 def _dpo_is_exact(layout):
     # 15 pairs leave a last micro-batch that is smaller; trl gathers rewards, so on two ranks all must be as large.
-    num_pairs, cuts = (15, ((15, 1), (4, 4), (1, 15))) if layout == "1 rank" else (16, ((8, 1), (1, 8)))
+    num_pairs, cuts = (15, ((15, 1), (4, 4), (1, 15))) if layout == "one_rank" else (16, ((8, 1), (1, 8)))
     data = make_data(num_pairs)
     for loss_type in ("sigmoid", "ipo"):
         want, want_loss = truth(loss_type, data)
@@ -273,7 +274,7 @@ def _dpo_is_exact(layout):
             assert relative_error(tap.steps[0], want) < TOLERANCE, (loss_type, accumulation)
             entry = trainer.state.log_history[0]
             assert entry["loss"] == pytest.approx(want_loss, rel=1e-5)
-            assert entry["grad_norm"] == pytest.approx(norm(want), rel=1e-5)
+            assert entry["grad_norm"] == pytest.approx(norm_of(want), rel=1e-5)
             assert entry["num_targets"] == num_pairs
 
 
@@ -292,7 +293,7 @@ def test_a_mix_of_dpo_losses_is_exact():
     data = make_data(15)
     arguments = {"loss_type": list(MEANS_OVER_PAIRS), "loss_weights": list(MEANS_OVER_PAIRS.values())}
     arguments |= {"label_smoothing": 0.1, "precompute_ref_log_probs": True}
-    double = {"model": make_model().double(), "ref_model": make_model(12).double()}
+    double = {"model": make_llama().double(), "ref_model": make_llama(12).double()}
     _, want = train(DPOTrainer, 15, 1, data=data, arguments=arguments, **double)
     _, got = train(ExactDPO, 4, 4, data=data, arguments=arguments)
     assert relative_error(got.steps[0], want.steps[0]) < TOLERANCE
@@ -358,7 +359,7 @@ def test_the_auxiliary_loss_of_a_mixture_is_weighted_like_its_micro_batch(kind):
     def step(trainer_class, accumulation, dtype):
         torch.manual_seed(11)
         config = MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, experts_implementation="eager")
-        kwargs = {} if is_sft else {"ref_model": make_model(12).to(dtype)}
+        kwargs = {} if is_sft else {"ref_model": make_llama(12).to(dtype)}
         kwargs["model"] = MixtralForCausalLM(config).to(dtype)
         arguments = {"router_aux_loss_coef": 0.1, "max_steps": 4 // accumulation}
         return train(trainer_class, 4, accumulation, data=data, arguments=arguments, **kwargs)
@@ -462,7 +463,7 @@ def test_a_trainer_that_normalises_by_itself_is_refused(tmp_path):
     reset_accelerate()
     with pytest.raises(InvalidArgumentError, match="got GRPOTrainer, which divides its loss by a count of its own"):
         ExactGRPO(
-            model=make_model(),
+            model=make_llama(),
             reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
             args=GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[]),
             train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in make_data()]),

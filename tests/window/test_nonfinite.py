@@ -11,7 +11,9 @@ from transformers import Trainer, TrainerCallback
 from hf_gradutils import GradUtilsTrainer
 from hf_gradutils.accelerator import Counters, GradUtilsPlugin
 from hf_gradutils.errors import InvalidArgumentError, NonfiniteGradientError
-from tests.harness.trainer_cases import LAYOUTS, relative_error, run, train
+from tests.harness.gradients import relative_error
+from tests.harness.layouts import LAYOUTS, run
+from tests.harness.trainer_cases import train
 
 HEAD = "llama causal"
 WHERE = "model.layers.1.mlp.up_proj.weight"
@@ -107,7 +109,7 @@ def same(left, right):
     return all(torch.equal(left[name], right[name]) for name in left)
 
 
-@pytest.mark.parametrize("layout", ["1 rank", "ddp2", "fsdp2x2", "tp2"])
+@pytest.mark.parametrize("layout", ["one_rank", "ddp2", "fsdp2x2", "tp2"])
 @pytest.mark.parametrize("optimizer", ["fused", "plain"])
 def test_a_bad_step_raises_everywhere_and_changes_nothing(optimizer, layout):
     run(_raises, layout, FUSED if optimizer == "fused" else PLAIN)
@@ -132,7 +134,7 @@ def _raises(layout, arguments):
         assert [g["lr"] for g in trainer.optimizer.param_groups] == trainer.lr_scheduler.get_last_lr()
 
 
-@pytest.mark.parametrize("layout", ["1 rank", "ddp2", "fsdp2x2"])
+@pytest.mark.parametrize("layout", ["one_rank", "ddp2", "fsdp2x2"])
 @pytest.mark.parametrize("optimizer", ["fused", "plain"])
 def test_a_bad_step_is_left_out_and_the_next_are_taken(optimizer, layout):
     run(_skips, layout, FUSED if optimizer == "fused" else PLAIN)
@@ -155,13 +157,13 @@ def _skips(layout, arguments):
 
 def test_the_mean_loss_over_several_steps_is_that_of_the_steps_taken():
     plugin = GradUtilsPlugin(on_nonfinite="skip")
-    each, _, _ = train_spoiled("1 rank", Spoiled, PLAIN, grad_plugin=plugin)
-    whole, _, _ = train_spoiled("1 rank", Spoiled, PLAIN | {"logging_steps": 4}, grad_plugin=plugin)
+    each, _, _ = train_spoiled("one_rank", Spoiled, PLAIN, grad_plugin=plugin)
+    whole, _, _ = train_spoiled("one_rank", Spoiled, PLAIN | {"logging_steps": 4}, grad_plugin=plugin)
     losses = [entry["loss"] for entry in each.state.log_history if "loss" in entry]
     assert whole.state.log_history[0]["loss"] == pytest.approx((losses[0] + losses[2] + losses[3]) / 3, rel=1e-6)
 
 
-@pytest.mark.parametrize("layout", ["1 rank", "ddp2"])
+@pytest.mark.parametrize("layout", ["one_rank", "ddp2"])
 def test_too_many_in_a_row_raise(layout):
     run(_too_many, layout)
 
@@ -174,7 +176,9 @@ def _too_many(layout):
 
 
 def test_ignoring_takes_the_step():
-    trainer, states, error = train_spoiled("1 rank", Spoiled, FUSED, grad_plugin=GradUtilsPlugin(on_nonfinite="ignore"))
+    trainer, states, error = train_spoiled(
+        "one_rank", Spoiled, FUSED, grad_plugin=GradUtilsPlugin(on_nonfinite="ignore")
+    )
     assert error is None
     assert states.weights[1][WHERE].isnan().any()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -191,7 +195,7 @@ def test_control_the_stock_trainer_has_nan_weights_under_a_clean_looking_loss():
                 spoil(self.model, math.nan)
             return super()._clip_grad_norm(model)
 
-    trainer, states, _ = train_spoiled("1 rank", Stock, FUSED)
+    trainer, states, _ = train_spoiled("one_rank", Stock, FUSED)
     assert states.weights[1][WHERE].isnan().any()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert all(map(math.isfinite, losses))
@@ -206,7 +210,7 @@ def test_a_bad_loss_is_named():
             self.num_batches += torch.is_grad_enabled()
             return loss * (math.inf if self.num_batches == 4 else 1.0) if torch.is_grad_enabled() else loss
 
-    _, _, error = train_spoiled("1 rank", BadLoss, FUSED)
+    _, _, error = train_spoiled("one_rank", BadLoss, FUSED)
     assert "step 2" in str(error)
     assert "micro-batch 2 of 2 on rank 0: inf" in str(error)
     assert "and 18 more" in str(error)
@@ -214,12 +218,12 @@ def test_a_bad_loss_is_named():
 
 def test_a_checkpoint_is_not_written_over_a_bad_step(tmp_path):
     arguments = FUSED | {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 1, "logging_steps": 100}
-    _, _, error = train_spoiled("1 rank", Spoiled, arguments)
+    _, _, error = train_spoiled("one_rank", Spoiled, arguments)
     assert error is not None
     assert [folder.name for folder in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
-@pytest.mark.parametrize("layout", ["1 rank", "ddp2"])
+@pytest.mark.parametrize("layout", ["one_rank", "ddp2"])
 def test_after_a_bad_step_the_same_trainer_trains_on(layout):
     run(_trains_on, layout)
 
@@ -250,7 +254,7 @@ def test_settings_that_mean_nothing_are_refused(arguments, message):
 # ---- Norms of groups ----
 
 
-@pytest.mark.parametrize("layout", ["1 rank", "fsdp2x2"])
+@pytest.mark.parametrize("layout", ["one_rank", "fsdp2x2"])
 def test_the_norms_of_layers_are_logged_and_combine_to_the_total(layout):
     run(_groups, layout)
 
@@ -280,7 +284,7 @@ def test_other_norms_are_logged_and_clipped_to(p):
 # ---- Folding ----
 
 
-@pytest.mark.parametrize("layout", ["1 rank", "ddp2", "fsdp2x2"])
+@pytest.mark.parametrize("layout", ["one_rank", "ddp2", "fsdp2x2"])
 def test_a_fused_optimizer_that_scales_takes_the_same_steps(layout):
     run(_folds, layout)
 
@@ -309,8 +313,8 @@ def train_folded(layout, fold, arguments, **kwargs):
 
 def test_a_bad_step_is_left_out_where_the_optimizer_scales_too():
     with pytest.raises(NonfiniteGradientError, match="step 2"):
-        train_folded("1 rank", True, {}, trainer_class=Spoiled)
-    weights, trainer = train_folded("1 rank", True, {}, trainer_class=Spoiled, settings={"on_nonfinite": "skip"})
+        train_folded("one_rank", True, {}, trainer_class=Spoiled)
+    weights, trainer = train_folded("one_rank", True, {}, trainer_class=Spoiled, settings={"on_nonfinite": "skip"})
     assert all(w.isfinite().all() for w in weights.values())
     assert trainer.state.log_history[-2]["skipped_steps"] == 1
 
@@ -318,7 +322,7 @@ def test_a_bad_step_is_left_out_where_the_optimizer_scales_too():
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw_torch", "rmsprop", "adafactor"])
 def test_folding_into_an_optimizer_that_cannot_is_refused_with_the_reason(optimizer):
     with pytest.raises(InvalidArgumentError, match=r"but .* is not .*fused.*; leave out fold_into_optimizer"):
-        train_folded("1 rank", True, {"optim": optimizer})
+        train_folded("one_rank", True, {"optim": optimizer})
 
 
 class LosesItsKernel(TrainerCallback):
@@ -336,7 +340,7 @@ def test_an_optimizer_that_is_not_fused_any_more_is_refused():
             self.add_callback(LosesItsKernel())
 
     with pytest.raises(InvalidArgumentError, match="AdamW is not fused in every parameter group"):
-        train_folded("1 rank", True, {}, trainer_class=Losing)
+        train_folded("one_rank", True, {}, trainer_class=Losing)
 
 
 def test_folding_under_a_callback_that_looks_at_gradients_is_refused():

@@ -14,27 +14,18 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from hf_gradutils import clip_gradients
 from hf_gradutils.window import AccumulationWindow
 from tests.harness.counting import Traffic, top_level_calls
-from tests.harness.layouts import (
-    LAYOUTS,
+from tests.harness.gradients import relative_error, whole_gradients
+from tests.harness.layouts import LAYOUTS, NET_LAYOUTS, run
+from tests.harness.tiny_net import (
     data_rank,
-    full_gradients,
     make_batch,
     make_mesh,
     make_net,
     parallelize,
-    relative_error,
     summed_loss,
     sync_plain_gradients,
     true_mean_gradient,
 )
-from tests.harness.ranks import run_ranks
-
-NAMES = list(LAYOUTS)
-
-
-def run(function, layout, *args):
-    num_ranks = math.prod(LAYOUTS[layout].values())
-    return run_ranks(function, num_ranks, layout, *args) if num_ranks > 1 else [function(layout, *args)]
 
 
 def parameters_of(num_parameters, dtype=torch.float32):
@@ -61,7 +52,7 @@ def accumulated(layout, model=None):
 # ---- What comes out ----
 
 
-@pytest.mark.parametrize("layout", NAMES)
+@pytest.mark.parametrize("layout", NET_LAYOUTS)
 def test_one_all_reduce_makes_the_exact_mean_gradient_and_all_norms(layout):
     run(_exact_with_one_all_reduce, layout)
 
@@ -76,8 +67,8 @@ def _exact_with_one_all_reduce(layout):
     with profile() as profiler:
         report = window.close(model, norm_groups=groups)
     collectives = [event.name for event in profiler.events() if event.name.startswith("gloo:")]
-    assert collectives == (["gloo:all_reduce"] if math.prod(LAYOUTS[layout].values()) > 1 else [])
-    assert relative_error(full_gradients(model), want) < 1e-12
+    assert collectives == (["gloo:all_reduce"] if LAYOUTS[layout].num_ranks > 1 else [])
+    assert relative_error(whole_gradients(model), want) < 1e-12
     norms = {name: value.item() for name, value in report.group_norms.items()}
     by_group = {"ends": ("inp",), "norm": ("norm",), "rest": ("up", "down", "out")}
     for name, modules in by_group.items():
@@ -87,7 +78,7 @@ def _exact_with_one_all_reduce(layout):
     assert report.is_finite
 
 
-@pytest.mark.parametrize("layout", ["ddp2", "fsdp2", "tp2_fsdp2"])
+@pytest.mark.parametrize("layout", ["ddp2", "fsdp2x2", "tp2_fsdp2x2"])
 def test_the_largest_element_takes_one_all_gather(layout):
     run(_one_all_gather, layout)
 
@@ -103,10 +94,10 @@ def _one_all_gather(layout):
 
 
 def test_a_window_whose_gradients_somebody_else_scales_leaves_them_alone():
-    model, window = accumulated("alone")
-    before = full_gradients(model)
+    model, window = accumulated("one_rank")
+    before = whole_gradients(model)
     report = window.close(model, 0.1, scales=False)
-    after = full_gradients(model)
+    after = whole_gradients(model)
     assert relative_error(after, before) == 0
     scaled = {name: g * report.multiplier for name, g in after.items()}
     norm = torch.cat([g.flatten() for g in scaled.values()]).norm()
@@ -131,7 +122,9 @@ def test_at_most_twenty_calls_however_many_parameters():
     assert counts[0] == counts[1] == counts[2]
 
 
-@pytest.mark.parametrize("layout", ["ddp2", "fsdp2", "hsdp2x2", "tp2", "tp2_fsdp2", "plain_beside_fsdp2", "two_meshes"])
+@pytest.mark.parametrize(
+    "layout", ["ddp2", "fsdp2x2", "hsdp2x2", "tp2", "tp2_fsdp2x2", "plain_beside_fsdp2x2", "two_meshes2x2"]
+)
 def test_at_most_twenty_calls_in_every_layout(layout):
     for calls in run(_calls, layout):
         assert len(calls) <= 20, calls

@@ -28,6 +28,8 @@ PRELOADED_IF_IMPORTED = (
     "hf_gradutils",
     "hf_gradutils.accelerator",
     "hf_gradutils.trainer",
+    "tests.harness.heads",
+    "tests.harness.trainer_cases",
 )
 """Loaded in the forkserver if the pytest process has them when the first ranks are wanted."""
 

@@ -176,7 +176,7 @@ def _answer(job: Job) -> Answer:
         _rewrite_asserts()
         torch.set_num_threads(1)
         tqdm.set_lock(threading.RLock())  # its own is a semaphore that nobody takes down at the end
-        _seed()
+        seed()
         function, args, kwargs = pickle.loads(job.body)
         if isinstance(function, FunctionName):
             function = function.resolve()
@@ -184,7 +184,7 @@ def _answer(job: Job) -> Answer:
             dist.init_process_group("gloo", timeout=timedelta(seconds=job.timeout_s))
         if "mesh" in inspect.signature(function).parameters:
             kwargs["mesh"] = init_device_mesh("cpu", tuple(job.mesh_dims.values()), mesh_dim_names=tuple(job.mesh_dims))
-        _seed()
+        seed()
         value = pickle.dumps(function(*args, **kwargs))  # plain pickle: bytes, no shared memory
     except pytest.skip.Exception as skipped:
         return Answer(kind="skipped", time_s=time.monotonic(), summary=str(skipped))
@@ -208,7 +208,7 @@ def _without_harness_frames(error: BaseException) -> BaseException:
     return error.with_traceback(frames)
 
 
-def _seed() -> None:
+def seed() -> None:
     torch.manual_seed(0)
     random.seed(0)
     if numpy := sys.modules.get("numpy"):
