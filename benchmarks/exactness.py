@@ -26,17 +26,11 @@ from transformers import Trainer
 from benchmarks import half_report
 from benchmarks.sections import section, short_reason, with_section
 from hf_gradutils import GradUtilsTrainer
+from tests.harness.gradients import norm_of, relative_error
 from tests.harness.heads import HEADS
+from tests.harness.layouts import HEAD_LAYOUTS, LAYOUTS
 from tests.harness.ranks import RankFailure, run_ranks
-from tests.harness.trainer_cases import (
-    LAYOUTS,
-    make_data,
-    micro_batches_of,
-    norm,
-    relative_error,
-    train,
-    truth_of_micro_batches,
-)
+from tests.harness.trainer_cases import make_data, micro_batches_of, train, truth_of_micro_batches
 
 ACCUMULATIONS = (1, 4, 8)
 NUM_SAMPLES = 32
@@ -82,7 +76,7 @@ def _errors(head: str, layout: str, accumulation: int, trainer: str, data: Any) 
     entry = done.state.log_history[0]
     return Errors(
         gradient=relative_error(tap.steps[0], want),
-        norm=abs(entry["grad_norm"] / norm(want) - 1),
+        norm=abs(entry["grad_norm"] / norm_of(want) - 1),
         loss=abs(entry["loss"] / want_loss - 1),
     )
 
@@ -240,7 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     seed = random.SystemRandom().randrange(2**31) if options.seed is None else options.seed
     heads = [h for h in HEADS if not options.heads or any(part in h for part in options.heads.split(","))]
-    layouts = [name for name in LAYOUTS if not options.layouts or name in options.layouts.split(",")]
+    layouts = [name for name in HEAD_LAYOUTS if not options.layouts or name in options.layouts.split(",")]
     print(f"seed {seed}: {len(heads)} heads x {len(layouts)} layouts", flush=True)
 
     started = time.monotonic()

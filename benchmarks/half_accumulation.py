@@ -13,12 +13,13 @@ from torch import Tensor
 from benchmarks.half_exactness import Closeness, closeness
 from hf_gradutils import GradUtilsPlugin
 from tests.harness.heads import HEADS
+from tests.harness.layouts import LAYOUTS
 from tests.harness.ranks import run_ranks
-from tests.harness.trainer_cases import LAYOUTS, make_data, make_model, train
+from tests.harness.trainer_cases import make_data, make_model, train
 
 NUM_SAMPLES = 128
 ACCUMULATIONS = (1, 8, 64)
-LAYOUTS_MEASURED = ("1 rank", "ddp2", "fsdp2x2")
+LAYOUTS_MEASURED = ("one_rank", "ddp2", "fsdp2x2")
 HEADS_MEASURED = ("llama causal", "bert classes", "vit images", "bert tokens")
 SETTINGS = {"bfloat16": False, "float32": True}
 """What gradients accumulate in → ``accumulate_in_float32``."""

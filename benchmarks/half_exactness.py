@@ -26,16 +26,16 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from hf_gradutils import GradUtilsTrainer
+from tests.harness.gradients import relative_error
 from tests.harness.half_cases import with_scaler
 from tests.harness.heads import HEADS
+from tests.harness.layouts import LAYOUTS
 from tests.harness.ranks import RankFailure, run_ranks
 from tests.harness.trainer_cases import (
     CHECKPOINTING,
-    LAYOUTS,
     make_data,
     make_model,
     micro_batches_of,
-    relative_error,
     train,
     truth_of_micro_batches,
 )
@@ -171,7 +171,7 @@ def _gradient(
     arguments: dict[str, Any] = {"train_sampling_strategy": "sequential", CHECKPOINTING: checkpointing}
     arguments["max_grad_norm"] = 1e9  # clips nothing, but sees to it that stock unscales fp16 before the tap
     # Checkpointing turns it off. The process group of one rank has DDP around the model too.
-    arguments["ddp_find_unused_parameters"] = True if layout in ("1 rank", "ddp2", "ddp4") else None
+    arguments["ddp_find_unused_parameters"] = True if layout in ("one_rank", "ddp2", "ddp4") else None
     if precision is not None:
         arguments[precision] = True
     done, tap = train(

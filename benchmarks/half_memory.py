@@ -22,8 +22,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hf_gradutils import GradUtilsPlugin, GradUtilsTrainer
+from tests.harness.layouts import LAYOUTS
 from tests.harness.ranks import run_ranks
-from tests.harness.trainer_cases import CHECKPOINTING, LAYOUTS, fsdp_on_cpu, reset_accelerate
+from tests.harness.trainer_cases import CHECKPOINTING, fsdp_on_cpu, reset_accelerate
 
 VOCAB, LENGTH = 4096, 128
 STEP = 3

@@ -39,7 +39,8 @@ from benchmarks.tiny_batches import MakeRow, NoBatchError, NoLossError, collate,
 from benchmarks.tiny_models import NUM_CLASSES, TooLargeError, build, head_classes, tiny_config
 from hf_gradutils import GradUtilsTrainer
 from hf_gradutils.errors import LossUnitError, TargetCountError
-from tests.harness.trainer_cases import GradientTap, relative_error, reset_accelerate
+from tests.harness.gradients import relative_error
+from tests.harness.trainer_cases import GradientTap, reset_accelerate
 
 ACCUMULATION, ROWS_PER_MICRO_BATCH = 4, 4
 WRONG = 1e-5

@@ -22,10 +22,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from hf_gradutils import GradUtilsTrainer
 from tests.harness.counting import collectives, events_of, num_host_syncs
 from tests.harness.heads import collate
+from tests.harness.layouts import LAYOUTS
 from tests.harness.ranks import run_ranks
-from tests.harness.trainer_cases import LAYOUTS, fsdp_on_cpu, reset_accelerate
+from tests.harness.trainer_cases import fsdp_on_cpu, reset_accelerate
 
-SPREADS = {"1 rank": "1 rank", "DDP 2": "ddp2", "FSDP2 2": "fsdp2x2"}
+SPREADS = {"1 rank": "one_rank", "DDP 2": "ddp2", "FSDP2 2": "fsdp2x2"}
 """Name → layout of ``trainer_cases``."""
 TRAINERS: dict[str, type[Trainer]] = {"ours": GradUtilsTrainer, "stock": Trainer}
 ACCUMULATIONS = (1, 8)
