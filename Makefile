@@ -15,7 +15,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-gpu matrix bench check format build clean
+.PHONY: help install demo test test-fast test-gpu matrix bench check format build clean
 
 help:  ## Show the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,6 +44,10 @@ demo: $(STAMP)  ## Fine-tune on two ranks (GPUs where there are some, else CPU) 
 
 test: $(STAMP)  ## Run the tests
 	@$(BIN)/python -m pytest
+
+# In about a minute, between two edits: what takes one rank. `make test` is for everything.
+test-fast: $(STAMP)  ## Run the tests that need one rank and no other process
+	@$(BIN)/python -m pytest --fast -r fE
 
 # Every part that does not need CUDA goes through on CPU: HF_GRADUTILS_TEST_DEVICE=cpu make test-gpu
 test-gpu: $(STAMP)  ## Run the tests that need a GPU; without one it says so and succeeds

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from tests.harness.ranks import decorator
 from tests.harness.ranks.forkserver import helper_pids, stop_forkserver
 from tests.harness.ranks.launch import UPSTREAM_WARNINGS
 
@@ -27,12 +28,19 @@ tqdm.monitor_interval = 0  # its monitor is a thread that stays
 torch.set_num_threads(1)  # as in the ranks: these models are too small to be split up
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="leave out what is marked slow or starts several ranks")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     paths = [Path(config.invocation_params.dir, arg.partition("::")[0]) for arg in config.args]
     if not all("gpu" in path.parts for path in paths):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all others are for CPUs, also where there is a GPU
     for message, category in UPSTREAM_WARNINGS:
         config.addinivalue_line("filterwarnings", f"ignore:{message}:{category.__name__}")
+    if config.getoption("fast"):
+        decorator.most_ranks = 1
+        config.option.markexpr = "not slow"
 
 
 def pytest_collection_finish() -> None:

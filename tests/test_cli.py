@@ -83,6 +83,7 @@ sys.exit(helper_beside_it.code)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [0, 1])
 def test_check_runs_the_script_and_passes_its_exit_code_on(code, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
@@ -117,6 +118,7 @@ def _write_run(folder, *, groups=False, checkpoint=""):
     return folder
 
 
+@pytest.mark.slow
 def test_plot_draws_several_runs_over_one_another(tmp_path, capsys):
     runs = [_write_run(tmp_path / "one", groups=True), _write_run(tmp_path / "two", checkpoint="checkpoint-5")]
     assert main(["plot", *map(str, runs)]) == 0

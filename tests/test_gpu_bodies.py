@@ -1,5 +1,6 @@
 """The bodies of ``tests/gpu``, on CPU as far as they go there: no GPU is at hand where they are changed."""
 
+import pytest
 import torch
 
 from hf_gradutils import GradUtilsTrainer
@@ -14,6 +15,7 @@ from tests.gpu.cuda_cases import on_ranks
 CPU = "cpu"
 
 
+@pytest.mark.slow
 def test_bodies_of_one_rank():
     on_ranks(_one_rank, 1)
 

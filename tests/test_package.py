@@ -8,6 +8,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 import hf_gradutils
 from hf_gradutils import dist_utils, grad_utils
 
@@ -73,6 +75,7 @@ def test_the_utilities_do_not_import_transformers():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_a_wheel_carries_the_package_and_nothing_else(tmp_path):
     build = [sys.executable, "-m", "build", "--wheel", "--installer", "uv", "--outdir", str(tmp_path), str(ROOT)]
     env = {name: value for name, value in os.environ.items() if name != "RES_OPTIONS"}  # the build downloads its tools

@@ -120,11 +120,13 @@ def test_every_import_line_of_the_pages_and_recipes_works():
                 assert hasattr(importlib.import_module(module), name.split(" as ")[0].strip()), (module, name)
 
 
+@pytest.mark.slow
 def test_the_documented_modules_are_attributes_of_the_package():
     code = "import hf_gradutils as h; h.dist_utils.clip_gradients, h.grad_utils.get_grad_norm, h.errors.GradUtilsError"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_the_loggers_keep_their_names():
     code = (
         "import importlib, json, logging, pkgutil, hf_gradutils as h\n"
@@ -152,6 +154,7 @@ def test_the_variables_set_the_fields_of_the_plugin(monkeypatch):
         assert getattr(GradUtilsPlugin(), name.lower()) != getattr(default, name.lower()), name
 
 
+@pytest.mark.slow
 def test_the_command_is_called_hf_gradutils():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["scripts"] == {"hf-gradutils": "hf_gradutils.cli:main"}
@@ -174,6 +177,7 @@ IMPORTS = {
 """Name → modules that its import must not load."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IMPORTS)
 def test_a_name_loads_what_it_needs_and_no_more(name):
     code = f"import json, sys; from hf_gradutils import {name}; print(json.dumps(list(sys.modules)))"

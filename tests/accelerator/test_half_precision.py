@@ -115,6 +115,7 @@ def _second_accelerator():
     return GradUtilsAccelerator.adopt(trainer.accelerator, GradUtilsPlugin())._widens_gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [(2, 8, 1, False), (2, 8, 1, True), (8, 1, 4, True)], ids=str)
 def test_a_step_takes_no_more_memory_at_its_peak_than_the_stock_trainers(case):
     peaks = half_memory.peaks_of(case, ("stock", "every", "defer"))
@@ -378,6 +379,7 @@ ROUNDED = ("bert classes", "whisper seq2seq", "bert answers", "bert tokens", "t5
 """Heads that compute their loss in the dtype of the model."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head", ROUNDED)
 def test_no_head_is_refused_because_its_loss_is_rounded(head, dtype):

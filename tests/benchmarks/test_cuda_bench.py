@@ -119,6 +119,7 @@ def rows_below(lines, title):
     return rows[2:]
 
 
+@pytest.mark.slow
 def test_everything_runs_and_ours_keeps_its_promises(monkeypatch, capsys):
     monkeypatch.setattr(known_gradients, "LARGEST", 4096)
     lines, faults = cuda_report.report(CPU, SIZES)

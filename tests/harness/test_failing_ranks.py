@@ -124,6 +124,7 @@ def _one_dies(how):
     time.sleep(1000)
 
 
+@pytest.mark.slow
 def test_ranks_skip_together_or_not_at_all():
     with pytest.raises(pytest.skip.Exception, match="not today"):
         run_ranks(_skip, 2, everywhere=True)

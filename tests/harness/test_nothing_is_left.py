@@ -82,6 +82,7 @@ def inner_pytest(tmp_path):
         yield start
 
 
+@pytest.mark.slow
 def test_what_a_test_leaks_fails_that_test_alone(inner_pytest):
     leaking = "".join(
         f"def test_{i}():\n    {code}\ndef test_{i}_clean(): pass\n" for i, code in enumerate(LEAKS.values())
@@ -114,6 +115,7 @@ def test_helpers():
 """
 
 
+@pytest.mark.slow
 def test_pytest_reports_the_rank_and_ends_with_nothing_left(inner_pytest, tmp_path):
     report = inner_pytest(FAILING.replace("HERE", "raise ValueError('no good')")).communicate(timeout=120)[0]
     assert "RankFailure: rank 1 of 4 raised ValueError: no good" in report
@@ -123,6 +125,7 @@ def test_pytest_reports_the_rank_and_ends_with_nothing_left(inner_pytest, tmp_pa
     _assert_all_end(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=lambda how: how.name)
 def test_the_ranks_end_when_pytest_is_stopped(how, inner_pytest, tmp_path):
     with inner_pytest(FAILING.replace("HERE", "pass")) as process:

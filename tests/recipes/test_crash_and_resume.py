@@ -8,6 +8,8 @@ from tests.harness.ranks import RankFailure
 from tests.harness.recipe_cases import FSDP2, SMALL, run_in_ranks, skip_without_trl, steps_of
 from tests.harness.trainer_cases import IS_OLD
 
+pytestmark = pytest.mark.slow
+
 NUM_STEPS = 6
 SAVING = ["--max_examples", "80", "--save_strategy", "steps", "--save_steps", "2", "--save_total_limit", "2"]
 

@@ -16,6 +16,8 @@ from tests.harness.ranks import RankFailure
 from tests.harness.recipe_cases import ROOT, SMALL, launch, run_in_ranks, steps_of
 from tests.harness.trainer_cases import IS_OLD
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = ROOT / "configs" / "accelerate"
 ARGUMENTS = ["configs/causal_lm.yaml", *SMALL, "--max_steps", "2", "--save_strategy", "no"]
 

@@ -7,6 +7,8 @@ import pytest
 from tests.harness.ranks import RankFailure
 from tests.harness.recipe_cases import TWO_RANKS, launch, log_of, run_in_ranks, steps_of
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["--hidden_size", "24", "--num_heads", "2", "--num_layers", "1", "--vocab_size", "600", "--max_length", "48"]
 FEW = ["--max_examples", "64", "--max_eval_examples", "16", "--max_steps", "2", "--logging_steps", "1"]
 FEW += ["--eval_strategy", "no", "--save_strategy", "no"]

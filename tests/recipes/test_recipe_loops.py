@@ -5,6 +5,8 @@ import pytest
 from tests.harness.ranks import RankFailure
 from tests.harness.recipe_cases import SMALL, log_of, run_in_ranks, skip_without_trl, steps_of
 
+pytestmark = pytest.mark.slow
+
 TRAINING = [*SMALL, "--max_steps", "3", "--save_strategy", "no"]
 CONFIGS = {"finetune_trl.py": "configs/chat.yaml"}
 

@@ -8,8 +8,11 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.harness.recipe_cases import KILLING, ROOT, SMALL, environment, steps_of
+
+pytestmark = pytest.mark.slow
 
 SCRIPT = ROOT / "configs" / "slurm" / "finetune.sbatch"
 

@@ -113,7 +113,7 @@ def _unused(layout):
     "option",
     [
         {CHECKPOINTING: True},
-        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+        pytest.param({"torch_compile": True, "torch_compile_backend": "aot_eager"}, marks=pytest.mark.slow),
         {"average_tokens_across_devices": False},
         {"max_grad_norm": 1e9},
     ],

@@ -44,10 +44,13 @@ from trl import (  # noqa: E402
     SFTTrainer,
 )
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning",  # trl 1.16 under transformers 5.23
-    "ignore:`label_smoothing_factor` is deprecated:FutureWarning",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning",  # trl 1.16 under transformers 5.23
+        "ignore:`label_smoothing_factor` is deprecated:FutureWarning",
+    ),
+]
 TOLERANCE = 1e-5
 BETA = 0.1
 LAYOUTS = ["one_rank", "ddp2"]

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 import pickle
 import tempfile
 import types
@@ -9,11 +10,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
+
 from tests.harness.ranks.forkserver import start_forkserver
 from tests.harness.ranks.launch import GRACE_S, Plan, environment, meeting_point, warning_filters
 from tests.harness.ranks.processes import Worker, end, watch
 from tests.harness.ranks.reports import RankReport, judge
 from tests.harness.ranks.server import FunctionName, Job
+
+most_ranks = math.inf
+"""A test that starts more is left out: 1 under --fast."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -115,6 +121,8 @@ def run_plan(
 ) -> list[RankReport]:
     """Call a function in every rank of a plan, and fail with the first failure."""
     __tracebackhide__ = True
+    if plan.world_size > most_ranks:
+        pytest.skip(f"--fast leaves out tests of {plan.world_size} ranks")
     named = FunctionName.of(function) if isinstance(function, types.FunctionType) else function
     body = pickle.dumps((named, args, kwargs))
     start_forkserver()
