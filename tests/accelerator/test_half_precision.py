@@ -112,7 +112,7 @@ def test_a_second_accelerator_on_the_same_state_widens_as_the_first_did():
 
 def _second_accelerator():
     trainer, _ = train("bert classes", 2, layout="fsdp2x2", arguments={"bf16": True})
-    return GradUtilsAccelerator.adopt(trainer.accelerator, GradUtilsPlugin())._widens_gradients
+    return GradUtilsAccelerator.adopt(trainer.accelerator, GradUtilsPlugin()).windows.widens_gradients
 
 
 @pytest.mark.slow
