@@ -2,6 +2,8 @@
 
 import os
 import re
+import textwrap
+import tomllib
 from pathlib import Path
 
 import accelerate  # noqa: F401
@@ -12,7 +14,9 @@ import transformers.trainer  # noqa: F401
 import hf_gradutils.trainer  # what is imported here is loaded in the process that the examples start from
 from tests.harness.ranks import run_ranks
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "ARCHITECTURE.md"]
 BLOCK = re.compile(r"^(?P<not_run><!-- not run -->\s*)?^```python\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
 NO_LAUNCHER = dict.fromkeys(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
@@ -53,6 +57,40 @@ def test_the_errors_of_the_page_on_errors_exist():
 
 
 def test_links_between_pages_lead_somewhere():
-    for page in (*DOCS.glob("*.md"), DOCS.parent / "README.md"):
+    for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+\.md)\)", page.read_text()):
             assert (page.parent / target).is_file(), f"{page.name} → {target}"
+
+
+def test_the_readme_shows_the_step_of_the_smallest_recipe():
+    blocks = [block["code"] for block in BLOCK.finditer((ROOT / "README.md").read_text())]
+    (step,) = [code for code in blocks if "get_sync_ctx(" in code]
+    assert textwrap.indent(step, "    ") in (ROOT / "recipes" / "minimal.py").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_files_that_a_page_names_exist(page):
+    assert missing_files(page.read_text()) == []
+
+
+def test_files_that_do_not_exist_are_found():
+    text = "`tests/test_docs.py`, (recipes/gone.py), `python -m benchmarks.gone`, bash tests/harness, configs/no.yaml."
+    assert missing_files(text) == ["recipes/gone.py", "configs/no.yaml", "benchmarks/gone"]
+
+
+def missing_files(text):
+    """Files and modules of the repository that the text names and that are not there."""
+    named = re.findall(r"\b((?:tests|recipes|benchmarks|configs|docs|hf_gradutils)/[\w/.-]*\w)", text)
+    named += [module.replace(".", "/") for module in re.findall(r"-m (benchmarks[\w.]*\w)", text)]
+    return [name for name in named if not any((ROOT / (name + end)).exists() for end in ("", ".py"))]
+
+
+def test_the_architecture_draws_the_contract_and_every_file():
+    tree = (ROOT / "ARCHITECTURE.md").read_text().split("```")[1]
+    (contract,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = re.split(r"^(?=\d)", tree, flags=re.MULTILINE)[1:]
+    drawn = {int(layer[0]): set(re.findall(r"^[\d ] (\w+)", layer, re.MULTILINE)) for layer in layers}
+    assert drawn == {n: set(layer.split(" | ")) for n, layer in enumerate(reversed(contract["layers"]))}
+    for package, lines in re.findall(r"^[\d ] (\w+)/ .*\n((?: {4}.*\n)*)", tree, re.MULTILINE):
+        files = {path.name for path in (ROOT / "hf_gradutils" / package).glob("*.py")} - {"__init__.py"}
+        assert sorted(re.findall(r"\w+\.py", lines)) == sorted(files), package
