@@ -1,11 +1,11 @@
-"""The same samples in one piece and in eight: does the gradient stay the same?
+"""Proof that the gradient of the same samples does not depend on the accumulation.
 
     accelerate launch --multi_gpu --num_processes 2 recipes/accumulation_proof.py outputs/demo
 
-Takes 8 docstrings per rank, computes the gradient of one optimizer step with accumulation 1 and with
-accumulation 8, once with ``GradUtilsTrainer`` and once with ``transformers.Trainer``, and prints the relative
-difference ‖g8 − g1‖ / ‖g1‖ over all parameters: for the model in the given folder, and for a small new T5 and a
-small new classifier, which like most heads of transformers do not use the count that Trainer hands them.
+Computes the gradient of one optimizer step on 8 docstrings per rank, with accumulation 1 and 8, and prints the
+relative difference ‖g8 − g1‖ / ‖g1‖ over all parameters for ``GradUtilsTrainer`` and ``transformers.Trainer``. The
+models are the one in the given folder, a small T5 and a small classifier; like most heads of transformers, the last
+two ignore the count of targets that the Trainer passes.
 """
 
 import copy
@@ -37,15 +37,15 @@ MAX_LENGTH = 96
 
 
 class GradientTap(TrainerCallback):
-    """Keeps what the optimizer is about to see."""
+    """Copies the gradient just before the optimizer step."""
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        """Copy the gradients of all parameters into one vector."""
+        """Store the gradients of all parameters as one vector."""
         self.gradient = torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
 
 
 def gradient(trainer_class, model, rows, collator, accumulation):
-    """The gradient of one step over all rows, on the ranks there are."""
+    """The gradient of one optimizer step over all rows and ranks."""
     tap = GradientTap()
     arguments = TrainingArguments(
         output_dir=folder,  # nothing is saved
@@ -123,12 +123,12 @@ else:
     is_rank_0 = True
 if is_rank_0:
     print(
-        f"Proof: gradient with accumulation {SAMPLES_PER_RANK} against accumulation 1, the same "
-        f"{len(docstrings)} samples on {world_size} rank(s), relative difference"
+        f"Proof: relative difference of the gradient, accumulation {SAMPLES_PER_RANK} against 1, "
+        f"the same {len(docstrings)} samples on {world_size} rank(s)"
     )
     print(f"  {'':<24}{'GradUtilsTrainer':>18}{'stock Trainer':>18}")
     for name, ours, stock in results:
         print(f"  {name:<24}{ours:>18.1e}{stock:>18.1e}{'   <- wrong' if stock > 1e-5 else ''}")
-    print("  (float32 rounding is about 1e-7; 7.0 means that the step is eight times too long)", flush=True)
+    print("  (float32 rounding is about 1e-7; 7.0 means that the gradient is eight times too large)", flush=True)
     if any(ours > 1e-5 for _, ours, _ in results):
         sys.exit("error: the gradient of GradUtilsTrainer depends on the accumulation")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What `make demo` runs: train on two ranks, show the result, and prove the promise on the trained model.
+# `make demo`: train on two ranks, show the result, and prove that its gradients are exact.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 BIN=${BIN:-.venv/bin}
@@ -15,7 +15,7 @@ cores=$(nproc 2>/dev/null || echo 2)
 export OMP_NUM_THREADS=$(( cores / ranks > 0 ? cores / ranks : 1 ))
 export TOKENIZERS_PARALLELISM=false
 
-# --multi_gpu is what makes accelerate start several processes, on CPU too; port 0 takes a free one.
+# accelerate starts several processes only with --multi_gpu, on CPU too; port 0 picks a free port.
 launch=("$BIN/accelerate" launch --num_processes "$ranks" --num_machines 1 --mixed_precision no
         --dynamo_backend no --main_process_port 0)
 [ "$ranks" -gt 1 ] && launch+=(--multi_gpu)
