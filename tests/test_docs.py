@@ -94,3 +94,11 @@ def test_the_architecture_draws_the_contract_and_every_file():
     for package, lines in re.findall(r"^[\d ] (\w+)/ .*\n((?: {4}.*\n)*)", tree, re.MULTILINE):
         files = {path.name for path in (ROOT / "hf_gradutils" / package).glob("*.py")} - {"__init__.py"}
         assert sorted(re.findall(r"\w+\.py", lines)) == sorted(files), package
+
+
+def test_the_ways_of_the_architecture_name_files_that_exist():
+    ways = (ROOT / "ARCHITECTURE.md").read_text().partition("## Four ways")[2]
+    lines = [line for block in ways.split("```")[1::2] for line in block.splitlines()]
+    named = [path for line in lines for path in re.findall(r"\b[a-z]+/\w+\.py", line)]
+    assert len(named) > 30
+    assert [path for path in named if not (ROOT / "hf_gradutils" / path).is_file()] == []
