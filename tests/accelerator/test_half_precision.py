@@ -12,9 +12,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 
-from benchmarks import half_exactness, half_memory
-from benchmarks.half_accumulation import gradient_error, truth_of_rounded_weights
-from benchmarks.half_exactness import Cell, Closeness
+from benchmarks.exactness import half as half_exactness
+from benchmarks.exactness import half_bounds
+from benchmarks.exactness.accumulation import gradient_error, truth_of_rounded_weights
+from benchmarks.exactness.half_bounds import Cell, Closeness
+from benchmarks.exactness.memory import MIB, model_of_benchmark, peaks_of
 from hf_gradutils import GradUtilsAccelerator, GradUtilsPlugin, GradUtilsTrainer
 from hf_gradutils._undisturbed import undisturbed
 from hf_gradutils.accelerator._half_precision import HalfParameters, accumulates_in_float32
@@ -118,13 +120,13 @@ def _second_accelerator():
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [(2, 8, 1, False), (2, 8, 1, True), (8, 1, 4, True)], ids=str)
 def test_a_step_takes_no_more_memory_at_its_peak_than_the_stock_trainers(case):
-    peaks = half_memory.peaks_of(case, ("stock", "every", "defer"))
+    peaks = peaks_of(case, ("stock", "every", "defer"))
     accumulation = case[2]
     assert peaks["every"] <= 1.002 * peaks["stock"]
     if accumulation == 1:
         assert peaks["defer"] <= 1.002 * peaks["stock"]
     else:  # control: it is seen that deferred gradients in float32 are larger by 2 bytes per parameter
-        extra = 2 * sum(p.numel() for p in half_memory.model_of_benchmark().parameters()) / half_memory.MIB
+        extra = 2 * sum(p.numel() for p in model_of_benchmark().parameters()) / MIB
         assert peaks["defer"] == pytest.approx(peaks["stock"] + extra, rel=0.02)
 
 
@@ -676,30 +678,30 @@ def _row(error, scale, reference=Closeness(0.01, 1.0), is_right=True):  # noqa: 
 
 
 def test_a_cell_that_is_off_is_a_fault():
-    assert half_exactness.faults(_row(0.0119, 1.01)) == []
-    [error] = half_exactness.faults(_row(0.0121, 1.0))
+    assert half_bounds.faults(_row(0.0119, 1.01)) == []
+    [error] = half_bounds.faults(_row(0.0121, 1.0))
     assert error == "head, layout, bf16, accumulation 1: error 1.2e-02, stock 1.0e-02"
-    [scale] = half_exactness.faults(_row(0.01, 1.03))
+    [scale] = half_bounds.faults(_row(0.01, 1.03))
     assert "scale 1.0300, stock 1.0000" in scale
-    assert half_exactness.faults(_row(math.nan, math.nan))
-    assert half_exactness.faults(_row(0.0149, 1.0, Closeness(3.0, 4.0), is_right=False)) == []
-    assert half_exactness.faults(_row(0.0151, 1.0, Closeness(3.0, 4.0), is_right=False))
+    assert half_bounds.faults(_row(math.nan, math.nan))
+    assert half_bounds.faults(_row(0.0149, 1.0, Closeness(3.0, 4.0), is_right=False)) == []
+    assert half_bounds.faults(_row(0.0151, 1.0, Closeness(3.0, 4.0), is_right=False))
     scaled = Closeness(1000.0, 1024.0)  # stock, right in float32, has not unscaled
-    assert half_exactness.faults(_row(0.0149, 1.0, scaled)) == []
-    assert half_exactness.faults(_row(0.0151, 1.0, scaled))
+    assert half_bounds.faults(_row(0.0149, 1.0, scaled)) == []
+    assert half_bounds.faults(_row(0.0151, 1.0, scaled))
 
 
 def test_a_router_that_sends_a_token_elsewhere_is_no_fault_but_a_wrong_scale_is():
     [row] = _row(0.039, 0.99, Closeness(0.5, 1.4), is_right=False).values()
-    assert half_exactness.faults({("qwen3 moe aux", "layout", "bf16"): row}) == []
-    assert half_exactness.faults({("bert classes", "layout", "bf16"): row})
+    assert half_bounds.faults({("qwen3 moe aux", "layout", "bf16"): row}) == []
+    assert half_bounds.faults({("bert classes", "layout", "bf16"): row})
     [row] = _row(0.039, 0.97, Closeness(0.5, 1.4), is_right=False).values()
-    assert half_exactness.faults({("qwen3 moe aux", "layout", "bf16"): row})
+    assert half_bounds.faults({("qwen3 moe aux", "layout", "bf16"): row})
 
 
 def test_a_cell_that_a_planted_scale_passes_is_a_fault(monkeypatch):
-    monkeypatch.setitem(half_exactness.MOST_SCALE, "bf16", 0.1)
-    [fault] = half_exactness.faults(_row(0.5, 1.0, Closeness(0.5, 1.0)))
+    monkeypatch.setitem(half_bounds.MOST_SCALE, "bf16", 0.1)
+    [fault] = half_bounds.faults(_row(0.5, 1.0, Closeness(0.5, 1.0)))
     assert fault.endswith("a scale of 1.05 passes as well")
 
 
@@ -710,7 +712,7 @@ class Planted(half_exactness.ScaledOurs):
         norm = super()._get_grad_norm(model, grad_norm)
         for parameter in model.parameters():
             if parameter.grad is not None:
-                parameter.grad *= half_exactness.PLANTED
+                parameter.grad *= half_bounds.PLANTED
         return norm
 
 
@@ -719,7 +721,7 @@ def test_a_planted_scale_in_the_trainer_itself_is_found_in_every_cell(monkeypatc
     monkeypatch.setitem(half_exactness.TRAINERS, "ours", Planted)
     row = {name: half_exactness.measure("bert answers", "one_rank", precision, name, 1) for name in ("ours", "stock")}
     assert len(row["ours"]) == 4
-    assert len(half_exactness.faults({("bert answers", "one_rank", precision): row})) == 4
+    assert len(half_bounds.faults({("bert answers", "1 rank", precision): row})) == 4
 
 
 def test_closeness_of_a_multiple_is_what_is_measured_of_it():

@@ -1,7 +1,7 @@
 """Faults in a block that one rank is to run first: what each rank does, and what is read from what they wrote down.
 
 The ranks write lines to files, because some of them are killed. The tests start the ranks as forks, quickly;
-``benchmarks/first_rank_faults.py`` starts them with torchrun and does the same with other tools.
+``benchmarks/first_rank/faults.py`` starts them with torchrun and does the same with other tools.
 """
 
 import contextlib

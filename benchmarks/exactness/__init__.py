@@ -1,0 +1,1 @@
+"""Every head in every layout, beside the stock Trainer: docs/exactness.md."""

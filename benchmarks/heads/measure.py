@@ -1,0 +1,161 @@
+"""One head: built tiny, trained for one optimizer step by each Trainer, against one batch in float64.
+
+A step has 4 micro-batches of 4 rows with ragged targets. The truth is the gradient of the head's own loss for all 16
+rows at once. Nothing is random and batch normalisation is in evaluation mode.
+"""
+
+import math
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from benchmarks.heads.classes import TooLargeError, build
+from benchmarks.heads.configs import NUM_CLASSES, tiny_config
+from benchmarks.heads.inputs import MakeRow
+from benchmarks.heads.results import WRONG, Measured, Outcome
+from benchmarks.heads.rows import NoLossError, collate, find_rows
+from hf_gradutils import GradUtilsTrainer
+from hf_gradutils.errors import LossUnitError, TargetCountError
+from tests.harness.trainer_cases import GradientTap, relative_error, reset_accelerate
+
+ACCUMULATION, ROWS_PER_MICRO_BATCH = 4, 4
+TRAINERS: dict[str, type[Trainer]] = {"ours": GradUtilsTrainer, "stock": Trainer}
+Gradients = dict[str, Tensor]
+
+
+def measure(head_class: type[PreTrainedModel], seed: int) -> Measured:
+    """Build a head, make data for it, and train it with each Trainer."""
+    measured = Measured(head_class.__name__)
+    stage = "config"
+    try:
+        config = _config_of(head_class)
+        stage = "model"
+        model = build(head_class, config)
+        stage = "inputs"
+        make_row, measured.inputs = find_rows(model)
+        _measure(measured, model, make_row, seed)
+    except Exception as error:
+        measured.not_built, measured.why = _class_of(error) or stage, f"{type(error).__name__}: {error}"
+    return measured
+
+
+def _class_of(error: Exception) -> str:
+    """Of a failure; empty where its stage says more."""
+    if isinstance(error, ImportError) or str(error).startswith("ImportError"):
+        return "missing package"
+    classes = {TooLargeError: "too large", NoLossError: "no loss", MemoryError: "memory"}
+    return classes.get(type(error), "")
+
+
+def _config_of(head_class: Any) -> Any:
+    name = head_class.__name__
+    if re.search(r"(Sequence|Token|Image|Video|Audio|Frame)Classification|XVector|Segmentation|Detection", name):
+        return tiny_config(head_class.config_class, num_labels=NUM_CLASSES)
+    return tiny_config(head_class.config_class)
+
+
+def _measure(measured: Measured, model: nn.Module, make_row: MakeRow, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows = [make_row(generator) for _ in range(ACCUMULATION * ROWS_PER_MICRO_BATCH)]
+    if is_random(model, rows):
+        measured.why = "random in every forward"
+    try:
+        want = gradient_of_one_batch(model, rows, torch.float64)
+    except Exception:
+        measured.precision = "float32"
+        want = gradient_of_one_batch(model, rows, torch.float32)
+    finally:
+        model.float()
+    if not 0 < squared_norm(want) < math.inf:
+        measured.precision = "float32"
+        want = gradient_of_one_batch(model, rows, torch.float32)
+    if not 0 < squared_norm(want) < math.inf:
+        measured.not_built, measured.why = "no gradient", f"its squared norm is {squared_norm(want)}"
+        return
+    is_noisy = bool(measured.why)
+    measured.outcomes = {name: train(trainer, model, rows, want) for name, trainer in TRAINERS.items()}
+    ours = measured.outcomes["ours"]
+    if ours.status == "wrong" and not is_noisy and measured.precision == "float64":
+        # A gradient that float32 cannot resolve, or a matching that it decides otherwise: is float64 exact?
+        measured.error_in_float32 = ours.error
+        rows = [_cast(row, torch.float64) for row in rows]
+        model.double()
+        measured.outcomes = {name: train(trainer, model, rows, want) for name, trainer in TRAINERS.items()}
+        ours = measured.outcomes["ours"]
+    if is_noisy and ours.status != "refused":
+        measured.not_built = "random"
+
+
+def is_random(model: nn.Module, rows: list[Any]) -> bool:
+    """Whether two forwards of the same batch differ."""
+    losses = []
+    with torch.no_grad():
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            losses.append(float(loss_of(model, collate(rows))))
+    return abs(losses[0] - losses[1]) > 1e-6 * abs(losses[0])
+
+
+def loss_of(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    outputs = model(**batch)
+    loss: Tensor = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
+    return loss.sum() if loss.dim() else loss
+
+
+def gradient_of_one_batch(model: nn.Module, rows: list[Any], dtype: torch.dtype) -> Gradients:
+    """What the head's own loss gives for all rows at once."""
+    model.to(dtype).zero_grad()
+    loss_of(model, _cast(collate(rows), dtype)).backward()
+    gradients = {name: p.grad.double().clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return gradients
+
+
+def squared_norm(gradients: Gradients) -> float:
+    return sum(float(grad.square().sum()) for grad in gradients.values())
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {name: _cast(part, dtype) for name, part in value.items()}
+    return [_cast(part, dtype) for part in value] if isinstance(value, list) else value
+
+
+def train(trainer_class: type[Trainer], model: nn.Module, rows: list[Any], want: Gradients) -> Outcome:
+    """One optimizer step that changes nothing, for its gradient."""
+    reset_accelerate()
+    model.zero_grad()
+    tap = GradientTap()
+    arguments = TrainingArguments(
+        output_dir=str(Path(tempfile.gettempdir()) / "hf_gradutils-sweep"),  # nothing is saved there
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        per_device_train_batch_size=ROWS_PER_MICRO_BATCH,
+        gradient_accumulation_steps=ACCUMULATION,
+        max_steps=1,
+        max_grad_norm=0.0,
+        logging_steps=1,
+        optim="sgd",
+        learning_rate=0.0,
+        lr_scheduler_type="constant",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        train_sampling_strategy="sequential",
+    )
+    try:
+        trainer_class(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[tap]).train()
+    except (LossUnitError, TargetCountError) as error:
+        return Outcome("refused", why=f"{type(error).__name__}: {error}")
+    except Exception as error:
+        return Outcome("crashed", why=f"{type(error).__name__}: {error}")
+    error = relative_error(tap.steps[0], want)
+    return Outcome("exact" if error < WRONG else "wrong", error)

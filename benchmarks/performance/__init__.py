@@ -1,0 +1,1 @@
+"""The cost of the exact gradient, beside what others do: docs/performance.md."""

@@ -1,0 +1,1 @@
+"""The part of docs/performance.md that needs a GPU."""
