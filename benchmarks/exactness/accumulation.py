@@ -3,16 +3,16 @@
 Models whose parameters are bfloat16 themselves. The truth is the same weights in float64.
 """
 
-import contextlib
-import io
+import itertools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from benchmarks.exactness.half import closeness
 from benchmarks.exactness.half_bounds import Closeness
+from benchmarks.quiet import silence
 from hf_gradutils import GradUtilsPlugin
 from tests.harness.heads import HEADS
 from tests.harness.layouts import LAYOUTS
@@ -33,21 +33,15 @@ Errors = dict[tuple[str, str, int], dict[str, Closeness]]
 def measure(seed: int) -> Errors:
     """All of it; prints as it goes."""
     found: Errors = {}
-    for head in HEADS_MEASURED:
-        for layout in LAYOUTS_MEASURED:
-            for accumulation in ACCUMULATIONS:
-                with contextlib.redirect_stdout(io.StringIO()):
-                    found[head, layout, accumulation] = _measure_cell(head, layout, accumulation, seed)
-                print(*_row(head, layout, accumulation, found[head, layout, accumulation]), sep="  ", flush=True)
+    for case in itertools.product(HEADS_MEASURED, LAYOUTS_MEASURED, ACCUMULATIONS):
+        num_ranks = LAYOUTS[case[1]].num_ranks
+        with silence():
+            found[case] = {
+                name: run_ranks(gradient_error, num_ranks, *case, seed, wide, deadline_s=180)[0]
+                for name, wide in SETTINGS.items()
+            }
+        print(*case, *(f"{name}: {near.error:.1e}" for name, near in found[case].items()), sep="  ", flush=True)
     return found
-
-
-def _measure_cell(head: str, layout: str, accumulation: int, seed: int) -> dict[str, Closeness]:
-    num_ranks = LAYOUTS[layout].num_ranks
-    return {
-        name: run_ranks(gradient_error, num_ranks, head, layout, accumulation, seed, wide, deadline_s=180)[0]
-        for name, wide in SETTINGS.items()
-    }
 
 
 def gradient_error(head: str, layout: str, accumulation: int, seed: int, wide: bool) -> Closeness:
@@ -77,11 +71,6 @@ def record(found: Errors) -> list[dict[str, Any]]:
         for head in HEADS_MEASURED
         for layout in LAYOUTS_MEASURED
     ]
-
-
-def _row(head: str, layout: str, accumulation: int, cell: dict[str, Closeness]) -> Iterable[str]:
-    yield from (f"{head:14}", f"{layout:10}", f"accumulation {accumulation:3}")
-    yield from (f"{name} {near.error:.1e}" for name, near in cell.items())
 
 
 def faults(found: Errors) -> list[str]:

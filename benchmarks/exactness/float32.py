@@ -1,15 +1,14 @@
 """Every head in every layout in float32: ours beside the stock Trainer, against float64."""
 
-import contextlib
-import io
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import Trainer
 
 from benchmarks.page import short_reason
+from benchmarks.quiet import silence
 from hf_gradutils import GradUtilsTrainer
 from tests.harness.ranks import RankFailure, run_ranks
 from tests.harness.trainer_cases import (
@@ -73,18 +72,20 @@ def _errors(head: str, layout: str, accumulation: int, trainer: str, data: Any) 
 
 def measure_cell(head: str, layout: str, trainer: str, seed: int) -> Result:
     """The largest errors of any rank at each accumulation; or what it crashed with."""
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            ranks = run_ranks(measure, LAYOUTS[layout].num_ranks, head, layout, trainer, seed, deadline_s=120)
-    except RankFailure as failure:
-        return why_it_crashed(failure)
+    ranks = on_ranks(layout, measure, head, layout, trainer, seed)
+    if isinstance(ranks, str):
+        return ranks
     return [max(errors, key=lambda e: max(e.gradient, e.norm, e.loss)) for errors in zip(*ranks, strict=True)]
 
 
-def why_it_crashed(failure: RankFailure) -> str:
-    """The summary of the rank that failed first."""
-    failures = [report for report in failure.reports if report.is_failure]
-    return min(failures, key=lambda report: (report.is_echo, report.time_s)).summary.removeprefix("raised ")
+def on_ranks(layout: str, function: Callable[..., Any], *args: Any) -> list[Any] | str:
+    """What a function returns on each rank of a layout; or what the first rank that failed raised."""
+    try:
+        with silence():
+            return run_ranks(function, LAYOUTS[layout].num_ranks, *args, deadline_s=180)
+    except RankFailure as failure:
+        failures = [report for report in failure.reports if report.is_failure]
+        return min(failures, key=lambda report: (report.is_echo, report.time_s)).summary.removeprefix("raised ")
 
 
 def measure_all(heads: list[str], layouts: list[str], seed: int) -> Cells:

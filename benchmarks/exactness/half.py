@@ -1,7 +1,6 @@
 """Every head in every layout in bfloat16 and float16: ours beside the stock Trainer, against float64."""
 
 import contextlib
-import io
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,14 +10,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer
 
-from benchmarks.exactness.float32 import NOT_ADDITIVE, NUM_SAMPLES, why_it_crashed
+from benchmarks.exactness.float32 import NOT_ADDITIVE, NUM_SAMPLES, on_ranks
 from benchmarks.exactness.half_bounds import ACCUMULATIONS, RIGHT, Cell, Cells, Closeness, Key, Result
 from hf_gradutils import GradUtilsTrainer
 from tests.harness.gradients import relative_error
 from tests.harness.half_cases import with_scaler
 from tests.harness.heads import HEADS
-from tests.harness.layouts import LAYOUTS
-from tests.harness.ranks import RankFailure, run_ranks
 from tests.harness.trainer_cases import (
     CHECKPOINTING,
     make_data,
@@ -168,12 +165,5 @@ def _add_gradients(total: dict[str, Tensor], model: nn.Module, factor: float) ->
 
 def measure_cells(head: str, layout: str, precision: str, trainer: str, seed: int) -> Result:
     """The cells; or what it crashed with."""
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            ranks = run_ranks(
-                measure, LAYOUTS[layout].num_ranks, head, layout, precision, trainer, seed, deadline_s=180
-            )
-    except RankFailure as failure:
-        return why_it_crashed(failure)
-    cells: dict[Key, Cell] = ranks[0]
-    return cells
+    ranks = on_ranks(layout, measure, head, layout, precision, trainer, seed)
+    return ranks if isinstance(ranks, str) else ranks[0]

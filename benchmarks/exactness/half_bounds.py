@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.exactness.float32 import is_out_of_reach, why_neither_runs
+from benchmarks.exactness import float32
 from benchmarks.page import short_reason
 
 ACCUMULATIONS = (1, 4)
@@ -122,13 +122,8 @@ def is_off(head: str, row: Mapping[str, Result], trainer: str, key: Key, precisi
 
 def unmeasured(cells: Cells, layouts: Iterable[str]) -> list[str]:
     """Where nothing ran at all, which no table would show as a fault."""
-    ran = {(layout, precision) for (_, layout, precision), row in cells.items() if not is_out_of_reach(row)}
-    return [
-        f"{layout}, {precision}: neither trainer ran, with any head"
-        for precision in PRECISIONS
-        for layout in layouts
-        if (layout, precision) not in ran
-    ]
+    rows = {(head, f"{layout}, {precision}"): row for (head, layout, precision), row in cells.items()}
+    return float32.unmeasured(rows, [f"{layout}, {precision}" for precision in PRECISIONS for layout in layouts])
 
 
 # ---- Recorded ----
@@ -140,8 +135,8 @@ def record(cells: Cells) -> dict[str, Any]:
     for (head, layout, precision), row in cells.items():
         of_layout = {"largest": {"error / reference": 0.0, "scale": 0.0}}
         found = precisions.setdefault(precision, {}).setdefault(layout, of_layout)
-        if is_out_of_reach(row):
-            found.setdefault("neither", {})[head] = why_neither_runs(row)
+        if float32.is_out_of_reach(row):
+            found.setdefault("neither", {})[head] = float32.why_neither_runs(row)
             continue
         found.setdefault("heads", {})[head] = {trainer: _record_of(head, row, trainer, precision) for trainer in row}
         for key, cell in row["ours"].items() if not isinstance(row["ours"], str) else ():

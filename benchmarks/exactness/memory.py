@@ -5,12 +5,10 @@ that the numbers are exact and any number of ranks fits on one machine. Nothing 
 not the real ones.
 """
 
-import contextlib
 import gc
-import io
+import itertools
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -21,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from benchmarks.quiet import SETTINGS, silence
 from hf_gradutils import GradUtilsPlugin, GradUtilsTrainer
 from tests.harness.layouts import LAYOUTS
 from tests.harness.ranks import run_ranks
@@ -54,18 +53,14 @@ def model_of_benchmark() -> LlamaForCausalLM:
 def measure() -> Peaks:
     """All of it; prints as it goes."""
     peaks: Peaks = {}
-    for num_ranks in NUM_RANKS:
-        for batch_size in BATCH_SIZES:
-            for accumulation in ACCUMULATIONS:
-                for checkpointing in (False, True):
-                    case = (num_ranks, batch_size, accumulation, checkpointing)
-                    peaks[case] = peaks_of(case)
-                    print(*case, *(f"{way}: {mib:.2f}" for way, mib in peaks[case].items()), sep="  ", flush=True)
+    for case in itertools.product(NUM_RANKS, BATCH_SIZES, ACCUMULATIONS, (False, True)):
+        peaks[case] = peaks_of(case)
+        print(*case, *(f"{way}: {mib:.2f}" for way, mib in peaks[case].items()), sep="  ", flush=True)
     return peaks
 
 
 def peaks_of(case: Case, ways: Iterable[str] = tuple(WAYS)) -> dict[str, float]:
-    with contextlib.redirect_stdout(io.StringIO()):
+    with silence():
         found: dict[str, float] = run_ranks(_peaks_of, 1, case, tuple(ways), init=False, deadline_s=180)[0]
     return found
 
@@ -93,18 +88,14 @@ def peak_mib(case: Case, way: str) -> float:
     watch = PeakOfStep()
     with fsdp_on_cpu():
         arguments = TrainingArguments(
-            tempfile.gettempdir(),
+            **SETTINGS,
             use_cpu=True,
-            dataloader_pin_memory=False,
             bf16=True,
             **{CHECKPOINTING: checkpointing},
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=accumulation,
             max_steps=STEP + 1,
-            save_strategy="no",
             logging_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
             **LAYOUTS["fsdp2x2"].arguments(("LlamaDecoderLayer",)),
         )
         trainer = (Trainer if way == "stock" else GradUtilsTrainer)(

@@ -89,11 +89,11 @@ def run(tool: str, row: str) -> str:
             )
             for node in range(num_nodes)
         ]
-        return judge(row, folder, *wait(agents, folder))
+        return judge(row, folder, is_stopped=wait(agents, folder))
 
 
-def wait(agents: list[subprocess.Popen], folder: Path) -> tuple[float, bool]:
-    """When the job ended, and whether it was stopped. The clock of a hang starts with the first rank's first line."""
+def wait(agents: list[subprocess.Popen], folder: Path) -> bool:
+    """Whether a job had to be stopped. The clock of a hang starts with the first rank's first line."""
     started = time.time()
     while any(agent.poll() is None for agent in agents):
         files = list(folder.glob("*.jsonl"))
@@ -101,9 +101,9 @@ def wait(agents: list[subprocess.Popen], folder: Path) -> tuple[float, bool]:
         if time.time() - since > STOP_AFTER_S or time.time() - started > 120:
             for agent in agents:
                 stop(agent)
-            return time.time(), True
+            return True
         time.sleep(0.05)
-    return time.time(), False
+    return False
 
 
 def stop(agent: subprocess.Popen) -> None:
@@ -117,28 +117,23 @@ def stop(agent: subprocess.Popen) -> None:
     agent.wait()
 
 
-def judge(row: str, folder: Path, ended_s: float, is_stopped: bool) -> str:
+def judge(row: str, folder: Path, *, is_stopped: bool) -> str:
     """What happened, in words."""
     story = cases.Story(folder)
     case = ROWS[row][0]
     words = []
     if half := story.num_half():
         words.append(f"**{half} {'rank' if half == 1 else 'ranks'} on half-made data**")
+    errors, cause = {}, ""
     if case == "waiting_rank_is_interrupted":
-        told = {rank: when for rank, when in story.errors().items() if rank == 1}
-    elif case in ("fault_in_first", "one_node_is_slower"):
-        told = story.errors() if story.of("fault") else {}
-    else:
-        told = {}
-    if told:
-        seconds = [after for after, _ in told.values()]
-        knows = all("disk full" in text or "rank 0 of 4 on" in text for _, text in told.values())
-        cause = " with the cause" if knows else ", no cause"
-        if case == "waiting_rank_is_interrupted":
-            cause = ""
-        elif len(told) < 3:
-            cause += f" ({len(told)} of 3)"
-        words.append(f"told after {max(seconds):.2f} s{cause}")
+        errors = {rank: when for rank, when in story.errors().items() if rank == 1}
+    elif case in ("fault_in_first", "one_node_is_slower") and story.of("fault"):
+        errors = story.errors()
+        has_cause = all("disk full" in text or "rank 0 of 4 on" in text for _, text in errors.values())
+        cause = " with the cause" if has_cause else ", no cause"
+        cause += f" ({len(errors)} of 3)" if len(errors) < 3 else ""
+    if errors:
+        words.append(f"told after {max(after for after, _ in errors.values()):.2f} s{cause}")
     last = "went on" if case == "one_node_is_slower" else "left"
     num_left = len(story.of(last))
     if case == "fault_in_first" and num_left:

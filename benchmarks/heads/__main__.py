@@ -28,6 +28,7 @@ from benchmarks.heads.classes import head_classes
 from benchmarks.heads.measure import measure
 from benchmarks.heads.render import record, render
 from benchmarks.heads.results import Measured
+from benchmarks.quiet import silence
 
 LIMIT_S = 60
 MEMORY = 16 << 30
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
 def sweep(heads: dict[str, type[PreTrainedModel]], seed: int, num_processes: int) -> list[Measured]:
     """Every head in a process of its own, that many at a time."""
     context = multiprocessing.get_context("fork")
-    with contextlib.redirect_stdout(io.StringIO()):
+    with silence():
         measure(transformers.BertForMaskedLM, seed)  # what a first training imports is there in every fork
     waiting, running, done = list(reversed(heads)), {}, []
     while waiting or running:
@@ -96,7 +97,7 @@ def sweep(heads: dict[str, type[PreTrainedModel]], seed: int, num_processes: int
 
 def _measure_apart(head: type[PreTrainedModel], seed: int, sender: Any) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with silence(), contextlib.redirect_stderr(io.StringIO()):
         measured = measure(head, seed)
     sender.send(measured)
 

@@ -1,20 +1,23 @@
 """Tiny configurations of any head.
 
-A head's default configuration is shrunk by the names of its fields, sub-configurations too; ``overrides.py`` has what
+A head's default configuration is shrunk by the names of its fields, sub-configurations too; ``overrides.yaml`` has what
 that gets wrong. A head that cannot be built this way is reported, not forced.
 """
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import PretrainedConfig
-
-from benchmarks.heads.overrides import OVERRIDES
 
 VOCAB = 128
 NUM_CLASSES = 3
 IMAGE_SIZE = 32
+
+OVERRIDES: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("overrides.yaml").read_text())
+"""Class of a configuration → fields and their values."""
 _LAYERS = 2
 _SIZES: list[tuple[str, int]] = [
     # Heads before sizes: the first match counts.

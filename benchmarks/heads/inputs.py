@@ -51,7 +51,7 @@ def _inputs(
     for name, make in makers.items():
         row[name] = make(generator)
     for name, extra in _EXTRAS.items():
-        if name in names and (name in required or name in _ALWAYS):
+        if name in names and (name in required or name not in _IF_REQUIRED):
             row[name] = extra(generator, model.config)
     if (
         "attention_mask" in names
@@ -164,20 +164,8 @@ def _patch_mask(generator: Generator, config: PretrainedConfig) -> Tensor:
 
 # Not every head over sound takes a mask for it, but these fail without.
 _NEEDS_MASK = re.compile(r"^(Parakeet|Lasr|Nemotron)")
-_ALWAYS = {
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "visual_attention_mask",
-    "mask_time_indices",
-    "sampled_negative_indices",
-    "speaker_embeddings",
-    "bool_masked_pos",
-    "visual_embeds",
-    "visual_feats",
-    "visual_pos",
-    "past_observed_mask",
-    "past_time_features",
-}
+_IF_REQUIRED = {"task_inputs", "qformer_input_ids"}
+"""The other extras are given wherever a forward takes them."""
 _EXTRAS: dict[str, Callable[[Generator, PretrainedConfig], Any]] = {
     "bool_masked_pos": _patch_mask,
     "visual_embeds": lambda g, c: noise(g, 4, setting(c, "visual_embedding_dim", default=32)),

@@ -11,6 +11,9 @@ from benchmarks.heads.configs import NUM_CLASSES
 from benchmarks.heads.draws import LENGTH, NUM_CHOICES, classes, image_size, keep_some, noise, setting, words
 from benchmarks.heads.inputs import MakeRow, Row
 
+MakeLabels = Callable[[Generator, PretrainedConfig, int], Row]
+"""(generator, configuration, number of classes) → labels."""
+
 
 def labels_of(model: nn.Module, names: set[str]) -> list[MakeRow]:
     """The likeliest labels first; several only where the name of the head does not tell."""
@@ -63,20 +66,8 @@ def _spectrogram(generator: Generator, config: PretrainedConfig, num_classes: in
     return {"labels": labels}
 
 
-def _token_classes(generator: Generator, config: PretrainedConfig, num_classes: int) -> Row:
-    return {"labels": keep_some(generator, classes(generator, num_classes, LENGTH))}
-
-
 def _row_class(generator: Generator, config: PretrainedConfig, num_classes: int) -> Row:
     return {"labels": classes(generator, num_classes)}
-
-
-def _choice(generator: Generator, config: PretrainedConfig, num_classes: int) -> Row:
-    return {"labels": classes(generator, NUM_CHOICES)}
-
-
-def _one_of_two(generator: Generator, config: PretrainedConfig, num_classes: int) -> Row:
-    return {"labels": classes(generator, 2)}
 
 
 def _number(generator: Generator, config: PretrainedConfig, num_classes: int) -> Row:
@@ -87,15 +78,8 @@ def _numbers(generator: Generator, config: PretrainedConfig, num_classes: int) -
     return {"labels": torch.rand(num_classes, generator=generator)}
 
 
-def _frames_of(num_frames: int) -> Callable[[Generator, PretrainedConfig, int], Row]:
-    def frames(generator: Generator, config: PretrainedConfig, num_classes: int) -> Row:
-        return {"labels": nn.functional.one_hot(classes(generator, num_classes, num_frames), num_classes)}
-
-    return frames
-
-
-def _few_words(generator: Generator, config: PretrainedConfig, num_classes: int) -> Row:
-    return {"labels": keep_some(generator, words(generator, 6))}
+def _frames_of(num_frames: int) -> MakeLabels:
+    return lambda g, c, n: {"labels": nn.functional.one_hot(classes(g, n, num_frames), n)}
 
 
 def _transduced(generator: Generator, config: PretrainedConfig, num_classes: int) -> Row:
@@ -109,10 +93,6 @@ def _pixels(generator: Generator, config: PretrainedConfig, num_classes: int) ->
     ignored = setting(config, "semantic_loss_ignore_index", "loss_ignore_index", default=255)
     labels = classes(generator, num_classes, *image_size(config))
     return {"labels": keep_some(generator, labels, rest=ignored, least=64)}
-
-
-def _depths(generator: Generator, config: PretrainedConfig, num_classes: int) -> Row:
-    return {"labels": 0.1 + torch.rand(*image_size(config), generator=generator)}
 
 
 def _boxes(generator: Generator, config: PretrainedConfig, num_classes: int) -> Row:
@@ -135,10 +115,6 @@ def _masks(generator: Generator, config: PretrainedConfig, num_classes: int) -> 
     }
 
 
-def _nothing(generator: Generator, config: PretrainedConfig, num_classes: int) -> Row:
-    return {}
-
-
 def _future(generator: Generator, config: PretrainedConfig, num_classes: int) -> Row:
     length, channels = (setting(config, name, default=1) for name in ("prediction_length", "num_input_channels"))
     if (horizon := setting(config, "horizon_length")) is not None:
@@ -148,37 +124,29 @@ def _future(generator: Generator, config: PretrainedConfig, num_classes: int) ->
     return {"future_values": noise(generator, length, channels)}
 
 
-def _target_class(generator: Generator, config: PretrainedConfig, num_classes: int) -> Row:
-    return {"target_values": classes(generator, num_classes)}
-
-
-def _target(generator: Generator, config: PretrainedConfig, num_classes: int) -> Row:
-    return {"target_values": noise(generator, setting(config, "num_targets", default=1))}
-
-
-_LABELS: dict[str, list[Callable[[Generator, PretrainedConfig, int], Row]]] = {
-    r"ForTokenClassification$": [_token_classes],
+_LABELS: dict[str, list[MakeLabels]] = {
+    r"ForTokenClassification$": [lambda g, c, n: {"labels": keep_some(g, classes(g, n, LENGTH))}],
     r"ForAudioFrameClassification$": [_frames_of(20), _frames_of(24), _frames_of(48)],
-    r"ForTimeSeriesClassification$|^PatchTSTForClassification$": [_target_class],
+    r"ForTimeSeriesClassification$|^PatchTSTForClassification$": [lambda g, c, n: {"target_values": classes(g, n)}],
     r"For(Sequence|Image|Images|Video|Audio|Entity).*Classification|ForXVector$|ForImageClassification": [
         _row_class,
         _numbers,
     ],
-    r"ForMultipleChoice$": [_choice],
-    r"ForNextSentencePrediction$|Retrieval$": [_one_of_two],
+    r"ForMultipleChoice$": [lambda g, c, n: {"labels": classes(g, NUM_CHOICES)}],
+    r"ForNextSentencePrediction$|Retrieval$": [lambda g, c, n: {"labels": classes(g, 2)}],
     r"ForTextToSpeech$|ForSpeechToSpeech$": [_spectrogram],
     r"^VisualBertForPreTraining$": [_two_visual_tasks],
     r"ForVisualQuestionAnswering$|^VisualBertForQuestionAnswering$|^ViltForQuestionAnswering$": [_numbers],
     r"^ViltForImagesAndText": [_row_class],
-    r"ForCTC$": [_few_words],
+    r"ForCTC$": [lambda g, c, n: {"labels": keep_some(g, words(g, 6))}],
     r"ForRNNT$|ForTDT$": [_transduced],
     r"ForSemanticSegmentation$": [_pixels],
-    r"ForDepthEstimation$": [_depths],
+    r"ForDepthEstimation$": [lambda g, c, n: {"labels": 0.1 + torch.rand(*image_size(c), generator=g)}],
     r"ForObjectDetection$": [_boxes, _boxes_with_masks],
     r"(^RfDetr.*|For)(Segmentation|InstanceSegmentation)$": [_boxes_with_masks, _masks],
     r"ForUniversalSegmentation$": [_masks, _boxes_with_masks],
-    r"ForMaskedImageModeling$|MAEForPreTraining$": [_nothing],
+    r"ForMaskedImageModeling$|MAEForPreTraining$": [lambda g, c, n: {}],
     r"ForPrediction$": [_future],
-    r"ForRegression$": [_target, _number],
+    r"ForRegression$": [lambda g, c, n: {"target_values": noise(g, setting(c, "num_targets", default=1))}, _number],
     r"ForPreTraining$": [_two_tasks],
 }

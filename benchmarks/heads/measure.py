@@ -6,8 +6,6 @@ rows at once. Nothing is random and batch normalisation is in evaluation mode.
 
 import math
 import re
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from benchmarks.heads.configs import NUM_CLASSES, tiny_config
 from benchmarks.heads.inputs import MakeRow
 from benchmarks.heads.results import WRONG, Measured, Outcome
 from benchmarks.heads.rows import NoLossError, collate, find_rows
+from benchmarks.quiet import SETTINGS
 from hf_gradutils import GradUtilsTrainer
 from hf_gradutils.errors import LossUnitError, TargetCountError
 from tests.harness.trainer_cases import GradientTap, relative_error, reset_accelerate
@@ -134,9 +133,8 @@ def train(trainer_class: type[Trainer], model: nn.Module, rows: list[Any], want:
     model.zero_grad()
     tap = GradientTap()
     arguments = TrainingArguments(
-        output_dir=str(Path(tempfile.gettempdir()) / "hf_gradutils-sweep"),  # nothing is saved there
+        **SETTINGS,
         use_cpu=True,
-        dataloader_pin_memory=False,
         per_device_train_batch_size=ROWS_PER_MICRO_BATCH,
         gradient_accumulation_steps=ACCUMULATION,
         max_steps=1,
@@ -145,9 +143,6 @@ def train(trainer_class: type[Trainer], model: nn.Module, rows: list[Any], want:
         optim="sgd",
         learning_rate=0.0,
         lr_scheduler_type="constant",
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
         remove_unused_columns=False,
         train_sampling_strategy="sequential",
     )

@@ -7,9 +7,7 @@ or writes than promised. Times are shown beside their targets and fail nothing: 
 """
 
 import argparse
-import contextlib
 import importlib.metadata
-import io
 import sys
 import time
 from dataclasses import asdict
@@ -20,6 +18,7 @@ from benchmarks.performance import judge, step, window
 from benchmarks.performance.gpu import report as gpu
 from benchmarks.performance.methods import HAS_AUTOMODEL
 from benchmarks.performance.render import render
+from benchmarks.quiet import silence
 
 MODULE = "benchmarks.performance"
 
@@ -58,19 +57,19 @@ def _on_cpu(data: dict[str, Any], options: argparse.Namespace) -> list[str]:
     faults = []
     for layout in layouts:
         for size in sizes:
-            with contextlib.redirect_stdout(io.StringIO()):
+            with silence():
                 costs = window.measure(layout, size, options.repeats)
             found = data["windows"][layout][str(size)] = window.record(costs)
             print("\n".join(f"{layout:22}{size:5} {name:13}{_line(cost)}" for name, cost in found.items()), flush=True)
             faults += judge.window_faults({(layout, size): costs})
     for layout in step.SPREADS if not options.no_trainer else ():
-        with contextlib.redirect_stdout(io.StringIO()):
+        with silence():
             counts = step.count(layout)
         print("\n".join(f"{layout:22}{name:6}{of}" for name, of in counts.items()), flush=True)
         faults += judge.step_faults({layout: counts})
         found = data["steps"][layout] = {"counts": {name: asdict(of) for name, of in counts.items()}, "times": {}}
         for accumulation in step.ACCUMULATIONS:
-            with contextlib.redirect_stdout(io.StringIO()):
+            with silence():
                 times = step.record(step.time_steps(layout, accumulation, options.pairs))
             found["times"][str(accumulation)] = times
             print(f"{layout:22}accumulation {accumulation}: {times}", flush=True)

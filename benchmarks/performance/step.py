@@ -6,13 +6,11 @@ Runs of a few steps take turns. The first step of a run is left out: it builds, 
 import contextlib
 import logging
 import statistics
-import tempfile
 import time
 import unittest.mock
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.performance.window import ratios, spread
+from benchmarks.quiet import SETTINGS
 from hf_gradutils import GradUtilsTrainer
 from tests.harness.counting import collectives, events_of, num_host_syncs
 from tests.harness.heads import collate
@@ -96,9 +95,7 @@ def train(
     spread = LAYOUTS[SPREADS[layout]]
     extra = spread.arguments(("LlamaDecoderLayer",))
     arguments: dict[str, Any] = {
-        "output_dir": str(Path(tempfile.gettempdir()) / "hf_gradutils-bench"),  # nothing is saved there
         "use_cpu": True,
-        "dataloader_pin_memory": False,
         "per_device_train_batch_size": BATCH,
         "gradient_accumulation_steps": accumulation,
         "max_steps": num_steps,
@@ -107,15 +104,12 @@ def train(
         "learning_rate": 1e-3,
         "lr_scheduler_type": "constant",
         "logging_strategy": "no",
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
         "ddp_find_unused_parameters": False,
     }
     with fsdp_on_cpu() if extra else contextlib.nullcontext():
         trainer = trainer_class(
             model=make_model(),
-            args=TrainingArguments(**arguments | extra),
+            args=TrainingArguments(**SETTINGS | arguments | extra),
             train_dataset=rows,
             **{"data_collator": collate} | kwargs,
         )

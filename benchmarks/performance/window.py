@@ -170,24 +170,24 @@ def _measure_on_rank(layout: str, num_parameters: int, num_repeats: int) -> dict
         return call
 
     outcomes: dict[str, Any] = {}
-    running: dict[str, Method] = {}
-    for name, method in methods(layout, num_parameters).items():
-        found: list[Tensor] = []
+    running = methods(layout, num_parameters)
+    for name, method in list(running.items()):
         try:
-            first_s, _ = _cpu_time(ready(method), found)  # whatever is made once is made here
+            found, first_s, _ = _cpu_time(ready(method))  # whatever is made once is made here
         except RuntimeError as error:
             outcomes[name] = f"raises {type(error).__name__}: {str(error).splitlines()[0]}"
+            del running[name]
         else:
-            running[name] = method
+            whole = found.full_tensor() if isinstance(found, DTensor) else found
             outcomes[name] = _counted(method, ready, model)
-            outcomes[name] |= {"norm_error": abs(_whole(found[0]).item() / norm - 1), "first_s": first_s}
+            outcomes[name] |= {"norm_error": abs(whole.item() / norm - 1), "first_s": first_s}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in running}
     order = list(running)
     gc.collect()
     gc.freeze()
     for repeat in range(num_repeats):
         for name in order[repeat % len(order) :] + order[: repeat % len(order)]:
-            times[name].append(_cpu_time(ready(running[name])))
+            times[name].append(_cpu_time(ready(running[name]))[1:])
     for name in running:
         cpu_s, thread_s = zip(*times[name], strict=True)
         outcomes[name] = Cost(**outcomes[name], cpu_s=cpu_s, thread_s=thread_s)
@@ -208,22 +208,14 @@ def _counted(method: Method, ready: Callable[[Method], Callable[[], Tensor]], mo
     }
 
 
-def _cpu_time(call: Callable[[], Any], results: list[Any] | None = None) -> tuple[float, float]:
-    """Of the process, and of this thread."""
+def _cpu_time(call: Callable[[], Tensor]) -> tuple[Tensor, float, float]:
+    """What a call returns, and the CPU time of the process and of this thread."""
     gc.disable()
     try:
         start, start_here = time.process_time(), time.thread_time()
-        result = call()
-        elapsed = time.process_time() - start, time.thread_time() - start_here
+        return call(), time.process_time() - start, time.thread_time() - start_here
     finally:
         gc.enable()
-    if results is not None:
-        results.append(result)
-    return elapsed
-
-
-def _whole(norm: Tensor) -> Tensor:
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 # ---- Recorded ----

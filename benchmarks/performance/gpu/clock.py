@@ -36,11 +36,7 @@ class Timing:
 
 
 def time_call(
-    call: Callable[[], Any],
-    device: torch.device,
-    before: Callable[[], Any] | None = None,
-    *,
-    is_queued: bool = False,
+    call: Callable[[], Any], device: torch.device, before: Callable[[], Any] | None = None, *, is_queued: bool = False
 ) -> Timing:
     """Medians of :data:`NUM_REPEATS` calls.
 

@@ -4,9 +4,7 @@ NCCL refuses two ranks on one device. gloo carries CUDA tensors through the host
 in the device's memory but one copy of what a reduce-scatter sends.
 """
 
-import contextlib
 import functools
-import io
 import logging
 import time
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.performance.gpu import clock
 from benchmarks.performance.gpu.clock import mib
 from benchmarks.performance.gpu.part import Part
+from benchmarks.quiet import silence
 from hf_gradutils.sync import SYNCS, PolicyChoice, Sync, SyncContext
 from hf_gradutils.sync._auto import deferred_bytes
 from hf_gradutils.window import AccumulationWindow
@@ -111,7 +110,7 @@ def measure(device: torch.device, layers: Layers, accumulation: int, until: floa
 def _of_ranks(device: torch.device, wrapper: str, policy: Sync, layers: Layers, accumulation: int) -> Peak:
     """Of the rank that took most."""
     arguments = (device.type, wrapper, policy, layers, accumulation)
-    with contextlib.redirect_stdout(io.StringIO()):
+    with silence():
         peaks = run_ranks(_on_rank, 2, *arguments, env=one_gpu() | {"LOCAL_RANK": "0"}, deadline_s=DEADLINE_S)
     return max(peaks, key=lambda peak: peak.peak_bytes)
 

@@ -1,12 +1,8 @@
 """Peak memory of the Trainer's batches: ours fetches one ahead, the stock Trainer the whole window."""
 
-import contextlib
 import functools
-import io
 import logging
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +14,7 @@ from benchmarks.performance.gpu.clock import mib
 from benchmarks.performance.gpu.memory import DEADLINE_S
 from benchmarks.performance.gpu.part import Part
 from benchmarks.performance.step import TRAINERS
+from benchmarks.quiet import SETTINGS, silence
 from tests.harness.cuda_ranks import one_gpu
 from tests.harness.ranks import run_ranks
 
@@ -87,7 +84,7 @@ def _of_rank(device: torch.device, name: str, images: Images, accumulation: int)
     """In a process of its own, which no launcher has started."""
     env = one_gpu() | dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
     arguments = (device.type, name, images, accumulation)
-    with contextlib.redirect_stdout(io.StringIO()):
+    with silence():
         return run_ranks(_on_rank, 1, *arguments, init=False, env=env, deadline_s=DEADLINE_S)[0]
 
 
@@ -97,17 +94,13 @@ def _on_rank(device_type: str, name: str, images: Images, accumulation: int) -> 
     trainer = TRAINERS[name](
         model=_Classifier(),
         args=TrainingArguments(
-            output_dir=str(Path(tempfile.gettempdir()) / "hf_gradutils-bench"),  # nothing is saved there
+            **SETTINGS,
             use_cpu=device_type == "cpu",
-            dataloader_pin_memory=False,
             per_device_train_batch_size=images.num_rows,
             gradient_accumulation_steps=accumulation,
             max_steps=NUM_STEPS,
             optim="adamw_torch_fused",
             logging_strategy="no",
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
         ),
         train_dataset=images.make(NUM_STEPS * accumulation * images.num_rows),
         callbacks=[watch],
