@@ -133,8 +133,7 @@ def replace_between(page: str, name: str, body: str) -> str:
     start, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
     before, found_start, rest = page.partition(start)
     _, found_end, after = rest.partition(end)
-    assert found_start, f"the page has no line {start!r}"
-    assert found_end, f"the page has no line {end!r}"
+    assert found_end, f"the page has no line {start!r} with an end below"
     return f"{before}{start}{body}{end}{after}"
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.exactness.half import closeness
 from benchmarks.exactness.half_bounds import Closeness
-from benchmarks.quiet import silence
+from benchmarks.trainings import silence
 from hf_gradutils import GradUtilsPlugin
 from tests.harness.heads import HEADS
 from tests.harness.layouts import LAYOUTS

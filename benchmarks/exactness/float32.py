@@ -5,11 +5,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from transformers import Trainer
-
 from benchmarks.page import short_reason
-from benchmarks.quiet import silence
-from hf_gradutils import GradUtilsTrainer
+from benchmarks.trainings import TRAINERS, silence
 from tests.harness.ranks import RankFailure, run_ranks
 from tests.harness.trainer_cases import (
     LAYOUTS,
@@ -24,7 +21,6 @@ from tests.harness.trainer_cases import (
 ACCUMULATIONS = (1, 4, 8)
 NUM_SAMPLES = 32
 WRONG = 1e-5
-TRAINERS: dict[str, type[Trainer]] = {"ours": GradUtilsTrainer, "stock": Trainer}
 NOT_ADDITIVE = ("qwen3 moe aux",)
 """Heads with a term that no split leaves alone: the truth is the mean of the micro-batches', weighted by targets."""
 

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from benchmarks.quiet import SETTINGS, silence
+from benchmarks.trainings import SETTINGS, silence
 from hf_gradutils import GradUtilsPlugin, GradUtilsTrainer
 from tests.harness.layouts import LAYOUTS
 from tests.harness.ranks import run_ranks

@@ -7,11 +7,11 @@ from typing import Any
 
 from benchmarks import page
 from benchmarks.exactness import accumulation, float32, half_bounds, memory
+from benchmarks.trainings import TRAINERS
 from hf_gradutils.accelerator._half_precision import MANY_MICRO_BATCHES
 
 Layouts = dict[str, dict[str, Any]]
 """Layout → what ``record`` of float32.py or half_bounds.py has made of it."""
-TRAINERS = ("ours", "stock")
 
 
 def render(data: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ from benchmarks.heads.classes import head_classes
 from benchmarks.heads.measure import measure
 from benchmarks.heads.render import record, render
 from benchmarks.heads.results import Measured
-from benchmarks.quiet import silence
+from benchmarks.trainings import silence
 
 LIMIT_S = 60
 MEMORY = 16 << 30

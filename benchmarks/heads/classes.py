@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import pkgutil
+import re
 
 import torch
 import transformers
@@ -11,21 +12,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 MAX_PARAMETERS = 30_000_000
 
-LOSS_ARGUMENTS = {
-    "labels",
-    "start_positions",
-    "return_loss",
-    "next_sentence_label",
-    "mask_labels",
-    "future_values",
-    "class_labels",
-    "mc_labels",
-    "target_values",
-    "label_ids",
-    "bool_masked_pos",
-    "mask_time_indices",
-}
-"""Arguments of a forward that can make it return a loss."""
+LOSS_ARGUMENT = re.compile(
+    r"(mask_|class_|mc_)?labels|label_ids|next_sentence_label|start_positions|return_loss|(future|target)_values|"
+    r"bool_masked_pos|mask_time_indices"
+)
+"""An argument of a forward that can make it return a loss."""
 
 
 class TooLargeError(ValueError):
@@ -52,7 +43,7 @@ def head_classes() -> dict[str, type[PreTrainedModel]]:
 def _is_head(thing: object) -> bool:
     if not (inspect.isclass(thing) and issubclass(thing, PreTrainedModel) and hasattr(transformers, thing.__name__)):
         return False
-    name, arguments = thing.__name__, LOSS_ARGUMENTS & set(inspect.signature(thing.forward).parameters)
+    name, arguments = thing.__name__, set(filter(LOSS_ARGUMENT.fullmatch, inspect.signature(thing.forward).parameters))
     # The bare encoders of image models take masks, but return no loss.
     is_encoder = name.endswith("Model") and arguments == {"bool_masked_pos"}
     return name.lower().endswith("forpretraining") or (bool(arguments) and not is_encoder)

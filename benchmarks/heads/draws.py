@@ -23,11 +23,8 @@ def setting(config: PretrainedConfig, *names: str, default: Any = None) -> Any:
             continue  # differs between layers
         if value is not None:
             return value
-    for part in inner:
-        value = setting(part, *names)
-        if value is not None:
-            return value
-    return default
+    found = (setting(part, *names) for part in inner)
+    return next((value for value in found if value is not None), default)
 
 
 def image_size(config: PretrainedConfig) -> tuple[int, int]:

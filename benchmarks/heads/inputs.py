@@ -53,12 +53,8 @@ def _inputs(
     for name, extra in _EXTRAS.items():
         if name in names and (name in required or name not in _IF_REQUIRED):
             row[name] = extra(generator, model.config)
-    if (
-        "attention_mask" in names
-        and "input_features" in row
-        and not with_text
-        and _NEEDS_MASK.search(type(model).__name__)
-    ):
+    needs_mask = "attention_mask" in names and not with_text and _NEEDS_MASK.search(type(model).__name__)
+    if needs_mask and "input_features" in row:
         row["attention_mask"] = torch.ones(max(row["input_features"].shape[0], 1), dtype=torch.int64)
     return {name: value for name, value in row.items() if value is not None}
 

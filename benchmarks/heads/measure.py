@@ -17,13 +17,11 @@ from benchmarks.heads.configs import NUM_CLASSES, tiny_config
 from benchmarks.heads.inputs import MakeRow
 from benchmarks.heads.results import WRONG, Measured, Outcome
 from benchmarks.heads.rows import NoLossError, collate, find_rows
-from benchmarks.quiet import SETTINGS
-from hf_gradutils import GradUtilsTrainer
+from benchmarks.trainings import SETTINGS, TRAINERS
 from hf_gradutils.errors import LossUnitError, TargetCountError
 from tests.harness.trainer_cases import GradientTap, relative_error, reset_accelerate
 
 ACCUMULATION, ROWS_PER_MICRO_BATCH = 4, 4
-TRAINERS: dict[str, type[Trainer]] = {"ours": GradUtilsTrainer, "stock": Trainer}
 Gradients = dict[str, Tensor]
 
 

@@ -61,9 +61,8 @@ def find_rows(model: nn.Module) -> tuple[MakeRow, str]:
             failures.append((NoLossError if has_no_loss else NoBatchError)(f"{type(error).__name__}: {error}"))
             continue
         return make_row, ", ".join(batch)
-    raise max(
-        failures, key=lambda failure: isinstance(failure, NoLossError), default=NoBatchError("its inputs are unknown")
-    )
+    unknown = NoBatchError("its inputs are unknown")
+    raise max(failures, key=lambda failure: isinstance(failure, NoLossError), default=unknown)
 
 
 def _candidates(model: nn.Module) -> Iterator[MakeRow]:

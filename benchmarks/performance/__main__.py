@@ -18,7 +18,7 @@ from benchmarks.performance import judge, step, window
 from benchmarks.performance.gpu import report as gpu
 from benchmarks.performance.methods import HAS_AUTOMODEL
 from benchmarks.performance.render import render
-from benchmarks.quiet import silence
+from benchmarks.trainings import silence
 
 MODULE = "benchmarks.performance"
 

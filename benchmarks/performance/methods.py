@@ -1,5 +1,6 @@
 """The ways to clip that are compared: ours, and others as their own training loops call them."""
 
+import functools
 import importlib.util
 import warnings
 from collections.abc import Callable
@@ -25,13 +26,10 @@ Method = Callable[[nn.Module], Callable[[], Tensor]]
 """Model → the call to measure, which returns the norm."""
 
 
-def _ours(scales: bool) -> Method:
-    def prepare(model: nn.Module) -> Callable[[], Tensor]:
-        window = AccumulationWindow(torch.device("cpu"))
-        window.weigh(torch.ones(()), torch.tensor(1))
-        return lambda: window.close(model, MAX_NORM, scales=scales).grad_norm
-
-    return prepare
+def _ours(model: nn.Module, *, scales: bool) -> Callable[[], Tensor]:
+    window = AccumulationWindow(torch.device("cpu"))
+    window.weigh(torch.ones(()), torch.tensor(1))
+    return lambda: window.close(model, MAX_NORM, scales=scales).grad_norm
 
 
 def _torch(model: nn.Module) -> Callable[[], Tensor]:
@@ -59,8 +57,8 @@ def _automodel(model: nn.Module) -> Callable[[], Tensor]:
 
 
 METHODS: dict[str, Method] = {
-    OURS: _ours(scales=True),
-    FOLDED: _ours(scales=False),
+    OURS: functools.partial(_ours, scales=True),
+    FOLDED: functools.partial(_ours, scales=False),
     TORCH: _torch,
     ACCELERATE: _accelerate,
     TRAINER: _trainer,

@@ -9,7 +9,6 @@ import statistics
 import time
 import unittest.mock
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,18 +17,14 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from benchmarks.performance.window import ratios, spread
-from benchmarks.quiet import SETTINGS
-from hf_gradutils import GradUtilsTrainer
+from benchmarks.performance.window import on_ranks, ratios, spread
+from benchmarks.trainings import SETTINGS, TRAINERS
 from tests.harness.counting import collectives, events_of, num_host_syncs
 from tests.harness.heads import collate
-from tests.harness.layouts import LAYOUTS
-from tests.harness.ranks import run_ranks
-from tests.harness.trainer_cases import fsdp_on_cpu, reset_accelerate
+from tests.harness.trainer_cases import LAYOUTS, fsdp_on_cpu, reset_accelerate
 
 SPREADS = {"one_rank": "1 rank", "ddp2": "ddp2", "fsdp2x2": "fsdp2x2"}
 """Name → layout of ``trainer_cases``."""
-TRAINERS: dict[str, type[Trainer]] = {"ours": GradUtilsTrainer, "stock": Trainer}
 ACCUMULATIONS = (1, 8)
 NUM_TIMED = {1: 24, 8: 5}
 """Accumulation → timed steps of one run."""
@@ -120,17 +115,6 @@ def train(
 
 def rows_per_step(layout: str, accumulation: int) -> int:
     return BATCH * LAYOUTS[SPREADS[layout]].num_data_ranks * accumulation
-
-
-def on_ranks(function: Callable[..., Any], layout: str, *args: Any) -> list[Any]:
-    """Rank by rank what a function returned; one rank is a process that no launcher has started."""
-    env = (
-        dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
-        if layout == "one_rank"
-        else {}
-    )
-    num_ranks = LAYOUTS[SPREADS[layout]].num_ranks
-    return run_ranks(function, num_ranks, layout, *args, init=num_ranks > 1, env=env, deadline_s=400)
 
 
 # ---- Counted ----

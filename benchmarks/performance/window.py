@@ -126,18 +126,16 @@ def _check(layout: str, model: nn.Module, num_parameters: int, num_beside: int) 
 
 def measure(layout: str, num_parameters: int, num_repeats: int) -> dict[str, Outcome]:
     """Method → cost. Rank by rank and repeat by repeat every method has its turn, so that load hits all of them."""
-    is_alone = num_ranks(layout) == 1
-    results = run_ranks(
-        _measure_on_rank,
-        num_ranks(layout),
-        layout,
-        num_parameters,
-        num_repeats,
-        init=not is_alone,
-        env=dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE")) if is_alone else {},  # as nobody has launched it
-        deadline_s=400,
-    )
+    results = on_ranks(_measure_on_rank, layout, num_parameters, num_repeats)
     return {name: _over_ranks([result[name] for result in results]) for name in results[0]}
+
+
+def on_ranks(function: Callable[..., Any], layout: str, *args: Any) -> list[Any]:
+    """Rank by rank what a function returned; one rank is a process that no launcher has started."""
+    is_alone = num_ranks(layout) == 1
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    env = dict.fromkeys(launcher) if is_alone else {}
+    return run_ranks(function, num_ranks(layout), layout, *args, init=not is_alone, env=env, deadline_s=400)
 
 
 def _over_ranks(outcomes: list[Outcome]) -> Outcome:

@@ -116,12 +116,9 @@ def window_end(model: nn.Module, *, scales: bool) -> Callable[[], WindowReport]:
     return end
 
 
-def _ours(scales: bool) -> Callable[[nn.Module], Callable[[], Tensor]]:
-    def prepare(model: nn.Module) -> Callable[[], Tensor]:
-        end = window_end(model, scales=scales)
-        return lambda: end().grad_norm
-
-    return prepare
+def _ours(model: nn.Module, *, scales: bool) -> Callable[[], Tensor]:
+    end = window_end(model, scales=scales)
+    return lambda: end().grad_norm
 
 
 def three_passes(model: nn.Module) -> Callable[[], Tensor]:
@@ -145,8 +142,8 @@ def methods() -> dict[str, Method]:
     """Name → method; Automodel's where it is installed."""
     found = {
         "torch's norm alone": Method(_norm_alone, 1, "1 read", scales=False),
-        FOLDED: Method(_ours(False), 1, "1 read", divides=True, scales=False),
-        OURS: Method(_ours(True), 3, "2 reads, 1 write", divides=True),
+        FOLDED: Method(functools.partial(_ours, scales=False), 1, "1 read", divides=True, scales=False),
+        OURS: Method(functools.partial(_ours, scales=True), 3, "2 reads, 1 write", divides=True),
         TORCH: Method(METHODS[TORCH], 3, "2 reads, 1 write"),
         "three passes": Method(three_passes, 5, "3 reads, 2 writes", divides=True),
     }

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.performance.gpu import clock
 from benchmarks.performance.gpu.clock import mib
 from benchmarks.performance.gpu.part import Part
-from benchmarks.quiet import silence
+from benchmarks.trainings import silence
 from hf_gradutils.sync import SYNCS, PolicyChoice, Sync, SyncContext
 from hf_gradutils.sync._auto import deferred_bytes
 from hf_gradutils.window import AccumulationWindow

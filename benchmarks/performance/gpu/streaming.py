@@ -13,8 +13,7 @@ from benchmarks.performance.gpu import clock
 from benchmarks.performance.gpu.clock import mib
 from benchmarks.performance.gpu.memory import DEADLINE_S
 from benchmarks.performance.gpu.part import Part
-from benchmarks.performance.step import TRAINERS
-from benchmarks.quiet import SETTINGS, silence
+from benchmarks.trainings import SETTINGS, TRAINERS, silence
 from tests.harness.cuda_ranks import one_gpu
 from tests.harness.ranks import run_ranks
 

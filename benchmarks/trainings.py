@@ -1,10 +1,16 @@
-"""Trainings that leave no files and print nothing."""
+"""Trainings that are measured: by both Trainers, without files or output."""
 
 import contextlib
 import io
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from transformers import Trainer
+
+from hf_gradutils import GradUtilsTrainer
+
+TRAINERS: dict[str, type[Trainer]] = {"ours": GradUtilsTrainer, "stock": Trainer}
 
 SETTINGS: dict[str, Any] = {
     "output_dir": str(Path(tempfile.gettempdir()) / "hf_gradutils-bench"),  # nothing is saved there
