@@ -131,7 +131,7 @@ _NO_PARAGRAPH = ("|", "<", "-", "#")
 def replace_between(page: str, name: str, body: str) -> str:
     """A page with ``body`` between the two comments that mark a place."""
     start, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
-    before, found_start, rest = page.partition(start)
+    before, _, rest = page.partition(start)
     _, found_end, after = rest.partition(end)
     assert found_end, f"the page has no line {start!r} with an end below"
     return f"{before}{start}{body}{end}{after}"

@@ -17,7 +17,7 @@ from benchmarks import page
 from benchmarks.exactness import accumulation, float32, half, half_bounds, memory
 from benchmarks.exactness.render import render
 from tests.harness.heads import HEADS
-from tests.harness.trainer_cases import LAYOUTS
+from tests.harness.layouts import HEAD_LAYOUTS
 
 Part = tuple[dict[str, Any], list[str]]
 """(what the page shows, what is not as promised)."""
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.seed is None:
         options.seed = random.SystemRandom().randrange(2**31)
     heads = [h for h in HEADS if not options.heads or any(part in h for part in options.heads.split(","))]
-    layouts = [name for name in LAYOUTS if not options.layouts or name in options.layouts.split(",")]
+    layouts = [name for name in HEAD_LAYOUTS if not options.layouts or name in options.layouts.split(",")]
     print(f"seed {options.seed}: {len(heads)} heads x {len(layouts)} layouts", flush=True)
 
     started, faults = time.monotonic(), []

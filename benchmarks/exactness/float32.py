@@ -7,16 +7,10 @@ from typing import Any
 
 from benchmarks.page import short_reason
 from benchmarks.trainings import TRAINERS, silence
+from tests.harness.gradients import norm_of, relative_error
+from tests.harness.layouts import LAYOUTS
 from tests.harness.ranks import RankFailure, run_ranks
-from tests.harness.trainer_cases import (
-    LAYOUTS,
-    make_data,
-    micro_batches_of,
-    norm,
-    relative_error,
-    train,
-    truth_of_micro_batches,
-)
+from tests.harness.trainer_cases import make_data, micro_batches_of, train, truth_of_micro_batches
 
 ACCUMULATIONS = (1, 4, 8)
 NUM_SAMPLES = 32
@@ -61,7 +55,7 @@ def _errors(head: str, layout: str, accumulation: int, trainer: str, data: Any) 
     entry = done.state.log_history[0]
     return Errors(
         gradient=relative_error(tap.steps[0], want),
-        norm=abs(entry["grad_norm"] / norm(want) - 1),
+        norm=abs(entry["grad_norm"] / norm_of(want) - 1),
         loss=abs(entry["loss"] / want_loss - 1),
     )
 

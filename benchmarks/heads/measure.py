@@ -19,7 +19,8 @@ from benchmarks.heads.results import WRONG, Measured, Outcome
 from benchmarks.heads.rows import NoLossError, collate, find_rows
 from benchmarks.trainings import SETTINGS, TRAINERS
 from hf_gradutils.errors import LossUnitError, TargetCountError
-from tests.harness.trainer_cases import GradientTap, relative_error, reset_accelerate
+from tests.harness.gradients import relative_error
+from tests.harness.trainer_cases import GradientTap, reset_accelerate
 
 ACCUMULATION, ROWS_PER_MICRO_BATCH = 4, 4
 Gradients = dict[str, Tensor]

@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _on_cpu(data: dict[str, Any], options: argparse.Namespace) -> list[str]:
     """Measure windows and steps into ``data``; what is not as promised."""
-    layouts = [name for name in window.LAYOUTS if not options.layouts or name in options.layouts.split(",")]
+    layouts = [name for name in window.LAYOUTS_MEASURED if not options.layouts or name in options.layouts.split(",")]
     sizes = [int(size) for size in options.sizes.split(",")] if options.sizes else window.SIZES
     data["automodel"] = importlib.metadata.version("nemo-automodel") if HAS_AUTOMODEL else None
     data["windows"], data["steps"] = {layout: {} for layout in layouts}, {}
@@ -62,7 +62,7 @@ def _on_cpu(data: dict[str, Any], options: argparse.Namespace) -> list[str]:
             found = data["windows"][layout][str(size)] = window.record(costs)
             print("\n".join(f"{layout:22}{size:5} {name:13}{_line(cost)}" for name, cost in found.items()), flush=True)
             faults += judge.window_faults({(layout, size): costs})
-    for layout in step.SPREADS if not options.no_trainer else ():
+    for layout in step.LAYOUTS_MEASURED if not options.no_trainer else ():
         with silence():
             counts = step.count(layout)
         print("\n".join(f"{layout:22}{name:6}{of}" for name, of in counts.items()), flush=True)

@@ -21,10 +21,10 @@ from benchmarks.performance.window import on_ranks, ratios, spread
 from benchmarks.trainings import SETTINGS, TRAINERS
 from tests.harness.counting import collectives, events_of, num_host_syncs
 from tests.harness.heads import collate
-from tests.harness.trainer_cases import LAYOUTS, fsdp_on_cpu, reset_accelerate
+from tests.harness.layouts import LAYOUTS
+from tests.harness.trainer_cases import fsdp_on_cpu, reset_accelerate
 
-SPREADS = {"one_rank": "1 rank", "ddp2": "ddp2", "fsdp2x2": "fsdp2x2"}
-"""Name → layout of ``trainer_cases``."""
+LAYOUTS_MEASURED = ("one_rank", "ddp2", "fsdp2x2")
 ACCUMULATIONS = (1, 8)
 NUM_TIMED = {1: 24, 8: 5}
 """Accumulation → timed steps of one run."""
@@ -87,7 +87,7 @@ def train(
     trainer_class: type[Trainer], layout: str, accumulation: int, num_steps: int, rows: Any, **kwargs: Any
 ) -> None:
     reset_accelerate()
-    spread = LAYOUTS[SPREADS[layout]]
+    spread = LAYOUTS[layout]
     extra = spread.arguments(("LlamaDecoderLayer",))
     arguments: dict[str, Any] = {
         "use_cpu": True,
@@ -114,7 +114,7 @@ def train(
 
 
 def rows_per_step(layout: str, accumulation: int) -> int:
-    return BATCH * LAYOUTS[SPREADS[layout]].num_data_ranks * accumulation
+    return BATCH * LAYOUTS[layout].num_data_ranks * accumulation
 
 
 # ---- Counted ----

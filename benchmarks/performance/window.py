@@ -6,7 +6,6 @@ targets and the loss of the window, which they communicate elsewhere.
 
 import gc
 import logging
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -25,21 +24,13 @@ from benchmarks.page import short_reason
 from benchmarks.performance.methods import ACCELERATE, FOLDED, METHODS, OURS, Method
 from hf_gradutils.upstream.dtensor import local_tensor
 from tests.harness.counting import Traffic, collectives, events_of, num_host_syncs, top_level
+from tests.harness.layouts import LAYOUTS
 from tests.harness.ranks import run_ranks
-
-LAYOUTS: dict[str, dict[str, int]] = {
-    "one_rank": {},
-    "ddp2": {"dp": 2},
-    "fsdp2x2": {"dp": 2},
-    "hsdp2x2": {"rep": 2, "dp": 2},
-    "tp2_fsdp2x2": {"dp": 2, "tp": 2},
-    "plain_beside_fsdp2x2": {"dp": 2},
-    "two_meshes2x2": {"dp": 2, "tp": 2},
-}
-"""Name → mesh axes."""
 
 MIXED = ("plain_beside_fsdp2x2", "two_meshes2x2")
 """Layouts in which gradients of one model are on different meshes, or on one and on none."""
+
+LAYOUTS_MEASURED = ("one_rank", "ddp2", "fsdp2x2", "hsdp2x2", "tp2_fsdp2x2", *MIXED)
 
 SIZES = (30, 300, 3000)
 """Parameters of a model; each has 128 elements, so that calls are what costs."""
@@ -75,12 +66,8 @@ Outcome = Cost | str
 
 def methods(layout: str, num_parameters: int) -> dict[str, Method]:
     """Those to measure; accelerate's is left out where it calls torch's function and does nothing else."""
-    names = [OURS, FOLDED] if num_parameters > MOST_ON_FOUR and num_ranks(layout) > 2 else list(METHODS)
+    names = [OURS, FOLDED] if num_parameters > MOST_ON_FOUR and LAYOUTS[layout].num_ranks > 2 else list(METHODS)
     return {name: METHODS[name] for name in names if name != ACCELERATE or layout in MIXED}
-
-
-def num_ranks(layout: str) -> int:
-    return math.prod(LAYOUTS[layout].values())
 
 
 # ---- The model ----
@@ -132,10 +119,10 @@ def measure(layout: str, num_parameters: int, num_repeats: int) -> dict[str, Out
 
 def on_ranks(function: Callable[..., Any], layout: str, *args: Any) -> list[Any]:
     """Rank by rank what a function returned; one rank is a process that no launcher has started."""
-    is_alone = num_ranks(layout) == 1
+    is_alone = LAYOUTS[layout].num_ranks == 1
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     env = dict.fromkeys(launcher) if is_alone else {}
-    return run_ranks(function, num_ranks(layout), layout, *args, init=not is_alone, env=env, deadline_s=400)
+    return run_ranks(function, LAYOUTS[layout].num_ranks, layout, *args, init=not is_alone, env=env, deadline_s=400)
 
 
 def _over_ranks(outcomes: list[Outcome]) -> Outcome:
@@ -153,7 +140,7 @@ def _over_ranks(outcomes: list[Outcome]) -> Outcome:
 
 def _measure_on_rank(layout: str, num_parameters: int, num_repeats: int) -> dict[str, Outcome]:
     logging.disable(logging.WARNING)
-    axes = LAYOUTS[layout]
+    axes = LAYOUTS[layout].axes
     mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes)) if axes else None
     model, norm = _make_model(layout, num_parameters, mesh)
     gradients = [local_tensor(p.grad) for p in model.parameters()]

@@ -721,7 +721,7 @@ def test_a_planted_scale_in_the_trainer_itself_is_found_in_every_cell(monkeypatc
     monkeypatch.setitem(half_exactness.TRAINERS, "ours", Planted)
     row = {name: half_exactness.measure("bert answers", "one_rank", precision, name, 1) for name in ("ours", "stock")}
     assert len(row["ours"]) == 4
-    assert len(half_bounds.faults({("bert answers", "1 rank", precision): row})) == 4
+    assert len(half_bounds.faults({("bert answers", "one_rank", precision): row})) == 4
 
 
 def test_closeness_of_a_multiple_is_what_is_measured_of_it():

@@ -13,7 +13,7 @@ from tests.harness.trainer_cases import IS_OLD
 @pytest.mark.slow
 def test_a_part_of_the_matrix_has_no_fault_of_ours_and_shows_those_of_stock(tmp_path, capsys):
     out = tmp_path / "exactness.md"
-    part = ["--part", "float32", "--heads", "bert choices,mixtral", "--layouts", "1 rank,ep2 x fsdp2"]
+    part = ["--part", "float32", "--heads", "bert choices,mixtral", "--layouts", "one_rank,ep2_fsdp2x2"]
     assert main([*part, "--out", str(out)]) == 0
     assert "0 faults" in capsys.readouterr().out
     text = out.read_text()
@@ -67,5 +67,5 @@ def test_a_wrong_cell_or_a_crash_of_ours_is_a_fault():
 
 def test_a_head_that_is_wrong_makes_the_script_fail(monkeypatch, capsys):
     monkeypatch.setattr(float32, "WRONG", 1e-12)
-    assert main(["--part", "float32", "--heads", "bert choices", "--layouts", "1 rank", "--seed", "1"]) == 1
-    assert "bert choices, 1 rank: Errors(gradient=" in capsys.readouterr().out
+    assert main(["--part", "float32", "--heads", "bert choices", "--layouts", "one_rank", "--seed", "1"]) == 1
+    assert "bert choices, one_rank: Errors(gradient=" in capsys.readouterr().out

@@ -76,6 +76,7 @@ def few_repeats(monkeypatch):
     monkeypatch.setattr(clock, "NUM_REPEATS", 1)
 
 
+@pytest.mark.slow
 def test_everything_runs_and_ours_keeps_its_promises(monkeypatch, capsys):
     monkeypatch.setattr(known_gradients, "LARGEST", 4096)
     parts, faults = report.measure(CPU, SIZES)
