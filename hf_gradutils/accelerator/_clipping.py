@@ -16,54 +16,57 @@ from hf_gradutils.upstream.accelerate import models_of
 from hf_gradutils.upstream.dtensor import local_tensor
 
 
-class Clipping:
-    """What ``GradUtilsAccelerator`` documents of its two methods that clip."""
+def clip_by_norm(
+    accelerator: Accelerator,
+    windows: Windows,
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float | None,
+) -> Tensor:
+    """:meth:`GradUtilsAccelerator.clip_grad_norm_`; one collective where these are all parameters of a window."""
+    parameters = _at_the_end(accelerator, "clip_grad_norm_", parameters)
+    max_norm, plugin = check_max_norm(max_norm), windows.plugin
+    p = plugin.norm_type if norm_type is None else check_norm_type(norm_type)
+    ending = windows.by_models.with_any_of(parameters)
+    if len(ending) == 1 and ending[0].is_open and ending[0].is_all(parameters) and p == plugin.norm_type:
+        return windows.close(ending[0], max_norm)[0].grad_norm
+    _close_all(windows, ending)
+    holder, trained = windows.by_models.holder_of(parameters, models_of(accelerator))
+    return clip_parameters(holder, trained, max_norm, norm_type=p, ownership=plugin.ownership)
 
-    def __init__(self, accelerator: Accelerator, windows: Windows):
-        self._accelerator = accelerator
-        self._windows = windows
 
-    def by_norm(self, parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float | None) -> Tensor:
-        """Clip the exact mean gradient of these parameters to a norm; their norm before."""
-        self._check_at_end("clip_grad_norm_")
-        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        max_norm, plugin = check_max_norm(max_norm), self._windows.plugin
-        p = plugin.norm_type if norm_type is None else check_norm_type(norm_type)
-        windows = self._windows.found.with_any_of(parameters)
-        if len(windows) == 1 and windows[0].is_open and windows[0].is_all(parameters) and p == plugin.norm_type:
-            return self._windows.close(windows[0], max_norm)[0].grad_norm
-        self._close_all(windows)
-        holder, trained = self._windows.found.holder_of(parameters, models_of(self._accelerator))
-        return clip_parameters(holder, trained, max_norm, norm_type=p, ownership=plugin.ownership)
-
-    def by_value(self, parameters: Tensor | Iterable[Tensor], clip_value: float) -> None:
-        """Limit every element of the exact mean gradient of these parameters."""
-        self._check_at_end("clip_grad_value_")
-        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        if not clip_value > 0:
-            raise InvalidArgumentError(f"clip_value must be > 0, got {clip_value}")
-        self._close_all(self._windows.found.with_any_of(parameters))
-        for parameter in parameters:
-            gradient = parameter.grad
-            if isinstance(gradient, DTensor) and any(placement.is_partial() for placement in gradient.placements):
-                raise InvalidArgumentError(
-                    f"expected summed gradients, got one with placements {gradient.placements}; use clip_grad_norm_"
-                )
-            if gradient is not None:
-                local_tensor(gradient.detach()).clamp_(-clip_value, clip_value)
-
-    def _check_at_end(self, name: str) -> None:
-        if not self._accelerator.sync_gradients:
+def clip_by_value(
+    accelerator: Accelerator, windows: Windows, parameters: Tensor | Iterable[Tensor], clip_value: float
+) -> None:
+    """:meth:`GradUtilsAccelerator.clip_grad_value_`."""
+    parameters = _at_the_end(accelerator, "clip_grad_value_", parameters)
+    if not clip_value > 0:
+        raise InvalidArgumentError(f"clip_value must be > 0, got {clip_value}")
+    _close_all(windows, windows.by_models.with_any_of(parameters))
+    for gradient in (p.grad for p in parameters if p.grad is not None):
+        if isinstance(gradient, DTensor) and any(placement.is_partial() for placement in gradient.placements):
             raise InvalidArgumentError(
-                f"expected {name} at the end of a window, got it before; write `if accelerator.sync_gradients:` above"
+                f"a gradient with placements {gradient.placements} is not summed over its mesh yet, so its elements "
+                "cannot be clipped; use clip_grad_norm_"
             )
+        local_tensor(gradient.detach()).clamp_(-clip_value, clip_value)
 
-    def _close_all(self, windows: Iterable[ModelWindow]) -> None:
-        for window in windows:
-            if window.is_open:
-                self._windows.close(window, folds=False)
-            elif window.is_folded:
-                raise InvalidArgumentError(
-                    "expected to clip once with fold_into_optimizer=True, because the optimizer multiplies the "
-                    "gradients after that, got another clip; leave out fold_into_optimizer"
-                )
+
+def _at_the_end(accelerator: Accelerator, method: str, parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    """The parameters as a list. InvalidArgumentError if the window goes on."""
+    if not accelerator.sync_gradients:
+        raise InvalidArgumentError(
+            f"{method} was called before the end of the window; write `if accelerator.sync_gradients:` above it"
+        )
+    return [parameters] if isinstance(parameters, Tensor) else list(parameters)
+
+
+def _close_all(windows: Windows, ending: Iterable[ModelWindow]) -> None:
+    for window in ending:
+        if window.is_open:
+            windows.close(window, folds=False)
+        elif window.is_folded:
+            raise InvalidArgumentError(
+                "gradients can be clipped once per window with fold_into_optimizer=True, because the optimizer scales "
+                "them afterwards; leave out fold_into_optimizer to clip again"
+            )

@@ -1,6 +1,6 @@
-"""Sums over micro-batches and ranks are kept in float32 where a model computes in half precision.
+"""Sums over micro-batches and ranks in float32, for models that compute in half precision.
 
-    mixed precision under FSDP2    gradients are accumulated and reduced in float32; layers hand out what they did
+    mixed precision under FSDP2    gradients are accumulated and reduced in float32; layers' outputs stay half
     parameters in half precision   ``.grad`` is float32 between micro-batches, and rounded when the window ends
 
 A sum of n gradients in bfloat16 is off by about 1.1e-3 · √n of its norm (docs/exactness.md).
@@ -35,19 +35,18 @@ def check_accumulate_in_float32(value: object) -> None:
 
 
 def accumulates_in_float32(setting: AccumulateInFloat32, num_micro_batches: int) -> bool:
-    """Whether a window of so many micro-batches accumulates the gradients of half-precision parameters in float32."""
+    """True if gradients of half-precision parameters are accumulated in float32 in a window of this size."""
     return num_micro_batches >= MANY_MICRO_BATCHES if setting == "auto" else setting
 
 
 def reduce_in_float32(accelerator: Accelerator) -> bool:
     """Let FSDP2 accumulate and reduce gradients in float32 where accelerate's default is half precision.
 
-    bfloat16 has 8 bits, which leave little of a sum over many ranks and micro-batches. Under DDP it is float32 anyway.
-    What layers hand out stays as accelerate has it: a layer whose output is wider does not fit the next one's weights,
-    and activation checkpointing would keep it.
+    A sum over many ranks and micro-batches loses most of bfloat16's 8 bits. Layers' outputs stay as accelerate has
+    them: a wider output does not fit the next layer's weights, and activation checkpointing would store it.
 
     Returns:
-        Whether FSDP2 accumulates gradients in float32 that stock accelerate accumulates in half precision.
+        True if FSDP2 accumulates gradients in float32 that stock accelerate accumulates in half precision.
     """
     plugin = _fsdp2_plugin(accelerator)
     policy = plugin.mixed_precision_policy if plugin is not None else None
@@ -59,7 +58,7 @@ def reduce_in_float32(accelerator: Accelerator) -> bool:
 
 
 def reduce_parameters_in_float32(accelerator: Accelerator, model: nn.Module) -> None:
-    """The same for a model whose parameters are in half precision themselves, before accelerate shards it."""
+    """Let FSDP2 do so for a model with half-precision parameters, before accelerate shards it."""
     plugin = _fsdp2_plugin(accelerator)
     if plugin is not None and plugin.mixed_precision_policy is None and any(p.dtype in _HALF for p in _trained(model)):
         plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
@@ -76,52 +75,45 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
 
 @dataclass(frozen=True, slots=True)
 class HalfParameters:
-    """The trained parameters of a model that are in half precision, by what their gradients are averaged by."""
+    """The trained half-precision parameters of a model, by the wrapper that averages their gradients."""
 
     averaged: list[nn.Parameter]
-    """DDP's, whose buckets take gradients of the parameter's own dtype only."""
+    """Parameters in DDP, whose buckets take gradients of the parameter's own dtype only."""
     sharded: list[nn.Parameter]
-    """FSDP2's, from torch 2.15 on, where shards may be wider than their parameter."""
+    """Parameters in FSDP2 from torch 2.15 on, where gradients may be wider than their parameter."""
     others: list[nn.Parameter]
 
     @classmethod
     def of(cls, model: nn.Module, *, with_shards: bool = True) -> "HalfParameters":
-        """Find them, but for those whose wrapper fixes the dtype: FSDP1, and FSDP2 before torch 2.15.
+        """Find them in a wrapped model, but not where the wrapper fixes the dtype: FSDP1, FSDP2 before torch 2.15."""
+        half = [p for p in _trained(model) if p.dtype in _HALF]
 
-        Args:
-            model: With what is wrapped around it.
-            with_shards: Look for FSDP2's as well.
-        """
-        half = dict.fromkeys(p for p in _trained(model) if p.dtype in _HALF)
-        averaged: dict[nn.Parameter, None] = {}
-        sharded: dict[nn.Parameter, None] = {}
-        flat: dict[nn.Parameter, None] = {}
-        for module in model.modules() if half else ():
-            if isinstance(module, DistributedDataParallel):
-                averaged |= dict.fromkeys(p for p in module.parameters() if p in half)
-            elif isinstance(module, FSDPModule):
-                sharded |= dict.fromkeys(p for p in module.parameters() if p in half and isinstance(p, DTensor))
-            elif isinstance(module, FullyShardedDataParallel):
-                flat |= dict.fromkeys(module.parameters())
-        others = [p for p in half if p not in averaged | sharded | flat]
-        honours = with_shards and fsdp2_honours_grad_dtype()
-        return cls(list(averaged), list(sharded) if honours else [], others)
+        def inside(kind: Any) -> set[nn.Parameter]:
+            return {p for m in model.modules() if half and isinstance(m, kind) for p in m.parameters()}
+
+        ddp, fsdp1 = inside(DistributedDataParallel), inside(FullyShardedDataParallel)
+        fsdp2 = {p for p in inside(FSDPModule) if isinstance(p, DTensor)}
+        return cls(
+            averaged=[p for p in half if p in ddp],
+            sharded=[p for p in half if p in fsdp2] if with_shards and fsdp2_honours_grad_dtype() else [],
+            others=[p for p in half if p not in ddp | fsdp1 | fsdp2],
+        )
 
     def begin(self, communicates: Communicates, *, is_last: bool) -> None:
-        """Let a micro-batch add its gradients in float32, as far as what it communicates allows."""
+        """Let a micro-batch add its gradients in float32 where its communication allows."""
         _set_gradient_dtype(self.sharded, torch.float32)
         _set_gradient_dtype(self.averaged, None if communicates.replicas else torch.float32)
-        if not is_last:  # a single micro-batch has nothing to be added to
+        if not is_last:  # a window of one micro-batch adds nothing
             _set_gradient_dtype(self.others, torch.float32)
 
     def round(self) -> None:
-        """Bring gradients to the dtype of their parameters, which optimizers ask for."""
+        """Round gradients to the dtype of their parameters, which optimizers need."""
         for parameters in (self.averaged, self.sharded, self.others):
             _set_gradient_dtype(parameters, None)
 
 
 def _set_gradient_dtype(parameters: list[nn.Parameter], dtype: torch.dtype | None) -> None:
-    """Of the gradients that are there and of those to come; None for the parameter's own."""
+    """Set the dtype of present and future gradients; None is the parameter's own."""
     for parameter in parameters:
         wanted = dtype or parameter.dtype
         if parameter.grad_dtype != wanted:

@@ -1,4 +1,4 @@
-"""fp16's loss scale beside windows: removed once per step, agreed on by all ranks, changed between windows."""
+"""The loss scale of fp16: removed once per step, agreed on by all ranks, changed between windows."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +22,7 @@ class LossScale:
         self._accelerator = accelerator
         self._unscaled: list[Optimizer] = []
         self._found_inf: dict[int, list[Tensor]] = {}
-        """id of an unscaled optimizer → the flags that its step asks whether to skip."""
+        """id of an unscaled optimizer → the flags by which its step is skipped."""
 
     @property
     def scaler(self) -> Any:
@@ -30,23 +30,23 @@ class LossScale:
         return self._accelerator.scaler
 
     def unscale(self, optimizers: Sequence[Optimizer]) -> None:
-        """Remove the scale from the gradients of these optimizers, once per step however often it is called."""
+        """Remove the scale from the gradients of these optimizers; repeated calls in one step change nothing."""
         if self.scaler is None:
             return
         new = [o for o in optimizers if not self._is_unscaled(o)]
-        with unscaling_local_parts(self.scaler) as found:
+        with unscaling_local_parts(self.scaler) as found_inf:
             Accelerator.unscale_gradients(self._accelerator, new)
         self._unscaled += new
-        self._found_inf |= found
+        self._found_inf |= found_inf
 
     def agree_on_overflow(self, optimizers: Sequence[Optimizer], report: WindowReport) -> None:
-        """Let the scaler skip the step on every rank if it would on one, by the norm that all have reduced."""
+        """Let the scaler skip the step on every rank if it would on one, by the reduced norm."""
         for optimizer in optimizers:
             for flag in self._found_inf.get(id(innermost(optimizer)), ()):
                 torch.maximum(flag, on_device(as_flag(report.is_finite), flag.device), out=flag)
 
     def update(self) -> None:
-        """Let the scale change: between windows only, for gradients of one window share one scale."""
+        """Let the scale change; only between windows, because the gradients of a window share one scale."""
         stepped = [o for o in self._unscaled if isinstance(o, GradUtilsOptimizer) and o.awaits_update]
         if stepped:
             self.scaler.update()
@@ -56,11 +56,11 @@ class LossScale:
                 optimizer.awaits_update = False
 
     def check_is_on(self, optimizers: Sequence[GradUtilsOptimizer]) -> None:
-        """Raise InvalidArgumentError if gradients that a backward would add to have lost the scale already."""
+        """Raise InvalidArgumentError if a backward would add to gradients whose scale is already removed."""
         if any(self._is_unscaled(optimizer) and not optimizer.awaits_update for optimizer in optimizers):
             raise InvalidArgumentError(
-                "expected each backward of a step before its gradients are unscaled or clipped (fp16), got one after; "
-                "clip once the losses of all models that the optimizer steps on have gone backward"
+                "backward was called after gradients of this step had been unscaled or clipped (fp16); clip after the "
+                "backward of every model that the optimizer steps on"
             )
 
     def _is_unscaled(self, optimizer: Optimizer) -> bool:

@@ -1,6 +1,6 @@
-"""The windows of the models that an Accelerator trains: one for the models of one loss.
+"""The windows of the models that an Accelerator trains: one per loss.
 
-A GAN has two, each with targets of its own; an encoder and a decoder that one loss trains share one.
+A GAN has two, each with its own targets; an encoder and a decoder trained by one loss share one.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +18,7 @@ from hf_gradutils.window import AccumulationWindow, StepGuard
 
 @dataclass(eq=False)
 class ModelWindow:
-    """The window of some models, from its first micro-batch to the optimizer step, and then the next one."""
+    """The window of the models that one loss trains; reused for every optimizer step."""
 
     models: tuple[nn.Module, ...]
     sums: AccumulationWindow
@@ -29,8 +29,7 @@ class ModelWindow:
     is_folded: bool = False
     """The optimizer is still to multiply the gradients."""
     has_scale: bool = False
-    """What its sums are scaled by has been chosen."""
-
+    """The scale of its sums has been chosen."""
     whole: nn.Module = field(init=False)
     """All the models as one."""
 
@@ -38,19 +37,19 @@ class ModelWindow:
         self.whole = _as_one(self.models)
 
     def start(self, sums: AccumulationWindow) -> None:
-        """Begin with other settings."""
+        """Begin with sums that have their scale."""
         self.sums, self.has_scale, self.is_open = sums, True, False
 
     def parameters(self) -> list[nn.Parameter]:
-        """All that is trained."""
+        """All trained parameters."""
         return trained_parameters(self.whole)
 
     def has_float16(self) -> bool:
-        """Whether backwards may overflow without a scaler too."""
+        """True if a backward may overflow even without a scaler."""
         return any(p.dtype == torch.float16 for p in self.parameters())
 
     def is_all(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether these are all its trained parameters; others that are not trained may be among them."""
+        """True if these are all its trained parameters, and any that are not trained."""
         own = self.parameters()
         if len(own) == len(parameters) and all(a is b for a, b in zip(own, parameters, strict=True)):
             return True
@@ -61,11 +60,7 @@ OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
 
 
 class ModelWindows:
-    """Finds the window that a loss, a parameter or an optimizer belongs to; each is made when it is first asked for.
-
-    Args:
-        make: Models → a window of theirs, without micro-batches.
-    """
+    """Finds the windows of models, parameters and optimizers; a new loss gets a new window from ``make``."""
 
     def __init__(self, make: Callable[[tuple[nn.Module, ...]], ModelWindow]):
         self._make = make
@@ -92,39 +87,39 @@ class ModelWindows:
     def holder_of(
         self, parameters: Sequence[Tensor], models: Sequence[nn.Module]
     ) -> tuple[nn.Module, list[nn.Parameter]]:
-        """A module that knows all of these by name, and those that are trained, in its order.
+        """Return a module that names all of these, and the trained ones of them in its order.
 
         Args:
             parameters: Of one model, of several, or of none.
-            models: Where to look beside the models of windows.
+            models: Searched after the models of windows.
         """
         key = tuple(id(p) for p in parameters)
         if key not in self._holders:
-            wanted, found = set(key), []
+            missing, holders = set(key), []
             for module in (*(window.whole for window in self), *models):
                 own = {id(p) for p in module.parameters()}
-                if own & wanted:
-                    found.append(module)
-                    wanted -= own
-            self._holders[key] = nn.ParameterList(parameters) if wanted else _as_one(found)
+                if own & missing:
+                    holders.append(module)
+                    missing -= own
+            self._holders[key] = nn.ParameterList(parameters) if missing else _as_one(holders)
         ids = set(key)
         return self._holders[key], [p for p in trained_parameters(self._holders[key]) if id(p) in ids]
 
     def optimizers_of(self, window: ModelWindow, optimizers: Sequence[OptimizerT]) -> list[OptimizerT]:
-        """Those of the prepared optimizers that step on gradients of a window.
+        """The optimizers that step on gradients of a window.
 
         Raises:
-            InvalidArgumentError: one of them also steps on parameters of no model, which no window weighs.
+            InvalidArgumentError: one of them also steps on parameters that belong to no window.
         """
         sizes = (len(group["params"]) for optimizer in optimizers for group in optimizer.param_groups)
         key = (id(window), len(optimizers), *sizes)
         if key not in self._optimizers:
             own = {id(p) for p in window.parameters()}
-            found = [o for o in optimizers if any(id(p) in own for p in _parameters_of(o))]
-            known = own.union(*({id(p) for p in other.parameters()} for other in self))
-            for optimizer in found:
-                _check_all_known(optimizer, known)
-            self._optimizers[key] = found
+            stepping = [o for o in optimizers if any(id(p) in own for p in _parameters_of(o))]
+            in_windows = own.union(*({id(p) for p in other.parameters()} for other in self))
+            for optimizer in stepping:
+                _check_in_windows(optimizer, in_windows)
+            self._optimizers[key] = stepping
         return self._optimizers[key]
 
 
@@ -136,11 +131,11 @@ def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _check_all_known(optimizer: Optimizer, known: set[int]) -> None:
-    strangers = [p for p in _parameters_of(optimizer) if p.grad is not None and id(p) not in known]
-    if strangers:
+def _check_in_windows(optimizer: Optimizer, in_windows: set[int]) -> None:
+    others = [p for p in _parameters_of(optimizer) if p.grad is not None and id(p) not in in_windows]
+    if others:
         raise InvalidArgumentError(
-            f"expected an optimizer of parameters of the models that the loss trains, got {len(strangers)} more, the "
-            f"first of shape {tuple(strangers[0].shape)}, whose gradients nobody would divide by the targets; make "
-            "them part of a module and name it: accelerator.accumulate(model, that_module)"
+            f"the optimizer also steps on {len(others)} parameters of no model that the loss trains, the first of "
+            f"shape {tuple(others[0].shape)}; their gradients would not be divided by the targets. Make them part of "
+            "a module and pass it: accelerator.accumulate(model, that_module)"
         )

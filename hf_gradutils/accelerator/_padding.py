@@ -1,8 +1,8 @@
-"""Padding: ranks with fewer batches than others train with one again, and it counts for nothing.
+"""Padding: a rank with fewer batches than others repeats one, which counts for nothing.
 
-Ranks have to run the same number of micro-batches, because the model's own communication runs in them. A Trainer draws
-batches itself, and pads where it draws; a loop of one's own draws them from a loader, which pads here. Either way the
-micro-batch is marked, and ``GradUtilsAccelerator.backward`` gives it no targets and no weight.
+All ranks must run the same number of micro-batches, because layers communicate in them. A Trainer pads where it draws
+its batches; in other loops the loader pads, here. Either way the micro-batch is marked, and
+``GradUtilsAccelerator.backward`` gives it no targets and no weight.
 """
 
 import contextlib
@@ -13,20 +13,20 @@ from accelerate.data_loader import BatchSamplerShard
 
 
 class Padding(dict[str, Any]):
-    """A batch that a Trainer trains with in place of one that this rank does not have."""
+    """A batch that a Trainer runs in place of one that this rank lacks."""
 
 
 class PaddedShard(BatchSamplerShard):  # type: ignore[misc]
     """One rank's part of the batches, with one more where other ranks have one more."""
 
     ends_in_padding = False
-    """Whether the last batch is there for the others' sake; known from when it has been drawn."""
+    """True once a batch of padding has been drawn."""
 
     def __iter__(self) -> Iterator[list[int]]:
         num_all, self.ends_in_padding = len(self.batch_sampler), False
         num_ranks = 1 if self.split_batches else self.num_processes
         most = num_all // num_ranks if self.drop_last else -(-num_all // num_ranks)
-        num_own, batch = 0, [0]  # any row will do
+        num_own, batch = 0, [0]  # for a rank without batches: any row
         for batch in super().__iter__():
             num_own += 1
             yield batch
@@ -57,7 +57,7 @@ def padded_to_the_same_number(loaders: Iterable[Any], even_batches: bool) -> Ite
 
 
 def is_padding(loader: Any) -> bool:
-    """Whether the batch that a loader has just given is there for the others' sake."""
+    """True if the batch that a loader has just given is padding."""
     return bool(
         loader is not None
         and loader.end_of_dataloader

@@ -64,17 +64,17 @@ _CHECKS: dict[str, Callable[[Any], object]] = {
     "on_nonfinite": StepGuard,
     "max_skipped_steps": lambda number: StepGuard(max_skipped_steps=number),
 }
-"""Field → what raises InvalidArgumentError for a value that means nothing."""
+"""Field → check that raises InvalidArgumentError for an invalid value."""
 
 
 def _from_variables() -> dict[str, Any]:
-    """The fields that variables set. InvalidArgumentError names a variable that says nothing of the kind."""
+    """The fields that variables set. InvalidArgumentError for an unknown variable or an invalid value."""
     values = {}
     for name, text in _environment.read_settings().items():
         variable = f"{_environment.SETTING}{name.upper()}"
         if name not in _FROM_TEXT:
-            known = ", ".join(f"{_environment.SETTING}{known.upper()}" for known in _FROM_TEXT)
-            raise InvalidArgumentError(f"{variable} sets nothing; the variables are {known}")
+            variables = ", ".join(f"{_environment.SETTING}{field_name.upper()}" for field_name in _FROM_TEXT)
+            raise InvalidArgumentError(f"{variable} sets nothing; the variables are {variables}")
         parse, expected = _FROM_TEXT[name]
         try:
             values[name] = parse(text)
@@ -84,32 +84,32 @@ def _from_variables() -> dict[str, Any]:
 
 
 def _setting(name: str, default: Any) -> Callable[[], Any]:
-    """What a field that was not passed takes: what its variable says, else the default."""
+    """Return a factory of the field's default: the value of its variable, else ``default``."""
     return lambda: _from_variables().get(name, default)
 
 
 @dataclass
 class GradUtilsPlugin(GradientAccumulationPlugin):  # type: ignore[misc]
-    """How gradients are accumulated.
+    """Settings of gradient accumulation.
 
     For ``GradUtilsTrainer(grad_plugin=…)`` and ``GradUtilsAccelerator(gradient_accumulation_plugin=…)``. A field that
     is not passed takes its value from the variable ``HF_GRADUTILS_<FIELD>``, as ``HF_GRADUTILS_SYNC``. accelerate's own
     fields (``num_steps``, …) are for the Accelerator; a Trainer has arguments for them.
 
     Raises:
-        InvalidArgumentError: a setting that means nothing, with what it may be and the variable it comes from.
+        InvalidArgumentError: a setting is invalid; the message lists the valid ones and names its variable.
     """
 
     loss_unit: LossUnit = field(default_factory=_setting("loss_unit", "auto"))
-    """What the loss is a mean over; ``auto`` asks the labels and the loss itself."""
+    """The targets that the loss is a mean over; ``auto`` finds out from the labels and the loss."""
     count_targets: CountTargets | None = None
     """Batch → number of targets, a 0-d tensor; overrides ``loss_unit``."""
     check_loss_unit: bool = field(default_factory=_setting("check_loss_unit", True))
     """Verify on the first batch, with three forwards, that the loss is a mean over what is counted."""
     sync: Sync | None = field(default_factory=_setting("sync", None))
     """When gradients are communicated: ``defer`` to the last micro-batch, ``every`` one, ``reduce_scatter`` shards in
-    every one and replicas in the last, or ``auto``, by what memory allows. None is ``defer``, but ``auto`` where FSDP2
-    accumulates in float32 what it would in half precision by itself. See ``docs/sync.md``."""
+    every one and replicas in the last, or ``auto``, by the free memory. None is ``defer``, but ``auto`` where FSDP2
+    accumulates in float32 instead of half precision. See ``docs/sync.md``."""
     accumulate_in_float32: AccumulateInFloat32 = field(default_factory=_setting("accumulate_in_float32", "auto"))
     """Gradients of parameters in half precision (``model.bfloat16()``) are accumulated in float32 and then rounded, for
     2 bytes more per parameter; ``auto``: from 32 micro-batches on, but not under FSDP2. See ``docs/exactness.md``."""
@@ -120,12 +120,12 @@ class GradUtilsPlugin(GradientAccumulationPlugin):  # type: ignore[misc]
     ownership: Ownership | None = field(default_factory=_setting("ownership", None))
     """Plain parameters of which ranks hold different parts, see :func:`hf_gradutils.clip_gradients`."""
     on_nonfinite: OnNonfinite = field(default_factory=_setting("on_nonfinite", "raise"))
-    """What becomes of a step whose gradient is inf or NaN anywhere. See ``docs/nonfinite.md``."""
+    """Policy for a step whose gradient is inf or NaN anywhere. See ``docs/nonfinite.md``."""
     max_skipped_steps: int = field(default_factory=_setting("max_skipped_steps", 10))
     """Steps in a row that ``on_nonfinite="skip"`` leaves out; one more is an error."""
     fold_into_optimizer: bool = field(default_factory=_setting("fold_into_optimizer", False))
-    """Let a fused optimizer do the scaling, which saves one pass over the gradients. Whatever reads ``.grad`` before
-    the step sees it unscaled."""
+    """Let a fused optimizer do the scaling, which saves a pass over the gradients; before the step ``.grad`` is
+    unscaled."""
 
     def __post_init__(self) -> None:
         from_variables = _from_variables()
@@ -141,62 +141,62 @@ class GradUtilsPlugin(GradientAccumulationPlugin):  # type: ignore[misc]
 
     @classmethod
     def of(cls, plugin: GradientAccumulationPlugin | None) -> "GradUtilsPlugin":
-        """These settings, or those of accelerate's own plugin as one of ours."""
+        """Return the plugin, or a new one with the settings of accelerate's own."""
         if isinstance(plugin, cls):
             return plugin
         return cls() if plugin is None else cls(**vars(plugin))
 
     def num_micro_batches(self, gradient_accumulation_steps: int | None) -> int:
-        """Micro-batches of a window: as said here or there, else as told to ``accelerate launch``, else 1.
+        """Micro-batches per window: ``num_steps`` or the argument, else that of ``accelerate launch``, else 1.
 
         Raises:
-            InvalidArgumentError: two numbers.
+            InvalidArgumentError: the two differ.
         """
-        said = {self.num_steps, gradient_accumulation_steps} - {None}
-        if len(said) > 1:
+        numbers = {self.num_steps, gradient_accumulation_steps} - {None}
+        if len(numbers) > 1:
             raise InvalidArgumentError(
-                f"expected one number of micro-batches, got gradient_accumulation_steps={gradient_accumulation_steps} "
-                f"and GradUtilsPlugin(num_steps={self.num_steps}); leave out gradient_accumulation_steps"
+                f"gradient_accumulation_steps={gradient_accumulation_steps} and "
+                f"GradUtilsPlugin(num_steps={self.num_steps}) differ; leave out gradient_accumulation_steps"
             )
-        return said.pop() if said else _environment.read_accumulation_steps() or 1
+        return numbers.pop() if numbers else _environment.read_accumulation_steps() or 1
 
     def of_accelerate(self, num_steps: int) -> GradientAccumulationPlugin:
-        """What accelerate itself is to know."""
+        """The plugin for accelerate itself."""
         own = {field.name: getattr(self, field.name) for field in fields(GradientAccumulationPlugin)}
         return GradientAccumulationPlugin(**own | {"num_steps": num_steps})
 
     def to_kwargs(self) -> dict[str, Any]:
-        """Refused: only an Accelerator that is not ours asks, and it would weigh no micro-batch by its targets."""
+        """Raise InvalidArgumentError: only accelerate's own Accelerator calls this, and it would weight nothing."""
         raise InvalidArgumentError(
-            "expected GradUtilsAccelerator for a GradUtilsPlugin, got accelerate's Accelerator, which would drop all "
-            "it says; use hf_gradutils.GradUtilsAccelerator(gradient_accumulation_plugin=…), or pass accelerate's own "
+            "accelerate's Accelerator would ignore the settings of a GradUtilsPlugin; use "
+            "hf_gradutils.GradUtilsAccelerator(gradient_accumulation_plugin=…), or pass accelerate's own "
             "GradientAccumulationPlugin"
         )
 
     def counter(self) -> TargetCounter:
-        """Counts a batch's targets as these settings say."""
+        """The counter of a batch's targets."""
         return TargetCounter(self.loss_unit, self.count_targets)
 
     def guard(self) -> StepGuard:
-        """Judges steps as these settings say."""
+        """The judge of steps."""
         return StepGuard(self.on_nonfinite, self.max_skipped_steps)
 
     def effective_sync(self, *, each_batch: bool, widens_gradients: bool = False) -> Sync:
-        """The policy, with accelerate's own option ``sync_each_batch`` taken for ``every``.
+        """The policy; ``auto`` by default if deferred gradients are wider than without this package.
 
         Args:
-            each_batch: What that option says.
-            widens_gradients: Gradients of one micro-batch and all deferred ones are wider than without this package.
+            each_batch: accelerate's own option ``sync_each_batch``, which is ``every``.
+            widens_gradients: As in :class:`Windows`.
         """
         if each_batch and self.sync not in (None, "defer", "every"):
             raise InvalidArgumentError(
-                f"expected sync or accelerate's sync_each_batch, got sync={self.sync!r} and sync_each_batch=True; "
-                "leave out sync_each_batch, which means sync='every'"
+                f"sync={self.sync!r} and accelerate's sync_each_batch=True contradict each other; leave out "
+                "sync_each_batch, which means sync='every'"
             )
         default: Sync = "auto" if widens_gradients else "defer"
         return "every" if each_batch else self.sync or default
 
     def accumulation_settings(self) -> list[str]:
-        """``name=value`` of everything set that accelerate's own plugin has, which a Trainer takes elsewhere."""
+        """``name=value`` of each field of accelerate's own plugin that is set; a Trainer takes these elsewhere."""
         own = {field.name: field.default for field in fields(GradientAccumulationPlugin)}
         return [f"{name}={getattr(self, name)!r}" for name, default in own.items() if getattr(self, name) != default]

@@ -1,4 +1,4 @@
-"""What accelerate has made of the models."""
+"""Models as accelerate has prepared them."""
 
 from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
@@ -10,11 +10,11 @@ from hf_gradutils.upstream.accelerate import models_of
 
 
 class PreparedModels:
-    """The wrappers of each model; cached because every micro-batch asks, and finding them walks every module.
+    """Wrappers and half-precision parameters per model. Cached, because finding them walks every module.
 
     Args:
-        accelerator: Has prepared them.
-        with_half_shards: Accumulate shards of half precision in float32 too, where FSDP2 can.
+        accelerator: Prepares the models.
+        with_half_shards: Accumulate half-precision shards in float32 too, where FSDP2 can.
     """
 
     def __init__(self, accelerator: Accelerator, *, with_half_shards: bool):
@@ -26,23 +26,23 @@ class PreparedModels:
         self._half: dict[nn.Module, HalfParameters] = {}
 
     def forget(self) -> None:
-        """Look for everything again: something is prepared anew."""
+        """Clear the caches."""
         self.round_gradients()
         self._wrappers.clear()
         self._prepared.clear()
         self._half.clear()
 
     def forget_models(self) -> None:
-        """Let go of the models too."""
+        """Clear the caches, and release the models."""
         self.forget()
         self._outermost.clear()
 
     def add(self, wrapped: nn.Module) -> None:
-        """Note what accelerate has wrapped around a model."""
+        """Add a model with accelerate's wrappers around it."""
         self._outermost[without_wrappers(wrapped)] = wrapped
 
     def __getitem__(self, model: nn.Module) -> nn.Module:
-        """The model as accelerate has prepared it, for one with or without wrappers."""
+        """The prepared model, for one with or without wrappers."""
         if model not in self._prepared:
             inside = without_wrappers(model)
             self._prepared[model] = next(
@@ -51,13 +51,13 @@ class PreparedModels:
         return self._prepared[model]
 
     def wrappers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        """Names and modules of everything around or in the model that communicates gradients."""
+        """Names and modules of the wrappers around and in the model that communicate gradients."""
         if model not in self._wrappers:
             self._wrappers[model] = find_wrappers(self._outermost.get(without_wrappers(model), model))
         return self._wrappers[model]
 
     def half_parameters(self, model: nn.Module) -> HalfParameters:
-        """The model's parameters in half precision whose gradients are accumulated in float32."""
+        """The model's half-precision parameters, whose gradients are accumulated in float32."""
         prepared = self[model]
         if prepared not in self._half:
             wrapped = self._outermost.get(without_wrappers(model), model)
@@ -65,16 +65,13 @@ class PreparedModels:
         return self._half[prepared]
 
     def round_gradients(self, *models: nn.Module) -> None:
-        """Bring gradients of these models, or of all, to their parameters' dtype, which optimizers ask for."""
+        """Round gradients of these models, or of all, to the dtype of their parameters."""
         for prepared, half in self._half.items():
             if not models or prepared in models:
                 half.round()
 
 
 def without_wrappers(model: nn.Module) -> nn.Module:
-    """The model without wrappers.
-
-    ``unwrap_model`` would take DDP out of a compiled model for good.
-    """
+    """The model without wrappers; ``unwrap_model`` would take DDP out of a compiled model for good."""
     inside: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
     return inside

@@ -1,4 +1,4 @@
-"""Counters to put back when the device turns out to have skipped a step."""
+"""Counters to restore after a step that the device has skipped."""
 
 import copy
 from typing import Any
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Counters:
-    """What Trainer counts on after a step, whether or not the device has left that step out."""
+    """Global step, scheduler and learning rates before a step that the device may skip."""
 
     def __init__(self, global_step: int, scheduler: Any, optimizer: Any):
         self._global_step = global_step
@@ -16,7 +16,7 @@ class Counters:
         self._rates = [copy.deepcopy(group["lr"]) for group in optimizer.param_groups]
 
     def restore(self, scheduler: Any, optimizer: Any) -> int:
-        """Put the scheduler and its learning rates back; returns the number of steps taken."""
+        """Restore the scheduler and the learning rates; returns the global step."""
         scheduler.load_state_dict(self._scheduler)
         for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
             if isinstance(group["lr"], Tensor):

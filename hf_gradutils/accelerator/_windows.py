@@ -1,4 +1,4 @@
-"""The windows of an Accelerator: who opens one, and all from its end to the optimizer's step."""
+"""The windows of an Accelerator: the micro-batches that open one, and its end, up to the optimizer's step."""
 
 import contextlib
 import math
@@ -36,13 +36,13 @@ from hf_gradutils.window import AccumulationWindow, WindowReport, loss_scale_for
 
 
 class Windows:
-    """Keeps a window for the models of each loss, and tells optimizers how it was closed.
+    """A window for the models of each loss, and the order that its end gives to the optimizers.
 
     Args:
-        accelerator: Whose models, optimizers and schedulers these are.
+        accelerator: Has prepared the models, optimizers and schedulers.
         plugin: Settings.
-        num_micro_batches: Of a window.
-        widens_gradients: FSDP2 accumulates in float32 what stock accelerate accumulates in half precision.
+        num_micro_batches: Micro-batches per window.
+        widens_gradients: FSDP2 accumulates gradients in float32 that stock accelerate accumulates in half precision.
 
     Raises:
         InvalidArgumentError: the device has no float64.
@@ -53,16 +53,16 @@ class Windows:
     ):
         if accelerator.device.type == "mps":
             raise InvalidArgumentError(
-                "expected CPU or a device that has float64, in which counts and norms are summed, got MPS; pass "
-                "cpu=True to the Accelerator, or use_cpu=True to TrainingArguments"
+                "MPS has no float64, in which counts and norms are summed; pass cpu=True to the Accelerator, or "
+                "use_cpu=True to TrainingArguments"
             )
         self.plugin = plugin
         self.widens_gradients = widens_gradients
         self.report: WindowReport | None = None
         self.models: tuple[nn.Module, ...] | None = None
-        """What a loss trains now: the models of ``accumulate``, ``no_sync`` or ``one_micro_batch``."""
+        """The models that a loss trains now: those of ``accumulate``, ``no_sync`` or ``one_micro_batch``."""
         self.micro_batch: MicroBatch | None = None
-        """Of ``accumulate`` or ``one_micro_batch``."""
+        """The micro-batch of ``accumulate`` or ``one_micro_batch``."""
         self.prepared = PreparedModels(accelerator, with_half_shards=plugin.accumulate_in_float32 is True)
         self.loss_scale = LossScale(accelerator)
         self._accelerator = accelerator
@@ -75,16 +75,16 @@ class Windows:
         self.forget()
 
     def forget(self) -> None:
-        """Start over: forget the micro-batches so far, together with the gradients that the caller drops."""
+        """Start over without windows; the caller drops the gradients."""
         self.prepared.forget()
-        self.found = ModelWindows(self._make)
+        self.by_models = ModelWindows(self._make)
 
     def _make(self, models: tuple[nn.Module, ...]) -> ModelWindow:
         sums = AccumulationWindow(self._accelerator.device, num_replicas=self._num_replicas(models))
         return ModelWindow(models, sums, self.plugin.guard())
 
     def _num_replicas(self, models: tuple[nn.Module, ...]) -> int:
-        """How many ranks see the same batch: those of tensor parallelism, as transformers or accelerate set it up."""
+        """Ranks that see the same batch: those of tensor parallelism, set up by transformers or accelerate."""
         sizes = [getattr(without_wrappers(model), "_tp_size", None) or 1 for model in models]
         config = self._accelerator.parallelism_config
         return max(*sizes, config.tp_size if config is not None else 1)
@@ -93,7 +93,7 @@ class Windows:
 
     @contextlib.contextmanager
     def training(self, models: tuple[nn.Module, ...], micro_batch: MicroBatch | None = None) -> Iterator[None]:
-        """Losses inside train these models, and belong to this micro-batch if one is given."""
+        """Let losses inside train these models, and belong to this micro-batch if one is given."""
         before = self.models, self.micro_batch
         self.models, self.micro_batch = models, micro_batch or self.micro_batch
         try:
@@ -102,7 +102,7 @@ class Windows:
             self.models, self.micro_batch = before
 
     def sync_context(self, model: nn.Module, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
-        """Forward and backward of one micro-batch, with the communication that the policy asks for."""
+        """The context of one micro-batch's forward and backward, with the communication of the policy."""
         policy = self._policy.policy(model, is_last=is_last)
         wrappers = self.prepared.wrappers(model)
         if self._accumulates_wide:
@@ -110,7 +110,7 @@ class Windows:
         return SyncContext(model, policy, is_last=is_last, wrappers=wrappers) if wrappers else contextlib.nullcontext()
 
     def of_loss(self, model: nn.Module | Sequence[nn.Module] | None = None) -> ModelWindow:
-        """The window that a loss of these models belongs to; default: of those it trains now, or of the only one."""
+        """The window of a loss that trains these models; default: :attr:`models`, else the only trained one."""
         if model is not None:
             models = (model,) if isinstance(model, nn.Module) else tuple(model)
         elif self.models is not None:
@@ -123,14 +123,14 @@ class Windows:
                     f"cannot tell which of the {len(models)} prepared models this loss trains; call backward inside "
                     "`with accelerator.accumulate(model):`, or pass it: backward(loss, num_targets, model=model)"
                 )
-        return self.found.of_models([self.prepared[m] for m in models])
+        return self.by_models.of_models([self.prepared[m] for m in models])
 
-    def weigh(self, window: ModelWindow, loss: Tensor, num_targets: Tensor, weight: Tensor) -> Tensor:
-        """The loss to call ``backward`` on; opens the window with its first one.
+    def weighted(self, window: ModelWindow, loss: Tensor, num_targets: Tensor, weight: Tensor) -> Tensor:
+        """Return the loss to call ``backward`` on; the first one opens the window.
 
         Collectives: under fp16 one all-reduce in the first call for a model. Host syncs: likewise.
         """
-        if not window.is_open and not any(other.is_open for other in self.found):
+        if not window.is_open and not any(other.is_open for other in self.by_models):
             self.loss_scale.update()
         if not window.has_scale:
             self._choose_loss_scale(window, num_targets)
@@ -143,7 +143,7 @@ class Windows:
         return scaled
 
     def _choose_loss_scale(self, window: ModelWindow, num_targets: Tensor) -> None:
-        """fp16 needs gradients of the size of a mean's; elsewhere sums are as good. Once, for all ranks alike."""
+        """Keep fp16 gradients at the magnitude of a mean; chosen once, the same on all ranks."""
         window.has_scale = True
         if self.loss_scale.scaler is None and not window.has_float16():
             return
@@ -153,16 +153,8 @@ class Windows:
         window.sums = AccumulationWindow(device, loss_scale=scale, num_replicas=self._num_replicas(window.models))
 
     @contextlib.contextmanager
-    def rounding_at_the_end(self) -> Iterator[None]:
-        """Leave no parameter with wider gradients than its own dtype, also after an exception."""
-        try:
-            yield
-        finally:
-            self.prepared.round_gradients()
-
-    @contextlib.contextmanager
     def reducing(self, window: ModelWindow) -> Iterator[None]:
-        """A backward that reduces: each of several in a micro-batch, and one that no context surrounds."""
+        """The context of a backward that reduces: one of several in a micro-batch, or one outside any other context."""
         with contextlib.ExitStack() as contexts:
             for model in window.models:
                 if self.models is None and self._accumulates_wide:
@@ -172,7 +164,7 @@ class Windows:
 
     @contextlib.contextmanager
     def one_micro_batch(self, model: nn.Module, micro_batch: MicroBatch) -> Iterator[None]:
-        """Every ``backward`` inside is of this micro-batch, and trains this model; it may end the window."""
+        """Let every ``backward`` inside train this model on this micro-batch, which may end the window."""
         is_open = self.models == (model,)  # Trainer calls no_sync for all micro-batches but the last
         is_last = self._accelerator.sync_gradients
         with (
@@ -182,7 +174,7 @@ class Windows:
             yield
 
     def discard(self, window: ModelWindow) -> None:
-        """Give up the micro-batches of a window: their gradients, sent or not, and their sums."""
+        """Drop a window's gradients, communicated or not, and its sums."""
         discard_deferred(window.whole)
         self.prepared.round_gradients(*window.models)
         window.sums.discard()
@@ -202,14 +194,14 @@ class Windows:
         """Unscale (fp16), make ``.grad`` the exact mean gradient, clip it, and decide whether the step is taken.
 
         Args:
-            window: Whose micro-batches are over.
+            window: Has had its last micro-batch.
             max_norm: Greater than 0; inf does not clip.
-            folds: Let the optimizer do the scaling, if the plugin wants that.
-            step: The optimizer step that follows, counted from 1; for messages.
+            folds: Let the optimizer do the scaling if the plugin says so.
+            step: Number of the optimizer step that follows, from 1; for messages.
             has_data_left: As in :meth:`AccumulationWindow.close`.
 
         Returns:
-            The report, and whether the step is taken as far as the host knows.
+            The report, and False if the host already knows that the step is skipped.
 
         Collectives: one all-reduce over all ranks. Host syncs: none where the optimizer skips on the device or
             ``on_nonfinite="ignore"``, else one.
@@ -219,8 +211,8 @@ class Windows:
         """
         optimizers = self.optimizers_of(window)
         if self.plugin.fold_into_optimizer:
-            check_can_scale(optimizers, self.loss_scale.scaler)  # again: loading a checkpoint may change what is fused
-        self.settle()
+            check_can_scale(optimizers, self.loss_scale.scaler)  # again: a checkpoint may have changed ``fused``
+        self.raise_pending()
         folds = folds and self.plugin.fold_into_optimizer
         self._policy.window_closed()
         self.loss_scale.unscale(optimizers)
@@ -250,7 +242,7 @@ class Windows:
         self, window: ModelWindow, report: WindowReport, optimizers: Sequence[GradUtilsOptimizer], step: int
     ) -> StepOrder:
         if self.loss_scale.scaler is not None:
-            return StepOrder()  # it skips by itself, and lowers its scale
+            return StepOrder()  # the scaler skips the step and lowers its scale
         on_device = bool(optimizers) and all(why_not_on_device(optimizer) is None for optimizer in optimizers)
         if window.guard.on_nonfinite == "raise" and on_device:
             schedulers = schedulers_of(self._accelerator)
@@ -261,34 +253,29 @@ class Windows:
     def optimizers_of(self, window: ModelWindow) -> list[GradUtilsOptimizer]:
         """The prepared optimizers that step on gradients of a window."""
         prepared = [o for o in optimizers_of(self._accelerator) if isinstance(o, GradUtilsOptimizer)]
-        return self.found.optimizers_of(window, prepared)
+        return self.by_models.optimizers_of(window, prepared)
 
     def before_step(self, optimizer: GradUtilsOptimizer) -> None:
-        """Close the windows that the optimizer steps on and that nothing has closed yet."""
-        for window in self.found:
+        """Close the open windows whose gradients the optimizer steps on."""
+        for window in self.by_models:
             if window.is_open and any(o is optimizer for o in self.optimizers_of(window)):
                 self.close(window)
 
-    def settle(self) -> None:
-        """Raise if the device has skipped a step without the host having been told.
+    def raise_pending(self) -> None:
+        """Read the verdicts that are still on the device.
 
         Raises:
-            NonfiniteGradientError: it has; schedulers are as before that step.
+            NonfiniteGradientError: the device has skipped a step; schedulers are as before it.
         """
         try:
-            for window in self.found:
-                window.guard.settle()
+            for window in self.by_models:
+                window.guard.raise_pending()
         except NonfiniteGradientError:
             for scheduler, counters in self._counters:
                 counters.restore(scheduler, scheduler.optimizers[0])  # type: ignore[attr-defined]
             raise
 
     @property
-    def is_unsettled(self) -> bool:
-        """Whether a step's verdict is still on the device."""
-        return any(window.guard.is_pending for window in self.found)
-
-    @property
-    def num_skipped_steps(self) -> int:
-        """Steps skipped so far because of gradients that were not finite; fp16's overflows not counted."""
-        return sum(window.guard.num_skipped for window in self.found)
+    def is_pending(self) -> bool:
+        """True if a step's verdict is still on the device."""
+        return any(window.guard.is_pending for window in self.by_models)

@@ -56,7 +56,7 @@ class OptimizerSteps:
         report, is_taken = windows.close(
             windows.of_loss(model), max_norm, step=trainer.state.global_step + 1, has_data_left=has_data_left
         )
-        if windows.is_unsettled:
+        if windows.is_pending:
             self._counters = Counters(trainer.state.global_step, trainer.lr_scheduler, trainer.optimizer)
         if has_data_left is not None:
             self._batches.num_ranks_with_data = report.num_ranks_with_data
@@ -72,7 +72,7 @@ class OptimizerSteps:
         """Raise NonfiniteGradientError if the device has skipped the step before, with the counters as before it."""
         trainer = self._trainer
         try:
-            trainer.accelerator.windows.settle()
+            trainer.accelerator.windows.raise_pending()
         except NonfiniteGradientError:
             if self._counters is not None:
                 trainer.state.global_step = self._counters.restore(trainer.lr_scheduler, trainer.optimizer)

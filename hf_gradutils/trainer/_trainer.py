@@ -96,8 +96,11 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
         discard_deferred(self.model)
         sum_increments(self.model)
         # The filter costs two host syncs per micro-batch, and the loss it filters is not the one logged here.
-        with self._nan_filter(False), self._checking_first(), self.accelerator.windows.rounding_at_the_end():
-            return super().train(*args, **kwargs)
+        try:
+            with self._nan_filter(False), self._checking_first():
+                return super().train(*args, **kwargs)
+        finally:
+            self.accelerator.windows.prepared.round_gradients()
 
     @contextlib.contextmanager
     def _checking_first(self) -> Iterator[None]:

@@ -68,28 +68,28 @@ class StepGuard:
         return False
 
     def judge_later(self, report: WindowReport, step: int) -> Tensor:
-        """Let an optimizer that skips on the device go on; :meth:`settle` raises once the flag has come to the host.
+        """Let an optimizer that skips on the device go on; :meth:`raise_pending` reads the flag later.
 
         Returns:
             Whether the gradient is finite: shape (), bool, on the device.
 
-        Host syncs: none for this step; as :meth:`settle` for an earlier one.
+        Host syncs: none for this step; as :meth:`raise_pending` for an earlier one.
         """
-        self.settle()
+        self.raise_pending()
         is_finite = report.is_finite
         self._pending = (report, step, _HostFlag(is_finite))
         return is_finite
 
     @property
     def is_pending(self) -> bool:
-        """A step was judged later, and nobody knows yet."""
+        """True if a step's verdict is still on the device."""
         return self._pending is not None
 
-    def settle(self) -> None:
-        """Raise if the step before was not finite. Waits for that step only, not for what came after.
+    def raise_pending(self) -> None:
+        """Read the verdict of the step before. Waits for that step only, not for later work.
 
         Raises:
-            NonfiniteGradientError: it was not.
+            NonfiniteGradientError: its gradient was not finite.
         """
         if self._pending is None:
             return

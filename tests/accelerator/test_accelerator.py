@@ -298,7 +298,7 @@ def test_parameters_of_no_model_are_refused():
     model, optimizer = accelerator.prepare(model, torch.optim.SGD([*model.parameters(), scale], lr=0.1))
     (x,) = _points(0, [4])
     accelerator.backward(_mean(model, x) * scale, num_targets=4)
-    with pytest.raises(InvalidArgumentError, match="got 1 more, the first of shape"):
+    with pytest.raises(InvalidArgumentError, match="also steps on 1 parameters of no model"):
         optimizer.step()
 
 
@@ -478,7 +478,7 @@ def test_clipping_twice_is_refused_where_the_optimizer_still_scales():
         if loop.losses:  # the first step was clipped once
             loop.accelerator.clip_grad_norm_(loop.model.parameters(), 1.0)
 
-    with pytest.raises(InvalidArgumentError, match="expected to clip once with fold_into_optimizer=True"):
+    with pytest.raises(InvalidArgumentError, match="clipped once per window with fold_into_optimizer=True"):
         run_loop(
             HEAD, "one_rank", 1, batch_size=4, plugin=plugin, optimizer=FUSED, max_norm=1.0, after_backward=clip_again
         )
@@ -599,7 +599,7 @@ def test_without_the_number_of_targets_it_says_what_to_pass():
 
 def test_a_closure_is_refused():
     _, _, (optimizer,) = _prepared(GradUtilsPlugin(), [Regression(0)])
-    with pytest.raises(InvalidArgumentError, match="got a closure"):
+    with pytest.raises(InvalidArgumentError, match="takes no closure"):
         optimizer.step(lambda: None)
 
 
@@ -619,7 +619,7 @@ def test_the_number_of_micro_batches_comes_from_one_place(monkeypatch):
     assert steps(gradient_accumulation_plugin=GradUtilsPlugin(num_steps=4)) == 4
     assert steps(gradient_accumulation_plugin=GradUtilsPlugin(), gradient_accumulation_steps=5) == 5
     assert steps(gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=6)) == 6
-    with pytest.raises(InvalidArgumentError, match="expected one number of micro-batches"):
+    with pytest.raises(InvalidArgumentError, match="leave out gradient_accumulation_steps"):
         steps(gradient_accumulation_plugin=GradUtilsPlugin(num_steps=4), gradient_accumulation_steps=5)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "7")
     assert steps() == 7
@@ -631,14 +631,14 @@ def test_the_number_of_micro_batches_comes_from_one_place(monkeypatch):
 def test_what_scales_gradients_itself_is_refused(kind, monkeypatch):
     reset_accelerate()
     monkeypatch.setattr(GradUtilsAccelerator, "distributed_type", kind)
-    with pytest.raises(InvalidArgumentError, match=f"got {kind.value}.*use FSDP2"):
+    with pytest.raises(InvalidArgumentError, match=rf"{kind.value} scales and clips gradients itself.*use FSDP2"):
         GradUtilsAccelerator(cpu=True)
 
 
 def test_an_optimizer_that_steps_inside_backward_is_refused():
     reset_accelerate()
     kind = type("Lomo", (torch.optim.SGD,), {"__module__": "lomo_optim.lomo"})
-    with pytest.raises(InvalidArgumentError, match="got Lomo, which steps inside of it"):
+    with pytest.raises(InvalidArgumentError, match="Lomo steps inside backward"):
         GradUtilsAccelerator(cpu=True).prepare(kind(Regression(0).parameters(), lr=0.1))
 
 

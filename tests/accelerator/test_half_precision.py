@@ -510,7 +510,7 @@ def test_a_backward_after_its_optimizers_gradients_were_unscaled_is_refused():
     optimizer.zero_grad()
     accelerator.backward(first(x).sum(), num_targets=1, model=first)
     accelerator.clip_grad_norm_(first.parameters(), 1.0)
-    with pytest.raises(InvalidArgumentError, match="each backward of a step before its gradients are unscaled"):
+    with pytest.raises(InvalidArgumentError, match="gradients of this step had been unscaled"):
         accelerator.backward(second(x).sum(), num_targets=1, model=second)
 
 

@@ -560,7 +560,7 @@ def _every_batch():
     arguments = {"max_steps": 2, "ddp_find_unused_parameters": False}
     trainer, _ = train("llama causal", ACCUMULATION, trainer_class=Counting, arguments=arguments | _each_batch())
     assert trainer.per_step()[1] == COUNTS["ddp2"]["every"]
-    with pytest.raises(InvalidArgumentError, match="got sync='auto' and sync_each_batch=True; leave out"):
+    with pytest.raises(InvalidArgumentError, match="sync='auto' and accelerate's sync_each_batch=True contradict"):
         train("llama causal", ACCUMULATION, grad_plugin=GradUtilsPlugin(sync="auto"), arguments=_each_batch())
 
 
@@ -602,5 +602,5 @@ def test_a_wrong_policy_is_named_beside_the_right_ones():
         InvalidArgumentError, match="sync must be one of defer, every, reduce_scatter, auto, got 'sometimes'"
     ):
         GradUtilsPlugin(sync="sometimes")
-    with pytest.raises(InvalidArgumentError, match="got sync='reduce_scatter' and sync_each_batch=True"):
+    with pytest.raises(InvalidArgumentError, match="sync='reduce_scatter' and accelerate's sync_each_batch=True"):
         GradUtilsPlugin(sync="reduce_scatter", sync_each_batch=True)

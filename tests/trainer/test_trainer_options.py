@@ -270,5 +270,5 @@ def test_a_head_that_takes_no_label_minus_100_is_named_where_asking_it_has_ended
 
 def test_mps_is_refused(monkeypatch):
     monkeypatch.setattr(GradUtilsAccelerator, "device", torch.device("mps"))
-    with pytest.raises(InvalidArgumentError, match=r"float64.*got MPS; pass cpu=True"):
+    with pytest.raises(InvalidArgumentError, match=r"MPS has no float64.*; pass cpu=True"):
         GradUtilsAccelerator(cpu=True)
