@@ -1,7 +1,7 @@
-"""The micro-batches of an epoch, each fetched when its turn comes.
+"""The micro-batches of an epoch, each fetched when it is needed.
 
-A list of a window's batches would sit on the device before the first forward. What must be known early is only
-whether a batch is the last one, and that takes a look-ahead of one.
+A list of a window's batches would sit on the device before the first forward. Only whether a batch is the last one must
+be known early, and that takes a look-ahead of one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +20,8 @@ class BatchStream:
 
     Args:
         batches: The loader's iterator.
-        is_last: Whether the batch that the iterator gave last was its last; None if that is unknown, and the stream
-            then fetches one batch ahead itself.
-        padding: A batch of an earlier epoch to pad with, should there be none in this one.
+        is_last: True if the iterator's latest batch was its last; None if unknown: the stream then fetches one ahead.
+        padding: A batch of an earlier epoch to pad with if this one has none.
     """
 
     def __init__(self, batches: Iterator[Any], is_last: Callable[[], bool | None], padding: Any = None):
@@ -31,11 +30,11 @@ class BatchStream:
         self._fetched: list[Any] = []
         self._is_exhausted = self._looks_ahead = False
         self.padding = padding
-        """What stands in for a missing batch; None if this rank never had any."""
+        """Stands in for a missing batch; None if this rank never had any."""
         self._fetch()
 
     def has_more(self) -> bool:
-        """Whether there is another batch."""
+        """True if there is another batch."""
         return bool(self._fetched) or not self._is_exhausted
 
     def take(self) -> Any:
@@ -62,28 +61,25 @@ class BatchStream:
 
 
 class MicroBatches:
-    """Stands for the list of a window's batches without holding them.
+    """Acts as the list of a window's batches without holding them.
 
     Args:
-        stream: Where they come from.
+        stream: Source of the batches.
         num_batches: Batches of a full window.
-        pads: Fill the window up with padding; else it is as short as what is left.
+        pads: Fill the last window up with padding; else it is shorter.
     """
 
     def __init__(self, stream: BatchStream, num_batches: int, *, pads: bool):
         self._stream = stream
-        self._length = num_batches
+        self._length = num_batches if pads or stream.has_more() else 0
         self._pads = pads
         self._num_taken = 0
-        if not pads and not stream.has_more():
-            self._length = 0
 
     def __len__(self) -> int:
-        """Batches of this window, as far as is known: right from the moment the last one has been handed out."""
+        """Batches of this window; an upper bound until the last one is taken."""
         return self._length
 
     def __iter__(self) -> Iterator[Any]:
-        """Hand the batches out, once."""
         while self._num_taken < self._length:
             self._num_taken += 1
             batch = self._stream.take()
@@ -93,11 +89,7 @@ class MicroBatches:
 
 
 class TrainingBatches:
-    """A rank's batches, window by window; ranks with fewer batches than others pad theirs.
-
-    Args:
-        trainer: Whose loader they come from.
-    """
+    """A rank's batches, window by window; ranks with fewer batches than others pad theirs."""
 
     def __init__(self, trainer: Any):
         self._trainer = trainer
@@ -106,10 +98,10 @@ class TrainingBatches:
         self._pads = False
         self.has_length = True
         self.num_ranks_with_data: float | Tensor = 0.0
-        """Ranks that have batches for another window, as of the last one."""
+        """Ranks that have batches for another window, after the last one."""
 
     def plan(self, dataloader: Any) -> Any:
-        """The loader, with the length of the longest rank's. Collectives: one all-gather over all ranks."""
+        """Return the loader, with the length of the longest rank's. Collectives: one all-gather over all ranks."""
         self._epoch = None
         self.has_length = has_length(dataloader)
         num_batches = len(dataloader) if self.has_length else 0
@@ -131,7 +123,7 @@ class TrainingBatches:
 
     @property
     def has_data_left(self) -> bool | None:
-        """Whether this rank has batches for another window; None where ranks need not know of each other."""
+        """True if this rank has batches for another window; None if ranks need not agree on it."""
         return self._stream.has_more() if self._pads and self._stream is not None else None
 
     def _start_epoch(self, epoch: Iterator[Any]) -> BatchStream:
@@ -148,9 +140,8 @@ class TrainingBatches:
             self.num_ranks_with_data = ranks["with_data"]
             if ranks["without_any"] and ranks["with_data"]:
                 raise InvalidArgumentError(
-                    f"expected data on every rank, got none on {ranks['without_any']:.0f} of "
-                    f"{self._trainer.accelerator.num_processes} ranks in the first epoch; use fewer ranks, or split "
-                    "the dataset into more shards"
+                    f"{ranks['without_any']:.0f} of {self._trainer.accelerator.num_processes} ranks have no data in "
+                    "the first epoch; use fewer ranks, or split the dataset into more shards"
                 )
         return stream
 

@@ -17,12 +17,7 @@ from hf_gradutils.trainer._loss import LossUnit
 
 
 class EvaluationLoss:
-    """Sums n·L and n over the samples of an evaluation, each once, and divides at its end.
-
-    Args:
-        trainer: Ours.
-        unit: Counts the targets.
-    """
+    """Sums of n·L and n over the samples of an evaluation, each once, divided at its end."""
 
     def __init__(self, trainer: Any, unit: LossUnit):
         self._trainer = trainer
@@ -32,7 +27,6 @@ class EvaluationLoss:
         self._batch = MicroBatch()
 
     def start(self) -> None:
-        """Begin to add up."""
         self._sums = []
 
     def finish(self) -> float | None:
@@ -45,11 +39,10 @@ class EvaluationLoss:
         return weighted_loss / count if count else math.nan
 
     def start_batch(self) -> None:
-        """Forget what the batch before had."""
         self._batch = MicroBatch()
 
     def see(self, inputs: Mapping[str, Any]) -> None:
-        """Count what the loss is computed from: under context parallelism only here are it this rank's labels."""
+        """Count the targets where the loss is computed: context parallelism cuts labels to this rank's part before."""
         if self._sums is not None and self._unit.counter is not None:
             self._batch.num_targets = self._unit.count(inputs)
 
@@ -64,7 +57,7 @@ class EvaluationLoss:
         num_flattened = trainer.args.eval_batch_size if num_rows == 1 and "position_ids" in inputs else 1
         num_real_rows = self._num_real_rows(max(num_rows, num_flattened))
         if num_real_rows is not None:
-            # Ranks were handed copies of samples to fill up the last batch: ask for the loss without them.
+            # The last batch is filled up with copies of samples: compute the loss without them.
             take = self._without_copies if num_flattened == 1 else self._without_flattened_copies
             inputs = trainer._prepare_inputs(take(inputs, num_real_rows))
             num_items = unit.count(inputs).clamp(min=1)
@@ -76,7 +69,7 @@ class EvaluationLoss:
         assert unit.counter is not None
         assert loss is not None
         count = num_targets.to(torch.float64)
-        # Of a loss that is a sum over rows, the mean over rows is kept: it does not depend on the batch size.
+        # A loss that is a sum over rows is reported as their mean, which does not depend on the batch size.
         weight = unit.counter.weight(count) * (count != 0)
         self._sums.append(torch.stack((count, torch.where(weight == 0, 0.0, loss.to(torch.float64) * weight))))
 
@@ -100,7 +93,7 @@ class EvaluationLoss:
         return self._masked(inputs, is_copy.reshape(-1, *[1] * (labels.dim() - 1)))
 
     def _without_flattened_copies(self, inputs: Mapping[str, Any], num_real_rows: int) -> Mapping[str, Any]:
-        """The samples of the evaluation set say where, in a row that may be packed, the copies start."""
+        """Find where the copies start in a row that may be packed, by the samples of the evaluation set."""
         if num_real_rows in (0, self._trainer.args.eval_batch_size):
             return inputs
         dataset = self._trainer.callback_handler.eval_dataloader.dataset
@@ -108,8 +101,8 @@ class EvaluationLoss:
         real = torch.cat([torch.as_tensor(sample) for sample in samples]).to(inputs["input_ids"].device)
         if not len(real) or not torch.equal(real, inputs["input_ids"][0, : len(real)]):
             raise TargetCountError(
-                f"expected the last batch to start with the last {num_real_rows} samples of the evaluation set, one "
-                "after the other, got others; evaluate in the order of the set, or with padding"
+                f"the last batch does not start with the last {num_real_rows} samples of the evaluation set, one after "
+                "the other; evaluate in the order of the set, or with padding"
             )
         return self._masked(inputs, torch.arange(inputs["labels"].shape[1], device=real.device) >= len(real))
 

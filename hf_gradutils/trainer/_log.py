@@ -19,22 +19,19 @@ class RunningLog:
         self._loss_before = self._targets_before = self._loss = self._num_targets = self._zero
         self._taken_before = self._num_taken = self._num_steps = 0
 
-    def _start_anew(self) -> None:
-        self._loss_before = self._loss_before + self._loss
-        self._taken_before += self._num_taken
-        self._targets_before = self.total_targets
-        self._loss = self._num_targets = self._zero
-        self._num_taken = self._num_steps = 0
-
     @property
     def total_targets(self) -> Tensor:
-        """Of all steps so far, taken or not; shape (), float64."""
+        """Targets of all steps so far, taken or not; shape (), float64."""
         return self._targets_before + self._num_targets
 
     def add(self, report: WindowReport, *, is_taken: bool, starts_anew: bool) -> None:
-        """Count one step; what has been logged is dropped first if it ``starts_anew``."""
+        """Count one step; the first one after a log entry ``starts_anew``."""
         if starts_anew:
-            self._start_anew()
+            self._loss_before = self._loss_before + self._loss
+            self._taken_before += self._num_taken
+            self._targets_before = self.total_targets
+            self._loss = self._num_targets = self._zero
+            self._num_taken = self._num_steps = 0
         self._last = report
         self._num_steps += 1
         if is_taken:
@@ -46,21 +43,21 @@ class RunningLog:
 
     @property
     def loss(self) -> Tensor:
-        """What Trainer divides by all steps since the last log to get the mean loss of those that were taken.
+        """A sum that Trainer divides by all steps since the last log, which gives the mean of the taken ones.
 
-        Where none was, the mean of all before, so that one bad step does not turn the mean of the training into NaN.
+        If none was taken, the mean of all before: one bad step must not turn the mean of the training into NaN.
         """
         loss, num_taken = (self._loss, self._num_taken) if self._num_taken else (self._loss_before, self._taken_before)
         return loss if num_taken == self._num_steps else loss * (self._num_steps / max(num_taken, 1))
 
     def check_targets(self, num_steps: int) -> None:
-        """Raise TargetCountError if no step so far had a target on any rank, or targets cannot be counted."""
+        """Raise TargetCountError if no step so far had a target on any rank, or targets could not be counted."""
         total = self.total_targets.item()
         check_count(total)
         if not total:
             raise TargetCountError(
-                f"expected batches with targets, got none in the first {num_steps} optimizer steps on any rank: every "
-                "label is -100; look at how the labels are masked and truncated"
+                f"no batch had a target in the first {num_steps} optimizer steps, on any rank: every label is -100; "
+                "look at how the labels are masked and truncated"
             )
 
     def entries(self, *, has_groups: bool) -> dict[str, float]:

@@ -1,6 +1,6 @@
-"""The loss of one micro-batch: its own mean over its own targets, whatever the model or the user do.
+"""The loss of one micro-batch: its own mean over its own targets, for every model and loss function.
 
-:class:`LossUnit` also finds out, on the first batch, what those targets are.
+:class:`LossUnit` also finds out, on the first batch, which targets these are.
 """
 
 import contextlib
@@ -26,17 +26,13 @@ from hf_gradutils.upstream.accelerate import without_accelerate_state
 
 
 class LossUnit:
-    """What the loss of a Trainer is a mean over.
-
-    Args:
-        trainer: Ours.
-    """
+    """The targets that a Trainer's loss is a mean over."""
 
     def __init__(self, trainer: Any):
         self._trainer = trainer
         self._forward: tuple[nn.Module, bool] | None = None
         self.counter: TargetCounter | None = None
-        """Counts what the loss is a mean over; None until a batch has been looked at."""
+        """None until the first batch has been seen."""
 
     def count(self, inputs: Mapping[str, Any]) -> Tensor:
         """Targets of one micro-batch, shape (), on this rank's device."""
@@ -45,13 +41,13 @@ class LossUnit:
 
     @property
     def head(self) -> nn.Module:
-        """The model without what is wrapped around it."""
+        """The model without wrappers."""
         model = self._trainer.accelerator.unwrap_model(self._trainer.model, keep_torch_compile=False)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     @property
     def forward_takes_count(self) -> bool:
-        """Whether the model's forward asks for ``num_items_in_batch`` by name; held, as every micro-batch asks."""
+        """True if the model's forward names ``num_items_in_batch``; cached per model."""
         model = self._trainer.model
         if self._forward is None or self._forward[0] is not model:
             names = inspect.signature(type(self.head).forward).parameters
@@ -62,7 +58,7 @@ class LossUnit:
     def own_mean(self, num_targets: Tensor | None) -> Iterator[None]:
         """Give a loss function the micro-batch's own count, and label smoothing the shift of the head.
 
-        Trainer passes both a count over the whole window, and decides on the shift by the model's class name, which
+        Trainer passes a count over the whole window, and chooses the shift by the model's class name, which
         ``fully_shard`` changes.
         """
         trainer, counter = self._trainer, self.counter or TargetCounter()
@@ -89,19 +85,19 @@ class LossUnit:
             trainer.compute_loss_func, trainer.label_smoother = loss_func, smoother
 
     def settle_once(self, inputs: Mapping[str, Any]) -> None:
-        """:meth:`settle` on a batch of the evaluation, if no batch has been looked at yet."""
+        """:meth:`settle` on a batch of the evaluation, if it is the first."""
         if self.counter is None:
             self.settle(inputs, is_split=False)
 
     def settle(self, inputs: Mapping[str, Any], *, is_split: bool) -> float:
-        """Find out what the loss is a mean over; returns the mean number of targets in a rank's micro-batch.
+        """Find the unit of the loss; returns the mean number of targets in a rank's micro-batch.
 
         Args:
             inputs: This rank's first batch.
-            is_split: The loss of several such batches, of several ranks too, is combined to one mean.
+            is_split: The losses of several micro-batches or ranks are combined to one mean.
 
         Raises:
-            LossUnitError: the loss is a mean over nothing that could be counted, and it is split.
+            LossUnitError: the loss is not a mean over countable targets, and it is split.
             TargetCountError: the targets cannot be counted, and they are needed.
         """
         trainer = self._trainer
@@ -123,7 +119,7 @@ class LossUnit:
         return settled.targets_per_micro_batch
 
     def _initial_counter(self, batch: Mapping[str, Any], *, is_split: bool, check: bool) -> TargetCounter:
-        """What the user said, or what the tables say of the trainer or the head."""
+        """The counter from the user, or from the tables of trainers and heads."""
         trainer = self._trainer
         counter, why_not = trainer.grad_plugin.counter(), ""
         if counter.is_default and trl.num_blocks(trainer) == 2:
@@ -138,7 +134,7 @@ class LossUnit:
             raise LossUnitError(f"the loss cannot be split exactly: {why_not}; {HOW_TO_FIX}")
         if is_split:
             return counter
-        # One micro-batch on one process: its loss is the whole loss, and the count is only reported.
+        # One micro-batch on one process is the whole batch; the count is only reported.
         try:
             return counter if counter(batch).isfinite() else TargetCounter("rows")
         except TargetCountError:
@@ -150,10 +146,9 @@ class LossUnit:
         smoother, trainer.label_smoother = trainer.label_smoother, None
         try:
             with trainer.compute_loss_context_manager():
-                loss: Tensor = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(1))
+                return trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(1))
         finally:
             trainer.label_smoother = smoother
-        return loss
 
     def _trained_loss(self, batch: Mapping[str, Any], counter: TargetCounter) -> Tensor:
         """The loss that is trained, without the auxiliary term of a mixture of experts, which is no mean."""
@@ -162,7 +157,7 @@ class LossUnit:
         num_targets = self.count(batch).clamp(min=1)
         is_the_models_own = trainer.label_smoother is None and trainer.compute_loss_func is None
         coefficient = auxiliary_coefficient(self.head) if is_the_models_own else 0.0
-        # trl's trainers add the auxiliary term themselves, and were told not to; outputs would cost a forward.
+        # trl's trainers add the auxiliary term themselves, which is off here; outputs would cost them a forward.
         has_auxiliary = bool(coefficient) and trl.trl_name(trainer) is None
         with trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(

@@ -1,4 +1,4 @@
-"""The optimizer steps of a Trainer: their windows, their log, and what is put back when one was skipped."""
+"""The optimizer steps of a Trainer: their windows, their log, and the rollback of skipped ones."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,13 +14,7 @@ from hf_gradutils.window import AccumulationWindow, loss_scale_for
 
 
 class OptimizerSteps:
-    """Opens the first window of a training, closes each, and keeps what its log and a rollback need.
-
-    Args:
-        trainer: Ours.
-        unit: Of the loss; settled on the first batch.
-        batches: Learn from each step which ranks have data left.
-    """
+    """Opens the first window of a training, closes each, and keeps the state of its log and of a rollback."""
 
     def __init__(self, trainer: Any, unit: LossUnit, batches: TrainingBatches):
         self._trainer = trainer
@@ -49,10 +43,10 @@ class OptimizerSteps:
         self._is_started = True
 
     def close_window(self, model: nn.Module, max_norm: float) -> Tensor:
-        """Make the gradient the exact mean and clip it; its norm before. Collectives: as :meth:`Windows.close`."""
+        """Make the gradient the exact mean and clip it; returns its norm before. Collectives: as ``Windows.close``."""
         trainer, windows = self._trainer, self._trainer.accelerator.windows
         has_data_left = self._batches.has_data_left
-        self.settle()
+        self.raise_pending()
         report, is_taken = windows.close(
             windows.of_loss(model), max_norm, step=trainer.state.global_step + 1, has_data_left=has_data_left
         )
@@ -64,11 +58,11 @@ class OptimizerSteps:
             self._log = RunningLog(trainer.args.device)
         was_logged = trainer._globalstep_last_logged == trainer.state.global_step
         self._log.add(report, is_taken=is_taken, starts_anew=was_logged)
-        # Trainer added each micro-batch's own mean to this; the step's loss takes the place of that sum.
+        # Trainer has added each micro-batch's own mean to this; the loss of the steps replaces that sum.
         trainer._tr_loss.copy_(self._log.loss)
         return report.grad_norm
 
-    def settle(self) -> None:
+    def raise_pending(self) -> None:
         """Raise NonfiniteGradientError if the device has skipped the step before, with the counters as before it."""
         trainer = self._trainer
         try:
@@ -79,13 +73,13 @@ class OptimizerSteps:
             raise
 
     def log_entries(self, logs: Mapping[str, float]) -> dict[str, float]:
-        """What an entry of the log has besides, or in place of, Trainer's own. Host syncs.
+        """Numbers to add to Trainer's in an entry of the log, or to replace them. Host syncs.
 
         Raises:
             TargetCountError: as :meth:`RunningLog.check_targets`.
-            NonfiniteGradientError: as :meth:`settle`.
+            NonfiniteGradientError: as :meth:`raise_pending`.
         """
-        self.settle()
+        self.raise_pending()
         if self._log is None or not {"loss", "train_loss"} & set(logs):
             return {}
         self._log.check_targets(self._trainer.state.global_step)

@@ -1,6 +1,6 @@
 """A drop-in for ``transformers.Trainer`` with the gradient of one device and the whole batch.
 
-How transformers calls what is overridden here:
+The order in which transformers calls the overrides:
 
     train → set_initial_training_values
         each window:       get_batch_samples → its micro-batches, drawn one by one
@@ -42,10 +42,10 @@ else:
 
 
 class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
-    """What makes a Trainer exact; goes in front of the Trainer class it is mixed into.
+    """Makes a Trainer exact; goes in front of the Trainer class.
 
     Args:
-        grad_plugin: Settings; the defaults need none.
+        grad_plugin: Settings.
         check_invariance: Prove at the start of every ``train`` that the gradient does not depend on how the batch is
             cut up and spread, as :func:`hf_gradutils.check_invariance` does, and stop if it does.
         *args: As the Trainer class takes them.
@@ -53,7 +53,7 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
 
     Raises:
         InvalidArgumentError: a negative ``max_grad_norm``, one process for several GPUs, DeepSpeed, a trainer of
-            trl that weighs or batches by itself, or settings of the plugin that ``TrainingArguments`` has a place for.
+            trl that weights or batches by itself, or settings of the plugin that ``TrainingArguments`` has too.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
         self._operations_per_token: int | None = None
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Build the Accelerator as Trainer does, and make it one that weighs."""
+        """Build the Accelerator as Trainer does, and turn it into a :class:`GradUtilsAccelerator`."""
         super().create_accelerator_and_postprocess()
         num_micro_batches = self.args.gradient_accumulation_steps
         GradUtilsAccelerator.adopt(self.accelerator, self.grad_plugin, num_micro_batches=num_micro_batches)
@@ -88,7 +88,7 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
     # ---- Training: start and end ----
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As ``Trainer.train``; a non-finite loss is logged as it is, not replaced by an average of earlier ones."""
+        """Like ``Trainer.train``; a non-finite loss is logged as it is, not replaced by an average of earlier ones."""
         self._start_over()
         self.accelerator.windows.forget()
         if self.grad_plugin.fold_into_optimizer:
@@ -96,26 +96,18 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
         discard_deferred(self.model)
         sum_increments(self.model)
         # The filter costs two host syncs per micro-batch, and the loss it filters is not the one logged here.
-        try:
-            with self._nan_filter(False), self._checking_first():
-                return super().train(*args, **kwargs)
-        finally:
-            self.accelerator.windows.prepared.round_gradients()
-
-    @contextlib.contextmanager
-    def _checking_first(self) -> Iterator[None]:
-        check = CheckBeforeTraining(self) if self._checks_invariance else None
-        if check is not None:
-            self.add_callback(check)
-        try:
-            yield
-        finally:
-            if check is not None:
-                self.remove_callback(check)
+        with contextlib.ExitStack() as at_end:
+            at_end.callback(self.accelerator.windows.prepared.round_gradients)
+            if self._checks_invariance:
+                check = CheckBeforeTraining(self)
+                self.add_callback(check)
+                at_end.callback(self.remove_callback, check)
+            at_end.enter_context(self._nan_filter(False))
+            return super().train(*args, **kwargs)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """As ``Trainer.save_model``, once it is sure that the last step was a good one."""
-        self._steps.settle()
+        """Like ``Trainer.save_model``, after raising what the device found wrong with the last step."""
+        self._steps.raise_pending()
         with self._nan_filter(self._users_nan_filter):
             super().save_model(*args, **kwargs)
 
@@ -133,7 +125,7 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
             self.args.logging_nan_inf_filter = before
 
     def _update_auto_batch_size(self, batch_size: int) -> None:
-        """As in Trainer, which starts over: what was weighed so far is dropped with its gradients."""
+        """Start over with a smaller batch: drop the micro-batches so far and their gradients."""
         self._start_over()
         self.accelerator.windows.forget()
         discard_deferred(self.model)
@@ -142,13 +134,13 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
     # ---- Training: the batches ----
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
-        """As in Trainer; steps are planned for the longest rank, and shorter ranks pad instead of deadlocking."""
+        """Plan steps for the longest rank, so that shorter ranks pad instead of deadlocking."""
         return super().set_initial_training_values(args, self._batches.plan(dataloader))
 
     def _init_training_state(
         self, max_steps: int, num_update_steps_per_epoch: int, *args: Any, **kwargs: Any
     ) -> tuple[int, int]:
-        """As in Trainer, which takes data without a length for one long epoch and would skip more than there is."""
+        """Resume data without a length by its epoch; Trainer takes it for one long epoch and skips too much."""
         trained = super()._init_training_state(max_steps, num_update_steps_per_epoch, *args, **kwargs)
         if self._batches.has_length or not self.state.global_step:
             return trained
@@ -168,7 +160,7 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
         """Forward and backward of one micro-batch; returns its own mean loss, detached."""
         is_padding = isinstance(inputs, Padding)
         if is_padding and num_data_ranks(self) == 1:
-            return torch.zeros((), device=self.args.device)  # no rank communicates with what this one lacks
+            return torch.zeros((), device=self.args.device)  # no other rank waits for this micro-batch
         self._steps.start_once(model, inputs)
         # A micro-batch's own mean is wanted: Trainer must not divide it by the number of micro-batches.
         self.current_gradient_accumulation_steps = 1
@@ -181,7 +173,7 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
             self._micro_batch = None
 
     def _prepare_inputs(self, inputs: Mapping[str, Any]) -> Any:
-        """As in Trainer; in training, also count the targets of the micro-batch."""
+        """Like ``Trainer._prepare_inputs``; in training, also count the targets of the micro-batch."""
         prepared = super()._prepare_inputs(inputs)
         if self._micro_batch is None:
             return prepared
@@ -199,8 +191,8 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
     ) -> Any:
         """The micro-batch's own mean loss.
 
-        Models are not told ``num_items_in_batch`` unless their forward asks for it by name: they return their
-        mean then, whatever they would do with the number. Loss functions get the micro-batch's own count.
+        A model gets ``num_items_in_batch`` only if its forward names it; without, it returns its mean. Loss functions
+        get the micro-batch's own count.
         """
         self._evaluation.see(inputs)
         inputs = dict(inputs)
@@ -210,7 +202,7 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
             return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=None)
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
-        """As in Trainer, but its parameters are counted once a training, not in every micro-batch."""
+        """Like ``Trainer.floating_point_ops``, but count parameters once, not in every micro-batch."""
         is_trainers = super().floating_point_ops.__func__ is Trainer.floating_point_ops
         main_input = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
         if not (is_trainers and isinstance(main_input, Tensor) and hasattr(self.model, "num_parameters")):
@@ -230,11 +222,10 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
         return self._steps.close_window(model, math.inf) if grad_norm is None else grad_norm
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As ``Trainer.log``, with the number of targets that the logged loss is a mean over.
+        """Like ``Trainer.log``, with the number of targets that the logged loss is a mean over.
 
         Raises:
-            TargetCountError: no micro-batch so far had a target on any rank, so nothing was learnt; or some had
-                targets that cannot be counted.
+            TargetCountError: no micro-batch so far had a target on any rank, or targets could not be counted.
             NonfiniteGradientError: the gradient of the last step was not finite.
         """
         logs |= self._steps.log_entries(logs)
@@ -250,7 +241,7 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """As in Trainer, with the loss Σ n·L / Σ n over the evaluation set, each sample once."""
+        """Like ``Trainer.evaluation_loop``, with the loss Σ n·L / Σ n over the evaluation set, each sample once."""
         self._evaluation.start()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         loss, name = self._evaluation.finish(), f"{metric_key_prefix}_loss"
@@ -266,7 +257,7 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor | None, Any, Any]:
-        """As in Trainer; the loss is also added up for :meth:`evaluation_loop`."""
+        """Like ``Trainer.prediction_step``; also add up the loss for :meth:`evaluation_loop`."""
         if any(inputs.get(name) is not None for name in self.label_names):
             self._unit.settle_once(inputs)
         self._evaluation.start_batch()
@@ -285,10 +276,9 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
 class GradUtilsTrainer(GradUtilsTrainerMixin, Trainer):  # type: ignore[misc]
     """``transformers.Trainer``, exact.
 
-    Takes what ``Trainer`` takes, and ``grad_plugin=GradUtilsPlugin(…)`` for settings. Gradient, gradient norm and
-    logged loss are those of one process with the whole batch, whatever the accumulation, the number of ranks
-    and the head; a log entry also has ``num_targets``, and the evaluation loss is a mean over all targets of
-    the evaluation set.
+    Takes the arguments of ``Trainer``, and ``grad_plugin=GradUtilsPlugin(…)`` for settings. Gradient, gradient norm and
+    logged loss are those of one process with the whole batch, for every accumulation, number of ranks and head. A log
+    entry also has ``num_targets``, and the evaluation loss is a mean over all targets of the evaluation set.
     """
 
 

@@ -374,7 +374,7 @@ class _UnderSequenceParallelism(GradUtilsTrainer):
 
 @pytest.mark.parametrize("trainer_class", [_UnderDeepSpeed, _UnderSequenceParallelism])
 def test_deepspeed_is_refused_and_what_to_use_instead_named(trainer_class):
-    with pytest.raises(InvalidArgumentError, match=r"got DeepSpeed.*; use FSDP2 \(fsdp=True"):
+    with pytest.raises(InvalidArgumentError, match=r"^DeepSpeed.*; use FSDP2 \(fsdp=True"):
         train("bert classes", trainer_class=trainer_class)
 
 

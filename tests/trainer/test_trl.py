@@ -464,7 +464,7 @@ class ExactGRPO(GradUtilsTrainerMixin, GRPOTrainer):
 
 def test_a_trainer_that_normalises_by_itself_is_refused(tmp_path):
     reset_accelerate()
-    with pytest.raises(InvalidArgumentError, match="got GRPOTrainer, which divides its loss by a count of its own"):
+    with pytest.raises(InvalidArgumentError, match="GRPOTrainer divides its loss by a count of its own"):
         ExactGRPO(
             model=make_llama(),
             reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
