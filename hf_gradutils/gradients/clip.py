@@ -24,10 +24,7 @@ def clip_parameters(
     group: ProcessGroup | None = None,
     ownership: Ownership | None = None,
 ) -> Tensor:
-    """:func:`hf_gradutils.clip_gradients` for some of a model's parameters, in its order and the same on all ranks.
-
-    None is all that are trained.
-    """
+    """:func:`hf_gradutils.clip_gradients` for some of a model's parameters, in its order; None for all trained ones."""
     gradients = gradients_of(model, parameters, group=group, ownership=ownership).read()
     norms, _ = total_norm(gradients, norm_type, foreach=foreach)
     if not math.isinf(max_norm):

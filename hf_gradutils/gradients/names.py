@@ -8,11 +8,11 @@ from typing import Any, Literal, TypeAlias
 from hf_gradutils.errors import InvalidArgumentError
 
 NormGroups: TypeAlias = Literal["layer"] | Mapping[str, str] | None
-"""``"layer"``: one group for each numbered layer and each module outside of them. A mapping: group → name pattern
-(:mod:`fnmatch`), the first that matches; what no pattern matches is the group ``rest``. None: no groups."""
+"""``"layer"``: a group for each numbered layer and each module outside of layers. A mapping: group → name pattern
+(:mod:`fnmatch`); a parameter belongs to the first that matches, or to ``rest``. None: no groups."""
 
 ALL = "all"
-"""The only group where none are wanted."""
+"""The only group where there are none."""
 REST = "rest"
 
 _WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
@@ -20,11 +20,7 @@ _LAYER = re.compile(r"^(.*?\.\d+)\.")
 
 
 def check_norm_groups(groups: Any) -> NormGroups:
-    """Return ``groups``.
-
-    Raises:
-        InvalidArgumentError: it is neither ``"layer"`` nor a mapping of group names to patterns nor None.
-    """
+    """Return ``groups``. InvalidArgumentError unless it is ``"layer"``, a mapping of names to patterns, or None."""
     is_mapping = isinstance(groups, Mapping) and all(isinstance(x, str) for item in groups.items() for x in item)
     if not (groups is None or groups == "layer" or is_mapping):
         raise InvalidArgumentError(

@@ -1,6 +1,6 @@
-"""The gradients of a model on this rank: which there are, how they lie, and who counts them.
+"""The gradients of a model on this rank: their parameters, layouts, and the plan that counts each once.
 
-gradients_of(model)   the parameters that are trained and the plan of who counts them; held while both stay
+gradients_of(model)   the trained parameters and their plan; cached until either changes
 .read()               this rank's parts of the gradients, as plain tensors
 total_norm(…)         the one all-reduce
 scale_(…)             in place
@@ -25,7 +25,7 @@ from hf_gradutils.upstream.dtensor import layouts_of, local_tensor, local_tensor
 from hf_gradutils.upstream.torch import grads_of, trained_parameters
 
 _MAX_HELD = 8
-"""Per model: all its parameters, and some that are clipped on their own."""
+"""Plans per model: one for all parameters, others for some that are clipped separately."""
 
 _held: WeakKeyDictionary[nn.Module, list["Gradients"]] = WeakKeyDictionary()
 
@@ -38,14 +38,14 @@ def gradients_of(
     ownership: Ownership | None = None,
     norm_groups: NormGroups = None,
 ) -> "Gradients":
-    """Find who counts the gradients of a model; held until its parameters, their layouts or the settings change.
+    """Plan the gradients of a model; cached until its parameters, their layouts or the settings change.
 
     Args:
-        model: Has the parameters' names.
+        model: Names the parameters.
         parameters: Some of ``trained_parameters(model)``, in that order; None is all of them.
         group: All ranks that train the model; None is the default group, or one process without any.
-        ownership: Declares plain parameters that are shards although they carry no placements (experts).
-        norm_groups: Groups whose norms are wanted beside the total; None is one group of all.
+        ownership: As in :func:`plan_by_name`.
+        norm_groups: As in :func:`plan_by_name`.
 
     Collectives: the first call for a model gathers one object per rank over ``group``; later ones none.
     Host syncs: as :func:`plan_by_name` in the first call.
@@ -64,7 +64,7 @@ def gradients_of(
         if gradients.fits(parameters, layouts, settings):
             return gradients
     gradients = Gradients(parameters, plan_by_name(model, parameters, domain, ownership, norm_groups), settings)
-    # Parameters that the model no longer has, such as whole ones from before it was sharded, must not be kept alive.
+    # Do not keep parameters alive that the model no longer has, such as whole ones from before it was sharded.
     current = {id(p) for p in model.parameters()}
     held[:] = [other for other in held if all(id(p) in current for p in other.parameters)][: _MAX_HELD - 1]
     held.insert(0, gradients)
@@ -76,8 +76,8 @@ class Gradients:
 
     Args:
         parameters: The same ones at every step.
-        plan: Who counts them.
-        settings: What the plan was made for, beside the parameters.
+        plan: Counts each element once.
+        settings: Of the plan, beside the parameters.
     """
 
     def __init__(self, parameters: Sequence[Tensor], plan: Plan, settings: object = None):
@@ -85,26 +85,26 @@ class Gradients:
         self.plan = plan
         self._settings = settings
         self._layouts = layouts_of(parameters)
-        # Of the gradients that were there at the last step, mostly the same objects as now. To compare layouts of
-        # gradients with those of parameters, or to measure 300 tensors, takes longer than the rest of a read.
+        # Layouts of the last step's gradients, mostly the same objects again. Comparing layouts of gradients with those
+        # of parameters, or measuring 300 tensors, takes longer than the rest of a read.
         self._seen: tuple[Sequence[int], list[object]] | None = None
         self._are_aligned = True
         self._measured: tuple[list[int], Kind] | None = None
         self._slots: Slots | None = None
 
     def fits(self, parameters: Sequence[Tensor], layouts: list[object], settings: object) -> bool:
-        """Whether the plan holds for these parameters, laid out like this, under these settings."""
+        """True if the plan is for these parameters, layouts and settings."""
         is_same = len(self.parameters) == len(parameters) and all(map(operator.is_, self.parameters, parameters))
         return is_same and self._layouts == layouts and self._settings == settings
 
     def read(self, device: torch.device | None = None) -> "LocalGradients":
-        """This rank's parts of the gradients that are there. Called under ``no_grad``.
+        """Return this rank's parts of the present gradients. Called under ``no_grad``.
 
         Args:
-            device: Where norms are computed; default: where the parameters are.
+            device: Of the norms; default: the parameters' device.
 
-        Collectives: none, but one per gradient whose layout differs from its parameter's (a Partial one), over the mesh
-            dims that differ; each rank of its mesh must hold such a gradient then.
+        Collectives: none; one per gradient whose layout differs from its parameter's (a Partial one), over the mesh
+            dims that differ, and then each rank of its mesh must hold such a gradient.
         """
         grads = grads_of(self.parameters)
         indices: Sequence[int] = range(len(grads))
@@ -117,7 +117,7 @@ class Gradients:
             self._are_aligned = layouts == layouts_of([self.parameters[index] for index in indices])
         values = shards if self._are_aligned else self._align(indices, present)
         sizes, kind = self._measure(values, shards, are_dtensors=len(layouts) == len(present))
-        if 0 in sizes or kind.device is None:  # shards may be empty, and some offloaded: those of a device together
+        if 0 in sizes or kind.device is None:  # drop empty shards, and sort by device if some are offloaded
             order = sorted((i for i, size in enumerate(sizes) if size), key=lambda i: str(shards[i].device))
             shards, values = [shards[i] for i in order], [values[i] for i in order]
             indices, sizes = [indices[i] for i in order], [sizes[i] for i in order]
@@ -131,7 +131,7 @@ class Gradients:
     def _measure(
         self, values: Sequence[Tensor], shards: Sequence[Tensor], *, are_dtensors: bool
     ) -> tuple[list[int], Kind]:
-        """Sizes of the values, and what the shards have in common. Layouts of DTensors tell all but the device."""
+        """Sizes of the values, and the kind of the shards. Layouts of DTensors determine all but the device."""
         if self._measured is not None and shards and self._measured[1].device == shards[0].device:
             return self._measured
         measured = list(map(Tensor.numel, values)), common_kind(shards)
@@ -143,7 +143,7 @@ class Gradients:
 
 
 def in_layout_of(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient laid out like its parameter: a Partial one is summed, another layout redistributed.
+    """Return the gradient in its parameter's layout: a Partial one is summed, another one redistributed.
 
     Called under ``no_grad``. Collectives: as :meth:`Gradients.read`, for one gradient.
     """
@@ -158,7 +158,7 @@ def in_layout_of(parameter: Tensor, gradient: Tensor) -> Tensor:
 class LocalGradients:
     """This rank's parts of the gradients at one step: ``shards`` to scale in place, ``values`` to take the norm of.
 
-    The two differ where a Partial gradient had to be summed over its mesh before it can be squared.
+    The two differ for a Partial gradient, which is summed over its mesh before its norm is taken.
     """
 
     plan: Plan
@@ -167,7 +167,7 @@ class LocalGradients:
     sizes: list[int]
     """Elements of each value; not 0."""
     kind: Kind
-    """Device and dtype that all have in common."""
+    """Of the shards."""
     slots: "Slots"
 
 
@@ -177,10 +177,10 @@ _UNCOUNTED = 1e-100
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """The plan's slots, for one set of gradients; tensors on the device where norms are computed."""
+    """The plan's slots for one set of gradients; tensors on the device of the norms."""
 
     indices: Sequence[int]
-    """The plan's parameters that the gradients belong to."""
+    """Of the gradients' parameters in the plan."""
     of_gradients: Tensor
     counted: Tensor
     """How often this rank counts each slot."""
@@ -190,7 +190,7 @@ class Slots:
 
     @classmethod
     def of(cls, plan: Plan, indices: Sequence[int], device: torch.device) -> "Slots":
-        """Find the slots of gradients, and count the replicas that have one."""
+        """Find the slots of the gradients, and count the replicas with a gradient."""
         slots = [plan.slots[index] for index in indices]
         counted = torch.tensor([weight or _UNCOUNTED for weight in plan.weights], dtype=torch.float64)
         counted[[slot for slot in slots if not plan.weights[slot]]] = 1.0

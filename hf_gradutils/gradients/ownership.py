@@ -1,4 +1,4 @@
-"""Which part of each parameter a rank holds: told by DTensors, by FSDP1, by marks of others, or by the user."""
+"""The part of each parameter that a rank holds, by DTensors, FSDP1, marks of other libraries, or the user."""
 
 import fnmatch
 from collections.abc import Mapping
@@ -13,19 +13,19 @@ from torch.distributed.tensor import DTensor
 from hf_gradutils.errors import InvalidArgumentError
 
 Ownership: TypeAlias = Mapping[str, Literal["sharded", "replicated"] | ProcessGroup]
-"""Name patterns (:mod:`fnmatch`) of plain parameters, and whether ranks hold different parts of them or copies.
+"""Name pattern (:mod:`fnmatch`) of plain parameters → their owners; the last pattern that matches counts.
 
-``"sharded"``: every rank a part of its own. A group: its ranks hold different parts, and other such groups copies of
-those (experts that are replicated too). The last pattern that matches counts. Without one, Megatron's and DeepSpeed's
-mark on expert parameters, ``parameter.allreduce = False``, says "sharded"; FSDP1's flat parameters are found.
+``"sharded"``: each rank holds a part of its own. A group: its ranks hold different parts, other such groups copies of
+them (replicated experts). Without a pattern, ``parameter.allreduce = False``, the mark of Megatron and DeepSpeed on
+experts, means "sharded", and FSDP1's flat parameters are found.
 """
 
 ShardKey: TypeAlias = tuple[tuple[str, int, int], ...]
-"""Which part of a parameter a rank holds: (placement, mesh size, coordinate) of each dim that splits it."""
+"""The part of a parameter that a rank holds: (placement, mesh size, coordinate) of each mesh dim that splits it."""
 
 
 def check_ownership(ownership: Ownership) -> Ownership:
-    """Return ``ownership``. InvalidArgumentError if it holds something else than it may."""
+    """Return ``ownership``. InvalidArgumentError for an invalid value."""
     for pattern, kind in ownership.items():
         if not (isinstance(kind, ProcessGroup) or kind in ("sharded", "replicated")):
             raise InvalidArgumentError(
@@ -35,7 +35,7 @@ def check_ownership(ownership: Ownership) -> Ownership:
 
 
 def shard_key(parameter: Tensor) -> ShardKey | None:
-    """The part that this rank holds: () for all of it, None for nothing (the rank is outside the mesh)."""
+    """The part that this rank holds: () for all of it, None for nothing (a rank outside the mesh)."""
     if not isinstance(parameter, DTensor):
         return ()
     mesh = parameter.device_mesh
@@ -52,7 +52,7 @@ def shard_key(parameter: Tensor) -> ShardKey | None:
 def declared_shards(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], ownership: Ownership
 ) -> dict[str, ShardKey]:
-    """Name → the part that this rank holds, for plain parameters that are parts although they do not say so."""
+    """Name → the part that this rank holds, for plain parameters that are parts without placements."""
     flat: dict[int, ProcessGroup] = {}
     for module in model.modules():
         if isinstance(module, FullyShardedDataParallel) and module.sharding_strategy != ShardingStrategy.NO_SHARD:

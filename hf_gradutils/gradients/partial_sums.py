@@ -1,8 +1,7 @@
-"""Gradients that tensor-parallel ranks hold parts of: summed as they arrive, before they are accumulated.
+"""Partial gradients of tensor-parallel ranks, summed as they arrive, before they are accumulated.
 
-transformers sums the *accumulated* gradient of a replicated norm (qk-norm) after every micro-batch, so that the
-earlier ones are multiplied by the size of the group again each time. Summing each increment is right for every
-number of micro-batches.
+transformers sums the *accumulated* gradient of a replicated norm (qk-norm) after every micro-batch, which multiplies
+earlier ones by the group's size each time. Summing each increment is right for any number of micro-batches.
 """
 
 from typing import Any
@@ -15,19 +14,18 @@ from hf_gradutils.upstream.transformers import take_accumulated_all_reduces
 
 
 def sum_increments(model: nn.Module) -> int:
-    """Replace transformers' hooks by ones that sum each micro-batch's own gradient; returns how many modules had them.
+    """Replace transformers' hooks by ones that sum each micro-batch's own gradient; returns the number of modules.
 
-    Collectives: from now on, one all-reduce over the tensor-parallel group per such parameter and backward, as
-    before.
+    Collectives: from now on, as before, one all-reduce over the tensor-parallel group per such parameter and backward.
     """
-    taken = take_accumulated_all_reduces(model)
-    for module, group in taken:
+    hooked = take_accumulated_all_reduces(model)
+    for module, group in hooked:
         module.register_forward_pre_hook(_HookOnForward(group))
-    return len(taken)
+    return len(hooked)
 
 
 class _HookOnForward:
-    """Hooks a module's parameters when they are about to be used: FSDP2 swaps them in just before."""
+    """Hooks a module's parameters just before its forward, when FSDP2 has swapped them in."""
 
     def __init__(self, group: ProcessGroup):
         self._group = group
@@ -40,6 +38,6 @@ class _HookOnForward:
                 self._hooked[name] = parameter
 
     def _sum(self, gradient: Tensor) -> Tensor:
-        gradient = gradient.clone()  # autograd may use what it passed for something else
+        gradient = gradient.clone()  # autograd may use its tensor elsewhere
         dist.all_reduce(gradient, group=self._group)
         return gradient

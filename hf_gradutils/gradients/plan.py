@@ -1,7 +1,7 @@
-"""Who counts which gradient element: every element of the model once, however many ranks hold it.
+"""The plan that counts every gradient element of the model once, however many ranks hold it.
 
-A rank counts an element with weight 1 / (number of ranks that hold it). Added over all ranks, shards count once each
-and replicas count once together, on any mesh and beside plain tensors.
+A rank counts an element with weight 1 / (number of ranks that hold it). Summed over ranks, each shard counts once, and
+replicas count once together, on any mesh and beside plain tensors.
 """
 
 import math
@@ -22,12 +22,12 @@ from hf_gradutils.gradients.replicas import Held, check_replicas, checksums
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Where each parameter of this rank is counted.
+    """The slots in which this rank counts its parameters.
 
-    A *slot* sums up gradients that are counted equally often and reported together. Ranks add Σ |g|^p to it, and apart
-    from that how often it is counted; the ratio counts every element once. There is one slot for all shards of a group
-    that equally many ranks hold, and one for each plain parameter with copies on other ranks: how many of these have a
-    gradient changes from step to step.
+    A *slot* sums gradients that are counted equally often and reported together. Ranks add Σ |g|^p to it, and
+    separately how often it is counted; the ratio counts every element once. Shards of a norm group that equally many
+    ranks hold share a slot; a plain parameter with copies on other ranks has its own, because the number of copies with
+    a gradient changes from step to step.
     """
 
     domain: Domain
@@ -36,13 +36,13 @@ class Plan:
     slots: tuple[int, ...]
     """Slot of each parameter, in their order."""
     weights: tuple[float, ...]
-    """For each slot, what this rank adds to "how often", with or without gradients; 0 for replicas."""
+    """This rank's share of each slot's count, with or without gradients; 0 for replicas."""
     groups: tuple[str, ...]
     """Norm groups, the same on all ranks."""
     group_of_slot: tuple[int, ...]
 
     def is_replica(self, parameter: int) -> bool:
-        """Whether the parameter is a plain one that other ranks hold copies of."""
+        """True for a plain parameter with copies on other ranks."""
         return not self.weights[self.slots[parameter]]
 
 
@@ -53,20 +53,20 @@ def plan_by_name(
     ownership: Ownership,
     norm_groups: NormGroups = None,
 ) -> Plan:
-    """Find out by name which ranks hold which part of which parameter.
+    """Plan by name: ranks exchange which part of which parameter they hold.
 
     Args:
-        model: Has the names.
+        model: Names the parameters.
         parameters: Some of the model's, in its order.
         domain: All ranks that train the model.
-        ownership: Declares plain parameters that are shards although they carry no placements (experts).
-        norm_groups: Groups whose norms are wanted beside the total; None is one group of all.
+        ownership: Declares plain parameters that are shards without placements (experts).
+        norm_groups: Groups whose norms are reported beside the total; None is one group of all.
 
     Collectives: one object gather over the domain. Host syncs: one per device, for the checksums of parameters.
 
     Raises:
-        ReplicaMismatchError: alleged replicas hold different values, or a parameter is a DTensor on some ranks and a
-            plain tensor on others.
+        ReplicaMismatchError: replicas hold different values, or a parameter is a DTensor on some ranks and a plain
+            tensor on others.
     """
     ids = {id(p) for p in parameters}
     named = {name: p for name, p in model.named_parameters() if id(p) in ids}
@@ -82,7 +82,7 @@ def plan_by_name(
         return group_name(name, norm_groups), name if is_replica else float(holders)
 
     everywhere = [slot_key(name, part) for rank in every for name, part in rank.items()]
-    outside = (ALL, 1.0)  # of a parameter on a mesh without this rank; its local part is empty
+    outside = (ALL, 1.0)  # for a parameter on a mesh without this rank; its local part is empty
     own = [slot_key(name, held[name]) if name in held else outside for name in named]
     return _plan(domain, tuple(named), own, everywhere if len(held) == len(own) else [*everywhere, outside])
 
@@ -110,7 +110,7 @@ def plan_by_count(parameters: Sequence[Tensor], domain: Domain, num_plain_shards
 def _held_here(
     parameters: Mapping[str, nn.Parameter], declared: Mapping[str, ShardKey], *, with_checksums: bool
 ) -> dict[str, Held]:
-    """Name → the part that this rank holds; without parameters on meshes that this rank is not in."""
+    """Name → the part that this rank holds, if any."""
     sums = checksums(parameters.values()) if with_checksums else [(0.0, 0.0)] * len(parameters)
     held = {}
     for (name, parameter), checksum in zip(parameters.items(), sums, strict=True):
@@ -121,7 +121,7 @@ def _held_here(
 
 
 _SlotKey: TypeAlias = tuple[str, float | str]
-"""Norm group, and how many ranks count the slot, or the name of the replica it is for."""
+"""Norm group, and the number of ranks that count the slot or the name of its replica."""
 
 
 def _plan(domain: Domain, names: tuple[str, ...], own: Sequence[_SlotKey], everywhere: Sequence[_SlotKey]) -> Plan:

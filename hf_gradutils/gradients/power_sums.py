@@ -16,22 +16,18 @@ from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.upstream.torch import flatten, foreach_norm
 
 _CPU_CHUNK = 65_536
-"""Elements that are widened to float64 at a time on CPU: one chunk stays in the cache, a whole tensor would
-be copied to memory (7 times slower at 16M elements). CUDA kernels widen in registers and need no chunks."""
+"""Elements widened to float64 at a time on CPU: a chunk stays in the cache; a whole tensor would be copied to memory (7
+times slower at 16M elements). CUDA kernels widen in registers and need no chunks."""
 
 
 _GATHERED = 1_048_576
 _SMALL = 512
-"""Euclidean norms on CPU are taken of one copy of all tensors if they have no more elements together, so that it stays
-in a cache, and no more on average: a call for each takes three times as long at 128, and half as long at 5,000."""
+"""Largest total and average number of elements for which Euclidean norms on CPU are taken of one copy of all tensors,
+which stays in a cache: a call for each takes three times as long at 128 elements, and half as long at 5,000."""
 
 
 def check_norm_type(norm_type: float) -> float:
-    """Return ``norm_type`` as a float.
-
-    Raises:
-        InvalidArgumentError: it is not a number > 0 (``inf`` is one).
-    """
+    """Return ``norm_type`` as a float. InvalidArgumentError unless it is > 0 (``inf`` is)."""
     p = float(norm_type)
     if not p > 0:
         raise InvalidArgumentError(f"norm_type must be > 0 (2 is Euclidean, inf the maximum), got {norm_type}")
@@ -49,7 +45,7 @@ def power_sums(
             is read once.
         norm_type: p, greater than 0.
         foreach: One multi-tensor call per dtype; False makes one call per tensor.
-        sizes: Elements of each tensor, where somebody has counted them already.
+        sizes: Elements of each tensor, if known.
 
     Returns:
         Shape ``(len(tensors),)``, float64, on the tensors' device (CPU if there are none). NaN stays NaN and
@@ -90,7 +86,7 @@ def root(power_sum: Tensor, norm_type: float) -> Tensor:
 
 
 def _foreach_norms(tensors: Sequence[Tensor], norm_type: float) -> list[Tensor]:
-    """The norm of each; one call per dtype, because CUDA has a kernel for many tensors of one dtype only."""
+    """The norm of each; one call per dtype, because CUDA's multi-tensor kernel takes one dtype."""
     if tensors[0].is_cpu or common_kind(tensors).dtype is not None:
         return foreach_norm(tensors, norm_type, torch.float64)
     positions: dict[torch.dtype, list[int]] = {}

@@ -1,4 +1,4 @@
-"""Check that parameters that should be copies of each other are."""
+"""Check that replicas of a parameter hold the same values."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ from hf_gradutils.gradients.power_sums import power_sums
 from hf_gradutils.upstream.dtensor import local_tensor
 
 _TOLERANCE = 1e-4
-"""Relative difference of checksums that replicas may show; theirs are equal bit for bit unless they drift."""
+"""Largest relative difference of replicas' checksums; these are equal bit for bit unless replicas drift."""
 
 
 class Held(NamedTuple):
@@ -42,7 +42,7 @@ def checksums(parameters: Iterable[Tensor]) -> list[tuple[float, float]]:
 
 
 def check_replicas(held: Sequence[Mapping[str, Held]], ranks: Sequence[int]) -> None:
-    """Raise ReplicaMismatchError where ranks hold different values of one part, or a DTensor and a plain tensor.
+    """Raise ReplicaMismatchError if ranks hold different values of one part, or a DTensor and a plain tensor.
 
     Args:
         held: For each rank, parameter name → its part.

@@ -1,4 +1,4 @@
-"""Multiply local tensors by one number on the device, and the number that clips."""
+"""Multiply local tensors by a number on the device, and the number for clipping."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -11,15 +11,11 @@ from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.upstream.torch import foreach_mul_, foreach_mul_in_fp32_, foreach_mul_promoted_
 
 _EPS = 1e-6
-"""What ``torch.nn.utils.clip_grad_norm_`` adds to the norm before it divides."""
+"""Added to the norm before dividing, as in ``torch.nn.utils.clip_grad_norm_``."""
 
 
 def check_max_norm(max_norm: float) -> float:
-    """Return ``max_norm`` as a float.
-
-    Raises:
-        InvalidArgumentError: it is not a number > 0 (``inf`` is one, and never clips).
-    """
+    """Return ``max_norm`` as a float. InvalidArgumentError unless it is > 0 (``inf`` is, and never clips)."""
     value = float(max_norm)
     if not value > 0:
         raise InvalidArgumentError(
@@ -29,10 +25,9 @@ def check_max_norm(max_norm: float) -> float:
 
 
 def clip_divisor(total_norm: Tensor, max_norm: float) -> Tensor:
-    """``max(1, (total_norm + 1e-6) / max_norm)``, and 1 where the norm is not finite: what clipping divides by.
+    """The divisor of clipping: ``max(1, (total_norm + 1e-6) / max_norm)``, and 1 if the norm is not finite.
 
-    A non-finite norm must not become a factor: it would turn the finite gradients into zeros or NaN and hide
-    which ones were bad.
+    A non-finite norm as a factor would turn finite gradients into zeros or NaN, and hide which ones were bad.
 
     Args:
         total_norm: Shape (), any float dtype, which the result keeps.
@@ -49,7 +44,7 @@ def clip_divisor(total_norm: Tensor, max_norm: float) -> Tensor:
 
 
 def clip_coefficient(total_norm: Tensor, max_norm: float) -> Tensor:
-    """What clipping multiplies by: 1 / :func:`clip_divisor`."""
+    """The factor of clipping: 1 / :func:`clip_divisor`."""
     return clip_divisor(total_norm, max_norm).reciprocal()
 
 
@@ -64,7 +59,7 @@ def scale_(tensors: Iterable[Tensor], factor: Tensor, *, foreach: bool = True, k
         factor: Shape (), any float dtype, on any device.
         foreach: One multi-tensor call per device and dtype; False makes one call per tensor. For bfloat16 CUDA has no
             kernel that takes many tensors and a float32 factor: one call, but a launch per tensor.
-        kind: ``common_kind(tensors)``, where somebody has asked already.
+        kind: ``common_kind(tensors)``, if known.
 
     Collectives: none. Host syncs: none; one where tensors are on the CPU and the factor is not.
     """
@@ -81,7 +76,7 @@ def scale_(tensors: Iterable[Tensor], factor: Tensor, *, foreach: bool = True, k
 
 
 def _batches(tensors: Sequence[Tensor], kind: Kind | None) -> dict[tuple[torch.device, torch.dtype], Sequence[Tensor]]:
-    """The tensors by device and dtype; one without elements costs nothing wherever it goes."""
+    """The tensors by device and dtype."""
     device, dtype = common_kind(tensors) if kind is None else kind
     if device is not None and dtype is not None:
         return {(device, dtype): tensors}

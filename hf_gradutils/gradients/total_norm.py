@@ -1,4 +1,4 @@
-"""The global norms of gradients, out of one packed reduction."""
+"""The global norms of gradients, from one packed reduction."""
 
 import itertools
 import math
@@ -18,12 +18,12 @@ from hf_gradutils.gradients.power_sums import power_sums, root
 
 @dataclass(frozen=True, slots=True)
 class Norms:
-    """Global norms, and what this rank's parameters added to them."""
+    """Global norms, and the contributions of this rank's parameters."""
 
     total: Tensor
     """Shape (), float64."""
     powers: Tensor
-    """Σ |x|^p of this rank's part of each gradient that is there."""
+    """Σ |x|^p of this rank's part of each present gradient."""
     _plan: Plan
     _slots: Slots
     _by_slot: Tensor
@@ -39,7 +39,7 @@ class Norms:
         return dict(zip(self._plan.groups, norms.unbind(), strict=True))
 
     def nonfinite_parameters(self) -> list[str]:
-        """Names of the parameters whose gradients are not finite on this rank. A host sync."""
+        """Names of this rank's parameters whose gradients are not finite. A host sync."""
         powers = zip(self._slots.indices, self.powers.tolist(), strict=True)
         return [unwrapped_name(self._plan.names[parameter]) for parameter, power in powers if not math.isfinite(power)]
 
@@ -52,12 +52,11 @@ def total_norm(
     Args:
         gradients: Of this step; every rank of the plan's domain must call, with or without gradients.
         norm_type: p, greater than 0; inf is the largest element.
-        sums: Shape (n,), float64, on the device where norms are computed: numbers to add over the domain on the same
-            trip. None for none.
+        sums: Shape (n,), float64, on the device of the norms: further numbers to sum over the domain; None for none.
         foreach: As in :func:`power_sums`.
 
     Returns:
-        ``(norms, sums)``. Of a plain replica that only some ranks have a gradient of, those ranks count it whole.
+        ``(norms, sums)``. If only some ranks have a gradient of a plain replica, these count it whole.
 
     Collectives: one all-reduce per axis of the domain (one all-gather for p = inf). Host syncs: none; one where norms
         are computed on the CPU and the group cannot carry them from there.
@@ -71,7 +70,7 @@ def total_norm(
         sums, by_slot = gather_extremes(plan.domain, sums, own)
         return Norms(by_slot.amax(), powers, plan, slots, by_slot, norm_type), sums
 
-    # [the sums | Σ |g|^p of each slot | how often each slot is counted]
+    # [the sums | Σ |g|^p of each slot | count of each slot]
     own = slots.zeros.index_add(0, slots.of_gradients, powers)
     packed = all_reduce_(plan.domain, torch.cat((sums, own, slots.counted)))
     num_slots = len(plan.weights)
