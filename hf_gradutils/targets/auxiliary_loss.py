@@ -18,13 +18,13 @@ def auxiliary_places(model: nn.Module) -> Iterator[tuple[Any, str]]:
 
 
 def auxiliary_coefficient(model: nn.Module) -> float:
-    """The factor with which a mixture of experts adds its auxiliary loss to the loss; 0 if it does not say so."""
+    """The factor with which a mixture of experts adds its auxiliary loss to the loss; 0 if there is none."""
     return next((float(getattr(place, name)) for place, name in auxiliary_places(model)), 0.0)
 
 
 @contextlib.contextmanager
 def without_auxiliary(model: nn.Module) -> Iterator[None]:
-    """Leave a mixture's auxiliary loss out, which is no mean over targets."""
+    """Leave out a mixture's auxiliary loss."""
     with contextlib.ExitStack() as stack:
         for place, name in [found for module in model.modules() for found in auxiliary_places(module)]:
             stack.callback(setattr, place, name, getattr(place, name))

@@ -1,4 +1,4 @@
-"""What a loss is a mean over, and how many of those a batch holds."""
+"""The targets that a loss is a mean over, counted in a batch."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from hf_gradutils.targets.rows import count_rows, describe
 LossUnit: TypeAlias = Literal[
     "auto", "rows", "tokens", "shifted_tokens", "answers", "masked_patches", "attended_tokens", "boxes", "sum"
 ]
-"""What the model's loss averages over:
+"""The unit that the model's loss averages over:
 
 - ``rows``: the samples of the batch;
 - ``tokens``: labels that are not -100 (or not the value that the head ignores: 255 in segmentation);
@@ -25,13 +25,12 @@ LossUnit: TypeAlias = Literal[
 - ``attended_tokens``: positions that the attention mask keeps;
 - ``boxes``: boxes in ``labels``, a list with one ``{"class_labels": …}`` for each row;
 - ``sum``: nothing: the loss is a sum over rows, so that gradients add up and are not divided;
-- ``auto``: what the head is known to use, if it is an exception; else ``answers`` or ``rows`` where there are no
-  labels, ``rows`` for floating-point labels, ``shifted_tokens`` for labels of two or more dimensions under a head
-  that shifts, ``tokens`` otherwise.
+- ``auto``: the unit of a known head; else ``answers`` or ``rows`` without labels, ``rows`` for floating-point labels,
+  ``shifted_tokens`` for labels of two or more dimensions under a head that shifts, ``tokens`` otherwise.
 """
 
 CountTargets: TypeAlias = Callable[[Mapping[str, Any]], Tensor]
-"""A user's own count: batch → number of targets, shape ()."""
+"""Batch → number of targets, shape ()."""
 
 IGNORE_INDEX = -100
 """The label that transformers' losses skip."""
@@ -41,14 +40,11 @@ _HOW_TO_COUNT = "name the unit with loss_unit='rows', or pass count_targets=lamb
 
 @dataclass(frozen=True, slots=True)
 class TargetCounter:
-    """Counts the targets of a batch: called with what the model is called with.
-
-    Collectives: none. Host syncs: none.
-    """
+    """Counts the targets of a batch of the model's inputs. Collectives: none. Host syncs: none."""
 
     loss_unit: LossUnit = "auto"
     count: CountTargets | None = None
-    """The user's own count; takes the place of the unit."""
+    """The user's own count; replaces the unit."""
     head_shifts: bool = False
     """Under ``auto``: position 0 of each row is no target."""
     ignore_index: int = IGNORE_INDEX
@@ -64,11 +60,11 @@ class TargetCounter:
         """Targets of one micro-batch.
 
         Returns:
-            Shape (), on the device of what is counted (CPU for rows). NaN for ``answers`` with only one end in the
-            sequence somewhere: their loss is a mean of two means over different numbers of rows.
+            Shape (), on the device of the counted tensor (CPU for rows). NaN if an answer has only one end in the
+            sequence: the loss is then a mean of two means over different numbers of rows.
 
         Raises:
-            TargetCountError: the batch holds nothing that the unit could count, or the user's count is no number.
+            TargetCountError: the batch has no tensor that the unit counts, or the user's count is not one number.
         """
         if self.count is not None:
             num_targets = torch.as_tensor(self.count(batch))
@@ -78,24 +74,24 @@ class TargetCounter:
         return self._count(batch, self._resolve(batch))
 
     def weight(self, num_targets: Tensor) -> Tensor:
-        """What the micro-batch's loss is multiplied by to get the sum over its targets; mostly their number."""
+        """Factor that turns the micro-batch's loss into the sum over its targets; mostly their number."""
         if self.count is None and self.loss_unit == "boxes":
-            # Detection divides by at least 1: without any box there still is the loss of seeing none.
+            # Detection divides by at least 1: an image without boxes still has a loss.
             return num_targets.clamp(min=1)
         return torch.ones_like(num_targets) if self.is_sum else num_targets
 
     @property
     def is_default(self) -> bool:
-        """Nobody said what the unit is."""
+        """True if the user has set neither a unit nor a count."""
         return self.count is None and self.loss_unit == "auto"
 
     @property
     def is_sum(self) -> bool:
-        """Gradients of micro-batches add up to that of the whole batch as they are."""
+        """True if gradients of micro-batches add up to that of the whole batch."""
         return self.count is None and self.loss_unit == "sum"
 
-    def asks_whether_the_head_shifts(self, batch: Mapping[str, Any]) -> bool:
-        """Whether ``head_shifts`` changes the count of such a batch."""
+    def depends_on_shift(self, batch: Mapping[str, Any]) -> bool:
+        """True if ``head_shifts`` changes the count of such a batch."""
         return self.is_default and _may_shift(batch)
 
     def _resolve(self, batch: Mapping[str, Any]) -> LossUnit:
@@ -109,7 +105,7 @@ class TargetCounter:
         if isinstance(labels, Tensor) and labels.is_floating_point() and labels.dim() > 0:
             return "rows"
         raise TargetCountError(
-            f"expected labels as a tensor of integers (classes, -100 to skip) or floats (one target a row), got "
+            f"labels must be a tensor of integers (classes, -100 to skip) or floats (one target a row), got "
             f"{describe({'labels': labels})}; {_HOW_TO_COUNT}"
         )
 
@@ -126,13 +122,11 @@ class TargetCounter:
         labels = batch.get("shift_labels", batch.get("labels"))
         if unit == "boxes":
             if not isinstance(labels, list | tuple):
-                raise TargetCountError(
-                    f"expected labels as a list of dicts to count boxes, got {describe({'labels': labels})}"
-                )
+                raise TargetCountError(f"boxes are counted in a list of dicts, got {describe({'labels': labels})}")
             return torch.tensor(sum(len(row["class_labels"]) for row in labels))
         if not _is_class_labels(labels):
             raise TargetCountError(
-                f"expected integer labels to count {unit}, got {describe({'labels': labels})}; {_HOW_TO_COUNT}"
+                f"{unit} are counted in integer labels, got {describe({'labels': labels})}; {_HOW_TO_COUNT}"
             )
         if unit == "shifted_tokens" and "shift_labels" not in batch:
             labels = labels[..., 1:]
@@ -140,12 +134,12 @@ class TargetCounter:
 
 
 def check_count(num_targets: float) -> None:
-    """Raise TargetCountError for the NaN that stands for answers of which only one end lies in the sequence."""
+    """Raise TargetCountError for NaN, the count of answers with only one end in the sequence."""
     if math.isnan(num_targets):
         raise TargetCountError(
-            "expected answers with both ends in the sequence or none, got rows with one: their loss is a mean of two "
-            "means over different numbers of rows; set both positions of such a row to the sequence's length, or "
-            "accept the mean over rows with loss_unit='rows', check_loss_unit=False"
+            "some answers have only one end in the sequence: the loss is then a mean of two means over different "
+            "numbers of rows; set both positions of such a row to the sequence's length, or accept the mean over rows "
+            "with loss_unit='rows', check_loss_unit=False"
         )
 
 
@@ -159,7 +153,7 @@ def _count_answers(batch: Mapping[str, Any]) -> Tensor:
     tokens = batch.get("input_ids", batch.get("inputs_embeds"))
     if not isinstance(tokens, Tensor):
         return torch.tensor(count_rows(batch))
-    # Heads skip an end that the sequence was cut before; where both ends agree it is a mean over whole answers.
+    # Heads skip an end beyond the sequence; if both ends of each answer agree, the loss is a mean over answers.
     has_start, has_end = start.lt(tokens.shape[1]), end.lt(tokens.shape[1])
     return torch.where((has_start == has_end).all(), has_start.sum().to(torch.float64), math.nan)
 
@@ -167,17 +161,15 @@ def _count_answers(batch: Mapping[str, Any]) -> Tensor:
 def _require(batch: Mapping[str, Any], name: str, unit: LossUnit) -> Tensor:
     value = batch.get(name)
     if not isinstance(value, Tensor):
-        raise TargetCountError(f"expected a tensor {name!r} to count {unit}, got {describe(batch)}; {_HOW_TO_COUNT}")
+        raise TargetCountError(f"{unit} are counted in a tensor {name!r}, got {describe(batch)}; {_HOW_TO_COUNT}")
     return value
 
 
 def with_one_target(batch: Mapping[str, Any], num_targets: Tensor) -> Mapping[str, Any]:
-    """The batch, with one label of class 0 added where there is no target at all.
+    """Return the batch, with one label of class 0 added if it has no target.
 
-    A mean over nothing is 0/0, and its gradient is NaN even where it is multiplied by zero afterwards. With one
-    target the backward runs on every rank, and the weight 0 removes what it gives.
-
-    Host syncs: none; the choice is made on the device.
+    A mean over nothing is 0/0, and its gradient stays NaN under a weight of zero. With one target the backward runs on
+    every rank, and the weight 0 removes its gradient. Host syncs: none; the choice is made on the device.
     """
     changed = {}
     for name in ("labels", "shift_labels"):

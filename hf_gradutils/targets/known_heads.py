@@ -1,9 +1,8 @@
-"""Heads of transformers whose loss is no mean over what their labels suggest, by class name.
+"""Heads of transformers whose loss is not the mean that their labels suggest, by class name.
 
-Measured on the heads of transformers 5.23 that could be built, see ``docs/heads.md``; the rule of ``auto`` and the
-question whether a head shifts settle the others. Names are looked up along the class hierarchy, so that subclasses,
-and the classes that ``fully_shard`` derives, are found too. ``tests/targets/test_known_heads.py`` fails when a name
-moves.
+Measured on the heads of transformers 5.23 that could be built, see ``docs/heads.md``; the others follow the rule of
+``auto`` and the probe of the shift. Names are looked up along the class hierarchy, which finds subclasses and the
+classes that ``fully_shard`` derives. ``tests/targets/test_known_heads.py`` fails when a name moves.
 """
 
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ T = TypeVar("T")
 _CONTRASTIVE = "it contrasts every sample with the others of its micro-batch, so a smaller micro-batch is another task"
 _TWO_MEANS = "it adds two means over different numbers of targets"
 _RANDOM = "it draws random points or masks in every forward"
-_ROOTS = "it weighs two means by the square roots of their numbers of targets"
+_ROOTS = "it weights two means by the square roots of their numbers of targets"
 _SHARED_DELAYS = "its autocorrelation picks the delays for all rows of a micro-batch together"
 _DENOISING = (
     "it draws noisy copies of the boxes in every forward, as many as the fullest image of a micro-batch needs; with "
@@ -27,7 +26,6 @@ _DENOISING = (
 
 
 def _each(names: str, value: T) -> dict[str, T]:
-    """The same value for each name of a text."""
     return dict.fromkeys(names.split(), value)
 
 
@@ -60,7 +58,7 @@ NO_UNIT = {
     "DFineForObjectDetection": _ROOTS,
     "GLPNForDepthEstimation": "it is the square root of a difference of means",
 }
-"""Class name → why its loss is no mean over anything that could be counted."""
+"""Class name → reason why its loss is no mean over countable targets."""
 
 UNITS: dict[str, LossUnit] = {
     **_each("ElectraForPreTraining FunnelForPreTraining", "attended_tokens"),
@@ -72,7 +70,7 @@ UNITS: dict[str, LossUnit] = {
         """,
         "boxes",
     ),
-    # Tokens as for others, but their decoder cannot start without any label, as the question about the shift has it.
+    # Tokens as for others, but their decoder cannot start without any label, which the probe of the shift needs.
     **_each("MBartForConditionalGeneration PLBartForConditionalGeneration", "tokens"),
     # Labels of tokens, but a mean over questions; and labels that -100 must not be among.
     **_each("ParakeetForTDT TapasForQuestionAnswering", "rows"),
@@ -84,12 +82,12 @@ UNITS: dict[str, LossUnit] = {
         "masked_patches",
     ),
 }
-"""Class name → what its loss averages over."""
+"""Class name → unit of its loss."""
 
 
 @dataclass(frozen=True, slots=True)
 class KnownHead:
-    """What is known of a head by its class."""
+    """The unit of a head, by its class."""
 
     loss_unit: LossUnit | None
     """None: it has none, see ``reason``."""
@@ -98,11 +96,7 @@ class KnownHead:
 
 
 def known_head(model: nn.Module) -> KnownHead | None:
-    """What the table knows of a model's class; None if the general rule holds.
-
-    Args:
-        model: The model itself, without wrappers around it.
-    """
+    """Look up a model's class, without wrappers; None if the general rule holds."""
     config: Any = getattr(model, "config", None)
     for name in (base.__name__ for base in type(model).__mro__):
         if name in NO_UNIT:

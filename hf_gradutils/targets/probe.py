@@ -1,10 +1,10 @@
-"""Ask the loss itself what it is a mean over, on the first batch and without changing any state.
+"""Probe the loss on the first batch, without changing any state.
 
-Names, signatures and tables are wrong for dozens of heads; two questions to the loss settle what matters:
+Names, signatures and tables are wrong for dozens of heads; two probes of the loss are not:
 
-- *Does the head shift?* Labels with only position 0 left are no targets to a head that shifts, so its loss
-  is what it is without any labels at all.
-- *Is the loss a mean over what we count?* For a batch split into A and B, L(AB)·n(AB) = L(A)·n(A) + L(B)·n(B).
+- *Does the head shift?* Labels at position 0 alone are no targets to a head that shifts: its loss is the same as
+  without any labels.
+- *Is the loss a mean over the targets counted?* For a batch split into A and B, L(AB)·n(AB) = L(A)·n(A) + L(B)·n(B).
   A loss that fails this has another unit, or none (contrastive losses, a square root of a mean).
 """
 
@@ -22,15 +22,15 @@ from hf_gradutils.targets.counter import IGNORE_INDEX, TargetCounter
 from hf_gradutils.targets.rows import count_rows, is_divisible, take_rows
 
 LossOf: TypeAlias = Callable[[Mapping[str, Any]], Tensor]
-"""Batch → the mean loss the training would use for it, shape ()."""
+"""Batch → its mean loss in training, shape ()."""
 
 _TOLERANCE = 2e-5
 """Relative error of additivity in float32: right units stay below 6e-6 and wrong ones start at 2e-5 on 799 heads."""
 _TOLERANCE_REDUCED = 5e-3
-"""The same where a batch's composition changes its rounding: half precision, autocast, TF32. What the loss itself is
-rounded to is allowed for besides."""
+"""Relative error if a batch's composition changes its rounding (half precision, autocast, TF32), beyond the rounding of
+the loss itself."""
 _SMALLEST_LOSS = 1e-6
-"""A mean loss nearer to 0 than this is rounding of larger numbers that cancel, and tells nothing."""
+"""A mean loss nearer to 0 than this is rounding of larger numbers that cancel; it is not compared."""
 
 HOW_TO_FIX = (
     "set loss_unit or count_targets to what the loss averages over; a loss that is no mean of its samples' losses "
@@ -41,20 +41,17 @@ HOW_TO_FIX = (
 
 @dataclass(frozen=True, slots=True)
 class Additivity:
-    """Both sides of L(AB)·n(AB) = L(A)·n(A) + L(B)·n(B) on one rank; NaN where it could not be checked."""
+    """Both sides of L(AB)·n(AB) = L(A)·n(A) + L(B)·n(B) on one rank; NaN if unchecked."""
 
     whole: float
     parts: tuple[float, float]
     num_targets: float
     rounding: float = 0.0
-    """By how much the three losses together can be off because the head has rounded them, in the same unit."""
+    """Largest error of the equation from the head's rounding of the three losses."""
 
     @property
     def relative_error(self) -> float:
-        """What rounding leaves unexplained of |whole − Σ parts|, over the largest sum of magnitudes in it.
-
-        NaN if unchecked.
-        """
+        """|whole − Σ parts| beyond rounding, over the larger sum of magnitudes; NaN if unchecked."""
         scale = max(abs(self.whole), sum(map(abs, self.parts)))
         difference = max(abs(self.whole - sum(self.parts)) - self.rounding, 0.0)
         return difference / scale if scale > _SMALLEST_LOSS * self.num_targets else math.nan
@@ -64,11 +61,11 @@ _UNCHECKED = Additivity(math.nan, (math.nan, math.nan), 0.0)
 
 
 def loss_ignores_first_position(loss_of: LossOf, batch: Mapping[str, Any]) -> bool:
-    """Whether position 0 of the labels is no target of the loss. Two forwards, the same on every rank.
+    """True if position 0 of the labels is no target of the loss. Two forwards, the same on every rank.
 
     Args:
         loss_of: Called under :func:`undisturbed`.
-        batch: A batch for which :func:`hf_gradutils.targets.may_shift`.
+        batch: Its labels are classes, of two or more dimensions.
     """
     labels = batch["labels"]
     nothing = torch.full_like(labels, IGNORE_INDEX)
@@ -78,12 +75,11 @@ def loss_ignores_first_position(loss_of: LossOf, batch: Mapping[str, Any]) -> bo
         with_first, without = (float(loss_of({**batch, "labels": x})) for x in (only_first, nothing))
     except torch.AcceleratorError as error:
         raise LossUnitError(
-            "expected a head that skips the label -100, got one that takes it for a class, which has ended CUDA in "
-            "this process when it was asked whether it shifts; say loss_unit='tokens' or 'shifted_tokens', or pass "
-            "count_targets"
+            "the head takes the label -100 for a class, which made CUDA unusable in this process when the shift was "
+            "probed; set loss_unit='tokens' or 'shifted_tokens', or pass count_targets"
         ) from error
     except (RuntimeError, IndexError, ValueError):
-        return False  # a head that needs labels; the check of additivity finds out if it shifts all the same
+        return False  # a head that needs labels; if it shifts all the same, the check of additivity fails
     return with_first == without or (math.isnan(with_first) and math.isnan(without))
 
 
@@ -95,14 +91,14 @@ def check_additivity(
     num_blocks: int = 1,
     exact_arithmetic: bool = True,
 ) -> Additivity:
-    """Both sides of the equation for a batch. Three forwards on every rank, also where nothing can be split.
+    """Both sides of the equation for a batch. Three forwards on every rank, even if nothing can be split.
 
     Args:
         loss_of: Called under :func:`undisturbed`.
-        batch: One row, or a batch that is not divisible, cannot be split and gives NaN.
+        batch: One row, or a batch that is not divisible, gives NaN.
         counter: Batch → targets.
-        num_blocks: How the batch lies, see :mod:`hf_gradutils.batches`.
-        exact_arithmetic: Losses are in float32 or better, also where they happen to fit half precision.
+        num_blocks: As in :mod:`hf_gradutils.targets.rows`.
+        exact_arithmetic: Losses are in float32 or better, even if their values fit half precision.
     """
     num_rows = count_rows(batch, num_blocks=num_blocks)
     take = functools.partial(take_rows, batch, num_blocks=num_blocks)
@@ -121,12 +117,11 @@ def check_additivity(
 
 
 def _rounding(loss: float) -> float:
-    """By how much a loss that half precision can hold may be off: two steps to the next such number; else 0.
+    """The rounding error of a loss whose value fits half precision: two steps to the next such number; else 0.
 
-    A head may compute its loss in half precision and hand it out in float32, so that the dtype does not tell. One step
-    would do for a loss that is rounded once; torch's cross entropy on the CPU also sums in half precision, and is off
-    by up to 1.8 steps, for 8 targets as for 30,000. Of other losses, one in 65,536 passes for a bfloat16
-    and one in 8,192 for a float16.
+    The dtype does not show it: a head may compute in half precision and return float32. One step would do for a loss
+    rounded once; torch's cross entropy on the CPU also sums in half precision, and is off by up to 1.8 steps, for 8
+    targets as for 30,000. Of other losses, one in 65,536 passes for a bfloat16 and one in 8,192 for a float16.
     """
     for dtype in (torch.bfloat16, torch.float16):
         if loss and math.isfinite(loss) and float(torch.tensor(loss, dtype=torch.float64).to(dtype)) == loss:
@@ -135,9 +130,9 @@ def _rounding(loss: float) -> float:
 
 
 def _most_telling_cut(targets_of_rows: list[Tensor]) -> int:
-    """Rows of part A, so that its share of the targets is as far as can be from its share of the rows.
+    """Rows of part A for which its share of the targets differs most from its share of the rows.
 
-    Where both shares are the same, a mean over rows passes for a mean over targets.
+    If both shares are equal, a mean over rows passes for a mean over targets.
     """
     num_rows = len(targets_of_rows)
     num_targets = torch.stack(targets_of_rows).to("cpu", torch.float64)  # where cumsum is deterministic

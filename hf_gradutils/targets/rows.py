@@ -1,7 +1,7 @@
-"""The rows of a batch: how many there are, and whether it can be cut between them.
+"""The rows of a batch: their number, and cutting the batch between them.
 
-``num_blocks``: the rows lie in that many blocks of equal size, and a sample is one row of each. A batch of
-preferences has two, all that were chosen and then all that were rejected; most batches have one.
+``num_blocks``: the rows lie in so many blocks of equal size, and a sample is one row of each. A batch of preferences
+has two, all chosen rows and then all rejected ones; most batches have one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,12 +23,12 @@ def count_rows(batch: Mapping[str, Any], *, num_blocks: int = 1) -> int:
         if isinstance(value, Tensor) and value.dim() > 0:
             return value.shape[0] // num_blocks
     raise TargetCountError(
-        f"expected a batch with a tensor of one dimension or more, got {describe(batch)}; pass count_targets"
+        f"the batch has no tensor with a dimension for rows, got {describe(batch)}; pass count_targets"
     )
 
 
 def take_rows(batch: Mapping[str, Any], start: int, stop: int, *, num_blocks: int = 1) -> dict[str, Any]:
-    """Samples ``start`` to ``stop`` of everything that has entries for them; the rest as it is."""
+    """Samples ``start`` to ``stop`` of each value that has an entry per sample; other values unchanged."""
     num_rows = count_rows(batch, num_blocks=num_blocks)
 
     def take(value: Any) -> Any:
@@ -42,9 +42,9 @@ def take_rows(batch: Mapping[str, Any], start: int, stop: int, *, num_blocks: in
 
 
 def is_divisible(batch: Mapping[str, Any], *, num_blocks: int = 1) -> bool:
-    """Whether :func:`take_rows` leaves a batch that fits together: everything in it has entries for each sample.
+    """True if :func:`take_rows` gives a valid batch: every value has an entry per sample.
 
-    The patches of a vision-language model do not: rows without their patches are no batch.
+    The patches of a vision-language model do not, so its rows cannot be taken.
     """
     num_rows = count_rows(batch, num_blocks=num_blocks)
     return all(
@@ -56,7 +56,7 @@ def is_divisible(batch: Mapping[str, Any], *, num_blocks: int = 1) -> bool:
 
 
 def describe(batch: Mapping[str, Any]) -> str:
-    """What is in a batch, for an error message."""
+    """The contents of a batch as text, for error messages."""
     parts = []
     for name, value in batch.items():
         kind = f"{value.dtype}, shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -1,8 +1,8 @@
-"""What is known of trl's trainers: what their losses average over, and what ``compute_loss`` does besides.
+"""The trainers of trl: the units of their losses, and the side effects of their ``compute_loss``.
 
-trl is optional and never imported: a trainer is known by the first class in its hierarchy that trl defines, so that
-users' subclasses are found and trl's own, which may batch or divide differently, are not taken for their parents.
-Checked on trl 1.16; ``tests/trainer/test_trl.py`` fails when a name moves.
+trl is optional and never imported. A trainer is identified by the first class in its hierarchy that trl defines: users'
+subclasses are found, and trl's own, which may batch or divide differently, are not taken for their parents. Checked on
+trl 1.16; ``tests/trainer/test_trl.py`` fails when a name moves.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from hf_gradutils.targets.rows import count_rows
 from hf_gradutils.upstream.trl import TRL_AUXILIARY, TRL_METRICS
 
 PAIRED = ("DPOTrainer", "RewardTrainer")
-"""Their loss is a mean over pairs, and a batch holds all chosen rows, then all rejected ones."""
+"""Trainers whose loss is a mean over pairs; a batch holds all chosen rows, then all rejected ones."""
 
 EXACT = ("SFTTrainer", *PAIRED)
 
@@ -28,7 +28,7 @@ NOT_EXACT = {
     "KTOTrainer": "estimates a divergence from each micro-batch, whose loss changes with its size",
     "RLOOTrainer": "makes its micro-batches itself",
 }
-"""Class name → why no weight makes its micro-batches add up."""
+"""Class name → reason why no weight makes its micro-batches add up."""
 
 DPO_WITHOUT_UNIT = {
     **dict.fromkeys(
@@ -37,11 +37,11 @@ DPO_WITHOUT_UNIT = {
     "sft": "is a mean over the tokens of the chosen answers; alone, it is exact with "
     "count_targets=lambda batch: batch['completion_mask'].chunk(2)[0][:, 1:].sum()",
 }
-"""``DPOConfig.loss_type`` → why it is no mean over pairs."""
+"""``DPOConfig.loss_type`` → reason why it is no mean over pairs."""
 
 
 def trl_name(trainer: object) -> str | None:
-    """Name of the trl trainer that this one is or derives from; None if there is none."""
+    """Name of the trl trainer that this one is or derives from, or None."""
     for base in type(trainer).__mro__:
         if base.__module__.partition(".")[0] == "trl" and not base.__name__.startswith("_"):
             return base.__name__
@@ -49,7 +49,7 @@ def trl_name(trainer: object) -> str | None:
 
 
 def why_not_exact(trainer: object) -> str:
-    """Why a trainer of trl cannot be made exact, as the end of "got X, which …"; empty if it can, or is not trl's."""
+    """The reason why a trainer of trl cannot be made exact, after its name; empty if it can, or is not trl's."""
     name = trl_name(trainer)
     if name is None or name in EXACT:
         return ""
@@ -57,7 +57,7 @@ def why_not_exact(trainer: object) -> str:
 
 
 def why_without_unit(trainer: Any) -> str:
-    """Why the loss of a trainer for pairs is no mean over them; empty if it is one."""
+    """The reason why the loss of a trainer for pairs is no mean over them; empty if it is one."""
     loss_types = trainer.args.loss_type if trl_name(trainer) == "DPOTrainer" else []
     for loss_type in [loss_types] if isinstance(loss_types, str) else loss_types:
         if loss_type in DPO_WITHOUT_UNIT:
@@ -66,7 +66,7 @@ def why_without_unit(trainer: Any) -> str:
 
 
 def num_blocks(trainer: object) -> int:
-    """In how many blocks the rows of a batch lie, each with one row a sample in the same order."""
+    """Number of blocks in which the rows of a batch lie, see :mod:`hf_gradutils.targets.rows`."""
     return 2 if trl_name(trainer) in PAIRED else 1
 
 
@@ -77,17 +77,17 @@ def count_pairs(batch: Mapping[str, Any]) -> Tensor:
 
 @contextlib.contextmanager
 def loss_only(trainer: Any, *, with_auxiliary: bool = True) -> Iterator[None]:
-    """Inside, ``compute_loss`` of a trl trainer leaves no metrics, and gathers none: ranks may ask different things.
+    """Let ``compute_loss`` of a trl trainer neither store nor gather metrics: ranks may call it differently often.
 
     Args:
-        trainer: Any Trainer; nothing happens to one that is not trl's.
+        trainer: Any Trainer; one that is not trl's is left alone.
         with_auxiliary: Add the auxiliary loss of a mixture of experts if the trainer does.
     """
     if trl_name(trainer) is None:
         yield
         return
     accelerator, attributes = trainer.accelerator, vars(trainer)
-    kept = {name: attributes[name] for name in (*TRL_METRICS, *TRL_AUXILIARY) if name in attributes}
+    before = {name: attributes[name] for name in (*TRL_METRICS, *TRL_AUXILIARY) if name in attributes}
     attributes.update({name: copy.deepcopy(attributes[name]) for name in TRL_METRICS})
     if not with_auxiliary:
         attributes.update({name: False for name in TRL_AUXILIARY if name in attributes})
@@ -98,4 +98,4 @@ def loss_only(trainer: Any, *, with_auxiliary: bool = True) -> Iterator[None]:
     finally:
         for name in gathers:
             del vars(accelerator)[name]
-        attributes.update(kept)
+        attributes.update(before)

@@ -1,4 +1,4 @@
-"""Find out what a loss is a mean over, on the first batch and on all ranks alike."""
+"""Find the unit of a loss on the first batch, the same on all ranks."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -22,10 +22,10 @@ from hf_gradutils.targets.probe import (
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """What the first batch told, the same on every rank."""
+    """Findings on the first batch, the same on every rank."""
 
     head_shifts: bool
-    """Position 0 of each row is no target; False where it does not matter."""
+    """Position 0 of each row is no target; False if the count does not depend on it."""
     targets_per_micro_batch: float
     """Mean over the ranks."""
 
@@ -41,21 +41,21 @@ def settle_unit(
     smooths_labels: bool = False,
     num_blocks: int = 1,
 ) -> Settled:
-    """Find out whether the head shifts, and make sure that the loss is a mean over what is counted.
+    """Find out if the head shifts, and check that the loss is a mean over the targets counted.
 
     Args:
-        head_loss_of: The loss of the head itself, asked whether it shifts. Called under :func:`undisturbed`.
+        head_loss_of: The loss of the head itself, to probe its shift. Called under :func:`undisturbed`.
         loss_of: (batch, its counter) → the loss that is trained. Called under :func:`undisturbed`.
         batch: This rank's first micro-batch.
-        counter: What the user, or the table of known heads, said.
+        counter: From the user or the table of known heads.
         check: Verify additivity.
         exact_arithmetic: float32 or better, without autocast or TF32.
-        smooths_labels: The shift matters whatever the count, because label smoothing has to shift like the head.
-        num_blocks: How the batch lies, see :mod:`hf_gradutils.batches`.
+        smooths_labels: Probe the shift for any counter, because label smoothing has to shift like the head.
+        num_blocks: As in :mod:`hf_gradutils.targets.rows`.
 
-    Collectives: two all-reduces over all ranks, one before the first forward and one after the last: every
-        rank learns of every rank's failure, and none waits in a forward that another does not enter.
-        Host syncs: one per forward, one to choose the parts, and one per all-reduce.
+    Collectives: two all-reduces over all ranks, before the first forward and after the last: every rank learns of each
+        failure, and none waits in a forward that another does not enter. Host syncs: one per forward, one to choose
+        the parts, and one per all-reduce.
 
     Raises:
         TargetCountError: some rank cannot count its targets.
@@ -75,8 +75,8 @@ def settle_unit(
             f"{num_failures:.0f} of {domain.num_ranks} ranks cannot count the targets of their first batch"
         )
 
-    asks = (TargetCounter() if smooths_labels else counter).asks_whether_the_head_shifts(batch)
-    shifts = asks and loss_ignores_first_position(head_loss_of, batch)
+    may_shift = (TargetCounter() if smooths_labels else counter).depends_on_shift(batch)
+    shifts = may_shift and loss_ignores_first_position(head_loss_of, batch)
     settled = replace(counter, head_shifts=shifts)
     additivity = _UNCHECKED
     if check:
@@ -93,8 +93,8 @@ def settle_unit(
 
     if ranks["shifting"] not in (0, domain.num_ranks):
         raise LossUnitError(
-            f"expected the head to shift its labels on all ranks or on none, but it does on {ranks['shifting']:.0f} of "
-            f"{domain.num_ranks}; set loss_unit='tokens' or 'shifted_tokens'"
+            f"the head shifts its labels on {ranks['shifting']:.0f} of {domain.num_ranks} ranks, not on all or none; "
+            "set loss_unit='tokens' or 'shifted_tokens'"
         )
     if ranks["wrong"]:
         seen = (

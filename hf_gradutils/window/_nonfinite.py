@@ -1,4 +1,4 @@
-"""What becomes of an optimizer step whose gradient is not finite: the same on every rank."""
+"""The verdict on an optimizer step whose gradient is not finite; the same on every rank."""
 
 import logging
 import math
@@ -13,8 +13,8 @@ from hf_gradutils.targets.counter import check_count
 from hf_gradutils.window._window import WindowReport
 
 OnNonfinite: TypeAlias = Literal["raise", "skip", "ignore"]
-"""``raise``: stop, with weights, optimizer, scheduler and counters as before the step. ``skip``: leave the step out and
-go on. ``ignore``: take it, as ``transformers.Trainer`` does."""
+"""``raise``: stop, with weights, optimizer, scheduler and counters as before the step. ``skip``: go on without it.
+``ignore``: take it, as ``transformers.Trainer`` does."""
 
 _MOST_NAMES = 3
 _MOST_RANKS = 4
@@ -23,12 +23,7 @@ logger = logging.getLogger("hf_gradutils.nonfinite")
 
 
 class StepGuard:
-    """Judges the windows of a training, one after the other.
-
-    Args:
-        on_nonfinite: What to do.
-        max_skipped_steps: How many steps in a row ``skip`` may leave out.
-    """
+    """Judges the windows of a training, one after the other; ``skip`` leaves out so many steps in a row at most."""
 
     def __init__(self, on_nonfinite: OnNonfinite = "raise", max_skipped_steps: int = 10):
         if on_nonfinite not in get_args(OnNonfinite):
@@ -42,14 +37,14 @@ class StepGuard:
         self._pending: tuple[WindowReport, int, _HostFlag] | None = None
 
     def judge(self, report: WindowReport, step: int) -> bool:
-        """Whether the optimizer may take this step.
+        """True if the optimizer may take this step.
 
-        Collectives: none where it is finite; else one object gather, on every rank. Host syncs: one, but none under
+        Collectives: none if it is finite; else one object gather over all ranks. Host syncs: one; none under
         ``ignore``.
 
         Raises:
-            NonfiniteGradientError: it is not finite under ``raise``, or under ``skip`` once too often in a row.
-            TargetCountError: it is not because the targets could not be counted.
+            NonfiniteGradientError: it is not finite, under ``raise``, or under ``skip`` once too often in a row.
+            TargetCountError: it is not finite because the targets could not be counted.
         """
         if self.on_nonfinite == "ignore" or report.is_finite:
             self._num_in_a_row = 0
@@ -71,7 +66,7 @@ class StepGuard:
         """Let an optimizer that skips on the device go on; :meth:`raise_pending` reads the flag later.
 
         Returns:
-            Whether the gradient is finite: shape (), bool, on the device.
+            True for a finite gradient: shape (), bool, on the device.
 
         Host syncs: none for this step; as :meth:`raise_pending` for an earlier one.
         """
@@ -115,15 +110,15 @@ class _HostFlag:
         if self._event is not None:
             self._event.synchronize()
         if self._flag.is_cpu:
-            return bool(self._flag.numpy())  # it is on the host: nobody waits for the device
+            return bool(self._flag.numpy())  # on the host already: does not wait for the device
         return bool(self._flag)
 
 
 def _error(report: WindowReport, step: int) -> NonfiniteGradientError:
-    """What happened on which rank. Collectives: one object gather over all ranks."""
-    check_count(report.num_targets.item())  # no number would make the gradient NaN too
-    mine = (report.nonfinite_parameters(), [loss.item() for loss in report.micro_batch_losses])
-    records = dict(enumerate(gather_objects(report.domain, mine)))
+    """The error, with the ranks' parameters and losses. Collectives: one object gather over all ranks."""
+    check_count(report.num_targets.item())  # a count of NaN makes the gradient NaN too
+    record = (report.nonfinite_parameters(), [loss.item() for loss in report.micro_batch_losses])
+    records = dict(enumerate(gather_objects(report.domain, record)))
     parameters = {rank: names for rank, (names, _) in records.items() if names}
     losses = {rank: values for rank, (_, values) in records.items()}
 

@@ -1,10 +1,10 @@
-"""One accumulation window: weigh every micro-batch by its targets, then turn the sum into the exact mean.
+"""One accumulation window: weight every micro-batch by its targets, then turn the sum into the exact mean.
 
     micro-batch m:   (L[m] · n[m] / K).backward()        L the micro-batch's own mean, n its targets
     window's end:    grad ·= K · R / S                   R ranks, S = Σ n over micro-batches and ranks
 
 Data-parallel wrappers average over D ranks, and T = R / D ranks see the same batch (tensor parallelism), so
-S = T·N and K·R/S = K·D/N with N the targets of the whole batch: what is left is Σ n·∇L / N. K is a power of
+S = T·N and K·R/S = K·D/N with N the targets of the whole batch: the result is Σ n·∇L / N. K is a power of
 two that keeps the backward's magnitudes near those of a mean, which matters in fp16; it cancels exactly.
 """
 
@@ -25,7 +25,7 @@ from hf_gradutils.gradients.scaling import clip_divisor, scale_
 from hf_gradutils.gradients.total_norm import Norms, total_norm
 
 _FEWEST = 1e-12
-"""A window without targets has gradients of zero; any finite divisor leaves them so."""
+"""Divisor of a window without targets, whose gradients are zero with any finite one."""
 
 
 class _Totals(NamedTuple):
@@ -36,29 +36,28 @@ class _Totals(NamedTuple):
     loss: Tensor
     """Σ n·L/K."""
     ranks_with_data: Tensor | None = None
-    """Ranks that have batches for another window, where that is asked for."""
+    """Ranks that have batches for another window; None without ``has_data_left``."""
 
 
 @dataclass(frozen=True, slots=True)
 class WindowReport:
-    """What one optimizer step was made of.
+    """Loss, targets and norms of one optimizer step.
 
-    Tensors on the device, float64; each is computed by a few operations when it is asked for, and waits for the device
-    only when it is read.
+    Tensors on the device, float64; properties are computed on access, and wait for the device only when they are read.
     """
 
     grad_norm: Tensor
     """Shape (): norm of the exact mean gradient before clipping."""
     multiplier: Tensor
-    """Shape (): what the gradients were, or are still to be, multiplied by."""
+    """Shape (): factor by which the gradients were, or are still to be, multiplied."""
     micro_batch_losses: list[Tensor]
-    """This rank's own mean losses, as they came."""
+    """This rank's own mean losses, in order."""
     domain: Domain
     """The ranks that trained."""
     _norms: Norms
     _totals: _Totals
     _divisor: Tensor
-    """Σ n/K / R: what turns a norm of ``.grad`` into one of the mean gradient."""
+    """Σ n/K / R: divisor that turns a norm of ``.grad`` into one of the mean gradient."""
     _loss_scale: float
     _num_replicas: int
     _is_sum: bool
@@ -78,13 +77,13 @@ class WindowReport:
 
     @property
     def num_ranks_with_data(self) -> Tensor:
-        """Ranks that have batches for another window, shape (); asked for with ``has_data_left``."""
+        """Ranks that have batches for another window, shape (); only with ``has_data_left``."""
         assert self._totals.ranks_with_data is not None
         return self._totals.ranks_with_data
 
     @property
     def is_finite(self) -> Tensor:
-        """Whether every element of the gradient is, on every rank; shape (), bool, the same on all ranks."""
+        """True if every element of the gradient on every rank is finite; shape (), bool, the same on all ranks."""
         return self.grad_norm.isfinite()
 
     @property
@@ -93,20 +92,20 @@ class WindowReport:
         return {group: norm / self._divisor for group, norm in self._norms.of_groups().items()}
 
     def nonfinite_parameters(self) -> list[str]:
-        """Names of the parameters whose gradients are not finite on this rank. A host sync."""
+        """Names of this rank's parameters whose gradients are not finite. A host sync."""
         return self._norms.nonfinite_parameters()
 
 
 class AccumulationWindow:
     """Sums of the micro-batches whose gradients are in ``.grad`` now.
 
-    It lives as long as those gradients: ``close`` empties it, and the next ``weigh`` starts a new window.
+    ``close`` empties it, and the next ``weigh`` starts a new window.
 
     Args:
-        device: Where the sums live; the losses' device.
+        device: Of the sums; the losses' device.
         loss_scale: K, a power of two, the same on every rank and from ``weigh`` to ``close``.
         num_replicas: Ranks that see the same batch, R / D: 1 for data parallelism of any kind.
-        is_sum: The losses are sums, not means: they add up to that of the whole batch and are not divided.
+        is_sum: The losses are sums, not means: they add up to the whole batch's and are not divided.
     """
 
     def __init__(self, device: torch.device, *, loss_scale: float = 1.0, num_replicas: int = 1, is_sum: bool = False):
@@ -122,12 +121,12 @@ class AccumulationWindow:
         self._losses: list[Tensor] = []
 
     def weigh(self, loss: Tensor, num_targets: Tensor, weight: Tensor | None = None) -> Tensor:
-        """The loss to call ``backward`` on, in at least float32 (bf16 would round n / K to 8 bits).
+        """Return the weighted loss to call ``backward`` on, in at least float32 (bf16 would round n / K to 8 bits).
 
         Args:
             loss: Shape (), the micro-batch's own mean over its targets.
-            num_targets: Shape (), any dtype: the targets that mean is over. At 0 the loss counts for nothing.
-            weight: Shape (), what turns the loss into the sum over its targets, where that is not their number.
+            num_targets: Shape (), any dtype: number of these targets. At 0 the loss counts for nothing.
+            weight: Shape (), factor that turns the loss into the sum over its targets, if not their number.
 
         Collectives: none. Host syncs: none.
         """
@@ -146,7 +145,7 @@ class AccumulationWindow:
         return on_device(number, self._device) * self._inverse_loss_scale  # exact: a power of two
 
     def discard(self) -> None:
-        """Forget the micro-batches so far, together with the gradients that the caller drops."""
+        """Drop the sums of the micro-batches so far; the caller drops their gradients."""
         self._sums = None
         self._losses = []
 
@@ -165,17 +164,16 @@ class AccumulationWindow:
         """Make ``.grad`` the exact mean gradient of the window, clipped to ``max_norm``, and start afresh.
 
         Args:
-            model: All of the model that is trained; its gradients are synchronised.
+            model: All that is trained; its gradients are synchronised.
             max_norm: Greater than 0; inf does not clip.
             norm_type: p of the norm; inf is the largest element.
             ownership: As in :func:`hf_gradutils.dist_utils.clip_gradients`.
             norm_groups: Groups whose norms the report has, beside the total.
             scales: False leaves ``.grad`` as it is: the caller multiplies it by the report's ``multiplier``.
-            has_data_left: Whether this rank has batches for another window, where ranks have to agree on that; given
-                on all ranks or on none.
+            has_data_left: True if this rank has batches for another window; passed on all ranks or on none.
 
-        Collectives: one all-reduce over all ranks (an all-gather for p = inf); every rank must call. The
-            first call for a model also builds its plan. Host syncs: none; one where gradients are offloaded to the CPU.
+        Collectives: one all-reduce over all ranks (an all-gather for p = inf); every rank must call. The first call for
+            a model also builds its plan. Host syncs: none; one if gradients are offloaded to the CPU.
         """
         gradients = gradients_of(model, ownership=ownership, norm_groups=norm_groups).read(self._device)
         sums = torch.zeros(2, dtype=torch.float64, device=self._device) if self._sums is None else self._sums
@@ -210,9 +208,5 @@ class AccumulationWindow:
 
 
 def loss_scale_for(targets_per_window: float) -> float:
-    """A K for :class:`AccumulationWindow`: the power of two next to a rank's targets in one window.
-
-    Args:
-        targets_per_window: The same number on every rank.
-    """
+    """A K for :class:`AccumulationWindow`: the power of two next to a rank's targets in a window; same on all ranks."""
     return float(2 ** round(math.log2(max(targets_per_window, 1.0))))

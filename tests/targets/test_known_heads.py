@@ -168,7 +168,7 @@ def test_answers_with_one_end_only_are_an_error(where):
     data = make_data("bert answers")
     data[where]["end_positions"] = torch.tensor(500)
     arguments = {"train_sampling_strategy": "sequential"}
-    with pytest.raises(TargetCountError, match="expected answers with both ends in the sequence or none"):
+    with pytest.raises(TargetCountError, match="some answers have only one end in the sequence"):
         train("bert answers", 4, data=data, arguments=arguments)
 
 
@@ -261,10 +261,14 @@ def _boxes_are_exact(accumulation):
 @pytest.mark.parametrize(
     ("unit", "batch", "message"),
     [
-        ("boxes", {"labels": torch.ones(2, 3)}, "expected labels as a list of dicts to count boxes"),
-        ("masked_patches", {"pixel_values": torch.ones(2, 3)}, "expected a tensor 'bool_masked_pos'"),
-        ("tokens", {"labels": torch.ones(2, 3)}, "expected integer labels to count tokens"),
-        ("answers", {"input_ids": torch.ones(2, 3)}, "expected a tensor 'start_positions'"),
+        ("boxes", {"labels": torch.ones(2, 3)}, "boxes are counted in a list of dicts"),
+        (
+            "masked_patches",
+            {"pixel_values": torch.ones(2, 3)},
+            "masked_patches are counted in a tensor 'bool_masked_pos'",
+        ),
+        ("tokens", {"labels": torch.ones(2, 3)}, "tokens are counted in integer labels"),
+        ("answers", {"input_ids": torch.ones(2, 3)}, "answers are counted in a tensor 'start_positions'"),
     ],
 )
 def test_a_unit_that_the_batch_has_nothing_for_is_an_error(unit, batch, message):

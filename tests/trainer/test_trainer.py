@@ -344,7 +344,7 @@ def _uncountable(layout):
     data = make_data("bert classes")
     for row in data:
         row["labels"] = torch.tensor(True)
-    with pytest.raises(TargetCountError, match=r"expected labels as a tensor of integers .* torch.bool"):
+    with pytest.raises(TargetCountError, match=r"labels must be a tensor of integers .* torch.bool"):
         train("bert classes", 2, data=data)
 
 
