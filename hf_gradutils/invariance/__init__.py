@@ -1,4 +1,4 @@
-"""The proof in the user's hands: the gradient does not depend on how the batch is cut up and spread."""
+"""Checks, on the user's own samples, that the gradient does not depend on how the batch is cut up and spread."""
 
 from hf_gradutils.invariance._check import (
     CheckBeforeTraining,

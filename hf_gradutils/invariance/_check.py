@@ -1,13 +1,12 @@
-"""The proof in the user's hands: the gradient does not depend on how the batch is cut up and spread.
+"""Checks, on the user's own samples, that the gradient does not depend on how the batch is cut up and spread.
 
 1 against many          the same samples as one micro-batch and as one per sample, in the layout that trains
-layout against 1 rank   the latter on rank 0, with the whole model and, where it fits, in float64
-targets                 L(AB)·n(AB) = L(A)·n(A) + L(B)·n(B): is the loss a mean over what is counted?
+layout against 1 rank   the latter on rank 0, with the whole model and, if memory allows, in float64
+targets                 L(AB)·n(AB) = L(A)·n(A) + L(B)·n(B): the loss is a mean over the targets counted
 copies                  parameters that ranks hold copies of are the same
 """
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from hf_gradutils.errors import GradUtilsError, InvalidArgumentError, Invariance
 from hf_gradutils.gradients.names import unwrapped_name
 from hf_gradutils.gradients.of_model import in_layout_of
 from hf_gradutils.gradients.plan import plan_by_name
-from hf_gradutils.invariance._reference import HOOKS, Measured, compare_with_one_process, difference
+from hf_gradutils.invariance._reference import Measured, compare_with_one_process, difference
 from hf_gradutils.invariance._report import Comparison, InvarianceReport, compare_gradients
 from hf_gradutils.invariance._subjects import (
     AcceleratorLoop,
@@ -41,40 +40,45 @@ from hf_gradutils.upstream.torch import trained_parameters
 logger = logging.getLogger("hf_gradutils.invariance")
 
 ROUNDED_TOLERANCE = 5e-2
-"""Largest relative error in bf16, fp16 or TF32, where the cut of a batch changes how its gradient rounds."""
+"""Largest relative error in bf16, fp16 or TF32, where the cut of a batch changes the rounding of its gradient."""
 
 
 def check_invariance(
     trainer: Any, num_samples: int = 16, tolerance: float = 1e-5, *, make_model: MakeModel | None = None
 ) -> InvarianceReport:
-    """Whether a Trainer's gradient is that of one process with the whole batch. Before training, and without training.
+    """Compare a Trainer's gradient with that of one process and the whole batch, before training.
 
-    Takes samples from the Trainer's own dataset and runs them through its own ``training_step``, in the layout that it
-    trains in, without dropout. Model, optimizer, random states, data order and memory are as before afterwards; a model
-    that accelerate shards in place stays sharded.
+    Runs samples of the Trainer's own dataset through its own ``training_step``, in its own layout, without dropout.
+    Model, optimizer, random states, data order and memory are as before afterwards; a model that accelerate shards in
+    place stays sharded.
 
     Args:
-        trainer: Ours, or any ``transformers.Trainer``: then it shows what is wrong with that.
-        num_samples: At least two per data rank are taken.
+        trainer: Ours, or any ``transformers.Trainer``, whose errors it then shows.
+        num_samples: Raised to two per data rank.
         tolerance: Largest relative error of gradient and loss; bf16, fp16 and TF32 allow :data:`ROUNDED_TOLERANCE`.
-        make_model: Makes the whole model, for one that is sharded and has no configuration to build it from.
+        make_model: Makes the whole model, if it is sharded and has no configuration to build it from.
 
     Returns:
         The report, the same on all ranks.
 
-    Collectives: many; every rank must call. Memory: the whole model and its gradient, in float64 where that fits, on
-        rank 0.
+    Collectives: many; every rank must call. Memory: the whole model and its gradient on rank 0, in float64 if that
+        fits.
 
     Raises:
         InvalidArgumentError: the dataset has too few samples.
     """
     if isinstance(trainer, Accelerator) or not hasattr(trainer, "training_step"):
         raise InvalidArgumentError(
-            f"expected a Trainer, got {type(trainer).__name__}; a loop with an Accelerator has check_loop_invariance"
+            f"trainer must be a Trainer, got {type(trainer).__name__}; for a loop with an Accelerator call "
+            "check_loop_invariance"
         )
-    if trainer.is_in_train:
+
+    def check() -> InvarianceReport:
         return _check(TrainerSubject(trainer), num_samples, tolerance, make_model)
-    probe = _Probe(lambda: _check(TrainerSubject(trainer), num_samples, tolerance, make_model))
+
+    if trainer.is_in_train:
+        return check()
+    probe = _Probe(check)
     attributes, callbacks = dict(vars(trainer)), trainer.callback_handler.callbacks
     trainer.callback_handler.callbacks = [probe]
     try:
@@ -101,15 +105,14 @@ def check_loop_invariance(
     tolerance: float = 1e-5,
     make_model: MakeModel | None = None,
 ) -> InvarianceReport:
-    """:func:`check_invariance` for a loop of one's own.
+    """:func:`check_invariance` for a loop with an Accelerator.
 
     Args:
-        accelerator: Ours, or accelerate's: then it shows what is wrong with that.
+        accelerator: Ours, or accelerate's, whose errors it then shows.
         model: Prepared.
         rows: The dataset; the same on all ranks.
         collate: Rows → batch.
-        loss_and_targets: (model, batch) → the micro-batch's own mean loss, and what ``backward`` is told: the number
-            of its targets.
+        loss_and_targets: (model, batch) → the micro-batch's own mean loss, and its number of targets.
         num_samples: As in :func:`check_invariance`.
         tolerance: As in :func:`check_invariance`.
         make_model: As in :func:`check_invariance`.
@@ -133,11 +136,11 @@ def check_window_invariance(
 
     Args:
         model: As it is trained: DDP, ``fully_shard``, or plain.
-        rows: The dataset; the same on all ranks.
-        collate: Rows → batch.
-        run_window: This rank's micro-batches → the loss of the window over all ranks. It leaves the gradient that the
-            optimizer would step on in ``.grad``, and takes no step.
-        loss_and_targets: (model, batch) → its own mean loss, and the number of targets that is a mean over.
+        rows: As in :func:`check_loop_invariance`.
+        collate: As in :func:`check_loop_invariance`.
+        run_window: This rank's micro-batches → the loss of the window over all ranks. Leaves the gradient of the
+            optimizer step in ``.grad``, and takes no step.
+        loss_and_targets: As in :func:`check_loop_invariance`.
         num_samples: As in :func:`check_invariance`.
         tolerance: As in :func:`check_invariance`.
         make_model: As in :func:`check_invariance`.
@@ -147,11 +150,11 @@ def check_window_invariance(
 
 
 class _CheckIsDone(Exception):  # noqa: N818 - no error
-    """Ends a ``train`` that was started for a check."""
+    """Ends a ``train`` started for a check."""
 
 
 class _Probe(TrainerCallback):  # type: ignore[misc]
-    """Runs a check where a Trainer has everything ready."""
+    """Runs a check once a Trainer is ready to train."""
 
     def __init__(self, check: Callable[[], InvarianceReport]):
         self._check = check
@@ -163,21 +166,17 @@ class _Probe(TrainerCallback):  # type: ignore[misc]
 
 
 class CheckBeforeTraining(TrainerCallback):  # type: ignore[misc]
-    """Makes a Trainer check itself at the start of ``train``, and stop if it is not exact."""
+    """Checks a Trainer at the start of ``train``, and stops it if it is not exact."""
 
     def __init__(self, trainer: Any):
         self._trainer = trainer
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Raise InvarianceError if the check fails."""
         report = check_invariance(self._trainer)
         if self._trainer.is_world_process_zero():
             logger.info("%s", report)
         if not report.passed:
             raise InvarianceError(str(report), report=report)
-
-
-# ---- The check ----
 
 
 def _check(subject: Subject, num_samples: int, tolerance: float, make_model: MakeModel | None) -> InvarianceReport:
@@ -189,25 +188,24 @@ def _check(subject: Subject, num_samples: int, tolerance: float, make_model: Mak
         tolerance = max(tolerance, ROUNDED_TOLERANCE)
     per_rank = max(2, -(-num_samples // subject.num_data_ranks))
     rows = subject.rows(per_rank * subject.num_data_ranks)
-    mine = rows[subject.data_rank * per_rank : (subject.data_rank + 1) * per_rank]
+    own = rows[subject.data_rank * per_rank : (subject.data_rank + 1) * per_rank]
     what = describe(subject, len(rows))
     with subject.as_it_was():
         comparisons = [_compare_copies(subject.model)]
         try:
-            one = _measure(subject, [mine])
-            many = _measure(subject, [[row] for row in mine])
+            one = _measure(subject, [own])
+            many = _measure(subject, [[row] for row in own])
         except GradUtilsError as error:
             comparisons.append(Comparison(name="training step", problem=str(error)))
             return InvarianceReport(tuple(comparisons), tolerance, what)
         comparisons.append(
             compare_gradients(
-                f"{len(mine)} micro-batches against 1",
+                f"{len(own)} micro-batches against 1",
                 {name: difference(one.gradients[name], gradient) for name, gradient in many.gradients.items()},
                 loss=(one.loss, many.loss),
                 grad_norm=(one.norm, many.norm),
                 tolerance=tolerance,
                 advice=subject.advice,
-                others=HOOKS,
             )
         )
         comparisons += compare_with_one_process(subject, rows, many, tolerance, make_model)
@@ -221,16 +219,16 @@ def _measure(subject: Subject, parts: list[Rows]) -> Measured:
         if p.requires_grad:
             gradient = torch.zeros_like(p) if p.grad is None else in_layout_of(p, p.grad)
             gradients[unwrapped_name(name)] = gradient.detach().clone()
-    norm = math.sqrt(math.fsum(difference(g, g).want for g in gradients.values()))
+    measured = Measured.of(loss, gradients)
     discard_deferred(subject.model)
-    return Measured(loss, norm, gradients)
+    return measured
 
 
 def _compare_copies(model: nn.Module) -> Comparison:
-    """Parameters that should be copies of each other, by their checksums."""
-    name = "copies of parameters"
+    """Compare the checksums of replicas."""
+    problem = ""
     try:
-        plan_by_name(model, trained_parameters(model), world_domain(), {})  # anew: they may have drifted apart since
+        plan_by_name(model, trained_parameters(model), world_domain(), {})  # not cached: replicas may drift apart
     except ReplicaMismatchError as error:
-        return Comparison(name=name, problem=str(error))
-    return Comparison(name=name)
+        problem = str(error)
+    return Comparison(name="copies of parameters", problem=problem)

@@ -1,10 +1,9 @@
-"""The reference of a check: one process with the whole batch, in float64 where that fits."""
+"""The reference of a check: one process with the whole batch, in float64 if that fits."""
 
 import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,10 +13,7 @@ from torch import Tensor, nn
 from hf_gradutils._undisturbed import in_evaluation_mode
 from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.invariance._report import Comparison, Difference, compare_gradients
-from hf_gradutils.invariance._subjects import (
-    Rows,
-    Subject,
-)
+from hf_gradutils.invariance._subjects import Rows, Subject
 from hf_gradutils.invariance._whole_model import MakeModel, whole_model, whole_tensor
 from hf_gradutils.sync import free_bytes
 from hf_gradutils.targets.auxiliary_loss import without_auxiliary
@@ -25,11 +21,15 @@ from hf_gradutils.targets.known_heads import known_head
 from hf_gradutils.targets.probe import check_additivity
 from hf_gradutils.upstream.accelerate import without_accelerate_state
 
-HOOKS = (
-    "something sums what earlier micro-batches left in them again (a tensor-parallel hook on qk-norm), or holds only a "
-    "part of them (experts: pass ownership={'<name pattern>': 'sharded'}); GradUtilsTrainer takes such hooks out"
-)
-"""Advice where the gradients of a few parameters are wrong."""
+T = TypeVar("T")
+
+
+@torch.no_grad()
+def difference(want: Tensor, got: Tensor) -> Difference:
+    """The difference of two gradients. Collectives: for a DTensor, one all-reduce over its mesh for each number."""
+    a, b = want.to(torch.float64), got.to(torch.float64)
+    sums = [(b - a).square().sum(), a.square().sum(), (a * b).sum()]
+    return Difference(*(float(whole_tensor(s)) for s in sums))
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,10 @@ class Measured:
     gradients: dict[str, Tensor]
     """Name without wrappers → this rank's part."""
 
-
-@torch.no_grad()
-def difference(want: Tensor, got: Tensor) -> Difference:
-    """How a gradient differs. Collectives: for a DTensor, one all-reduce over its mesh for each number."""
-    a, b = want.to(torch.float64), got.to(torch.float64)
-    sums = [(b - a).square().sum(), a.square().sum(), (a * b).sum()]
-    return Difference(*(float(whole_tensor(s)) for s in sums))
+    @classmethod
+    def of(cls, loss: float, gradients: dict[str, Tensor]) -> "Measured":
+        """Take the norm of the gradients. Collectives: as :func:`difference`."""
+        return cls(loss, math.sqrt(math.fsum(difference(g, g).want for g in gradients.values())), gradients)
 
 
 def compare_with_one_process(
@@ -55,27 +52,26 @@ def compare_with_one_process(
 ) -> list[Comparison]:
     """Compare the gradient of many micro-batches with one process, and the loss with the targets counted.
 
-    Collectives: one broadcast and one gather per parameter; every rank calls.
+    Collectives: one broadcast and one gather per parameter; every rank must call.
     """
     name = "this layout against one process"
-    is_first = not dist.is_initialized() or dist.get_rank() == 0
     try:
         whole = whole_model(subject.model, make_model=make_model)
     except InvalidArgumentError as error:
         return [Comparison(name=name, not_compared=str(error))]
-    found: list[Any] = [None]
     truth: Measured | None = None
-    if is_first:
-        assert whole is not None
+    outcome: tuple[float, float, Comparison] | Exception | None = None
+    if whole is not None:
         try:
-            truth, found[0] = _alone(subject, whole, rows, tolerance)
-        except Exception as error:  # told to the others, who would wait
-            found[0] = error
-    if dist.is_initialized():
-        dist.broadcast_object_list(found)
-    if isinstance(found[0], Exception):
-        raise found[0]
-    loss, norm, targets = found[0]
+            truth, targets = _alone(subject, whole, rows, tolerance)
+            outcome = truth.loss, truth.norm, targets
+        except Exception as error:  # raised on all ranks, which wait for the outcome
+            outcome = error
+    outcome = _from_first_rank(outcome)
+    if isinstance(outcome, Exception):
+        raise outcome
+    assert outcome is not None
+    loss, norm, targets = outcome
     differences: dict[str, Difference] = {}
     for parameter, gradient in many.gradients.items():
         full = whole_tensor(gradient)
@@ -83,29 +79,38 @@ def compare_with_one_process(
             want = truth.gradients.get(parameter)
             if want is not None and want.shape == full.shape:
                 differences[parameter] = difference(want.to(full.device), full)
-            else:  # a part that does not say so
+            else:  # a shard without placements
                 differences[parameter] = Difference(1.0, 1.0, 0.0)
-    told: list[Any] = [differences]
-    if dist.is_initialized():
-        dist.broadcast_object_list(told)
-    row = compare_gradients(
+    layout = compare_gradients(
         name,
-        told[0],
+        _from_first_rank(differences),
         loss=(loss, many.loss),
         grad_norm=(norm, many.norm),
         tolerance=tolerance,
         advice=subject.advice,
-        others=HOOKS,
     )
-    return [row, targets]
+    return [layout, targets]
 
 
-def _alone(
-    subject: Subject, whole: nn.Module, rows: Rows, tolerance: float
-) -> tuple[Measured, tuple[float, float, Comparison]]:
-    """Gradient and loss of one process and one batch; and whether the loss is a mean over what is counted."""
+def _from_first_rank(value: T) -> T:
+    """The value of rank 0. Collectives: one broadcast of objects."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def _alone(subject: Subject, whole: nn.Module, rows: Rows, tolerance: float) -> tuple[Measured, Comparison]:
+    """Gradient and loss of one process and one batch, and the comparison of the loss with the targets counted."""
     batch = subject.batch(rows)
-    with in_evaluation_mode(whole), without_auxiliary(whole), _alone_in_the_world(whole):
+    known = known_head(whole)
+    # Detection losses average their boxes over accelerate's ranks, of which none takes part here.
+    without_ranks = known is not None and known.loss_unit == "boxes"
+    with (
+        in_evaluation_mode(whole),
+        without_auxiliary(whole),
+        without_accelerate_state() if without_ranks else contextlib.nullcontext(),
+    ):
         counter = subject.counter(whole)
         with torch.no_grad():
             additivity = check_additivity(lambda part: subject.own_mean(whole, part), batch, counter)
@@ -120,24 +125,19 @@ def _alone(
     gradients = {
         n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in whole.named_parameters() if p.requires_grad
     }
-    norm = math.sqrt(math.fsum(float(g.to(torch.float64).square().sum()) for g in gradients.values()))
-    name = "targets counted against the loss"
-    # Three forwards of different shapes round differently.
-    limit = max(20 * tolerance, 2e-4)
     problem = ""
-    if additivity.relative_error > limit:
+    if additivity.relative_error > max(20 * tolerance, 2e-4):  # three forwards of different shapes round differently
         problem = (
             f"L(AB)·n(AB) = {additivity.whole:.7g} but L(A)·n(A) + L(B)·n(B) = {sum(additivity.parts):.7g}, so that "
             f"the loss is no mean over the {additivity.num_targets:.0f} targets counted; {subject.advice}"
         )
-    unchecked = "the samples cannot be cut in two" if math.isnan(additivity.relative_error) else ""
-    row = Comparison(
-        name=name,
+    targets = Comparison(
+        name="targets counted against the loss",
         loss=(additivity.whole, sum(additivity.parts)),
         problem=problem,
-        not_compared=unchecked,
+        not_compared="the samples cannot be cut in two" if math.isnan(additivity.relative_error) else "",
     )
-    return Measured(loss, norm, gradients), (loss, norm, row)
+    return Measured.of(loss, gradients), targets
 
 
 def _backward(subject: Subject, model: nn.Module, batch: Any) -> float:
@@ -147,23 +147,10 @@ def _backward(subject: Subject, model: nn.Module, batch: Any) -> float:
     return float(loss.detach())
 
 
-@contextlib.contextmanager
-def _alone_in_the_world(model: nn.Module) -> Iterator[None]:
-    """Detection losses ask accelerate for other ranks, of which none takes part here."""
-    with without_accelerate_state() if _counts_boxes(model) else contextlib.nullcontext():
-        yield
-
-
-def _counts_boxes(model: nn.Module) -> bool:
-    known = known_head(model)
-    return known is not None and known.loss_unit == "boxes"
-
-
 def _in_float64(batch: Any) -> Any:
     return recursively_apply(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, batch)
 
 
 def _fits_in_float64(model: nn.Module) -> bool:
-    """Weights and gradients, and as much again for activations."""
-    needed = 2 * 16 * sum(p.numel() for p in model.parameters())
+    needed = 2 * 16 * sum(p.numel() for p in model.parameters())  # weights, gradients, and as much for activations
     return needed < free_bytes(next(model.parameters()).device)

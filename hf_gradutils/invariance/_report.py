@@ -1,15 +1,20 @@
-"""What a check of invariance has found, as a table and in words."""
+"""The report of a check of invariance, as a table and in words."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-MOST_NAMES = 3
+_MOST_NAMES = 3
+_FEW_ARE_WRONG = (
+    "something sums what earlier micro-batches left in them again (a tensor-parallel hook on qk-norm), or holds only a "
+    "part of them (experts: pass ownership={'<name pattern>': 'sharded'}); GradUtilsTrainer takes such hooks out"
+)
+"""Advice if the gradients of a few parameters are wrong."""
 
 
 class Difference(NamedTuple):
-    """Of one parameter's gradient: squares and product, over all its elements."""
+    """Squares and product of a gradient b and its reference a, over all elements."""
 
     error: float
     """Σ (b − a)²."""
@@ -21,7 +26,7 @@ class Difference(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One row: what should be the same, and by how much it is not."""
+    """One row: two numbers or gradients that should be equal, and their difference."""
 
     name: str
     loss: tuple[float, float] = (math.nan, math.nan)
@@ -29,21 +34,21 @@ class Comparison:
     gradient_error: float = math.nan
     """‖b − a‖ / ‖a‖ over the whole model."""
     worst: tuple[tuple[str, float], ...] = ()
-    """(Parameter, relative error) of those that are most wrong."""
+    """(Parameter, relative error) of the largest errors."""
     problem: str = ""
-    """What is wrong and what to set; empty where all is well."""
+    """The error and its fix; empty if there is none."""
     not_compared: str = ""
-    """Why there is nothing to compare."""
+    """The reason why there is nothing to compare."""
 
     @property
     def passed(self) -> bool:
-        """Whether it is the same; also where it could not be compared."""
+        """True if nothing is wrong, or nothing could be compared."""
         return not self.problem
 
 
 @dataclass(frozen=True)
 class InvarianceReport:
-    """What :func:`hf_gradutils.check_invariance` has found; ``str()`` is the table. The same on all ranks."""
+    """The result of :func:`hf_gradutils.check_invariance`, the same on all ranks; ``str()`` is the table."""
 
     comparisons: tuple[Comparison, ...]
     tolerance: float
@@ -52,7 +57,7 @@ class InvarianceReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every comparison has."""
+        """True if every comparison has passed."""
         return all(row.passed for row in self.comparisons)
 
     def __str__(self) -> str:
@@ -85,31 +90,23 @@ def compare_gradients(
     grad_norm: tuple[float, float],
     tolerance: float,
     advice: str,
-    others: str = "",
 ) -> Comparison:
-    """A row out of the parameters' differences.
+    """Make a row of the differences of parameters' gradients, and of (reference, actual) loss and norm.
 
-    Args:
-        name: Of the row.
-        differences: Parameter → how its gradient differs.
-        loss: What it should be, and is.
-        grad_norm: What it should be, and is.
-        tolerance: Largest relative error that passes.
-        advice: What to do where the whole gradient is wrong.
-        others: What to do where a few parameters' gradients are.
+    ``advice`` is the fix if the whole gradient is wrong.
     """
     total = math.fsum(d.want for d in differences.values())
     error = _root(math.fsum(d.error for d in differences.values()) / total) if total else math.nan
     errors = {n: _root(d.error / d.want) if d.want else (math.inf if d.error else 0.0) for n, d in differences.items()}
-    # What is tiny beside the whole gradient is mostly rounding.
+    # Errors that are tiny beside the whole gradient are mostly rounding.
     wrong = {
         n: e for n, e in errors.items() if e > tolerance and _root(differences[n].error) > tolerance * _root(total) / 10
     }
-    worst = sorted(wrong.items(), key=lambda item: -item[1])[:MOST_NAMES]
+    worst = sorted(wrong.items(), key=lambda item: -item[1])[:_MOST_NAMES]
     loss_error = abs(loss[1] - loss[0]) / max(abs(loss[0]), 1e-12)
     problem = ""
     if error > tolerance or math.isnan(error) or not math.isfinite(error):
-        problem = _in_words(differences, wrong, error, advice, others)
+        problem = _in_words(differences, len(wrong), error, advice)
     elif loss_error > tolerance:
         problem = f"the gradient is right, but the loss is off by {loss_error:.1e}; {advice}"
     return Comparison(
@@ -122,21 +119,20 @@ def compare_gradients(
     )
 
 
-def _in_words(
-    differences: Mapping[str, Difference], wrong: Mapping[str, float], error: float, advice: str, others: str
-) -> str:
+def _in_words(differences: Mapping[str, Difference], num_wrong: int, error: float, advice: str) -> str:
     total = math.fsum(d.want for d in differences.values())
     if not total:
-        return f"the gradient is zero where it should be compared; {advice}"
+        return f"the reference gradient is zero, so there is nothing to compare; {advice}"
     if not math.isfinite(error):
         return "the gradient is inf or NaN on these samples; look at their labels and at the loss"
     scale = math.fsum(d.product for d in differences.values()) / total
     residue = _root(max(0.0, error**2 - (scale - 1.0) ** 2))
     if residue < 1e-3 < abs(scale - 1.0):
         return f"the gradient is {scale:.4g} times what it should be; {advice}"
-    if len(wrong) <= len(differences) / 2 and others:
+    if num_wrong <= len(differences) / 2:
         return (
-            f"the gradients of {len(wrong)} of {len(differences)} parameters are wrong, the others are right; {others}"
+            f"the gradients of {num_wrong} of {len(differences)} parameters are wrong, the others are right; "
+            f"{_FEW_ARE_WRONG}"
         )
     return f"the gradient is off by {error:.1e}; {advice}"
 

@@ -1,4 +1,4 @@
-"""What a check of invariance is made on: the steps of a Trainer, ours or not, or of a loop with an Accelerator."""
+"""The subjects of a check of invariance: loops with an Accelerator, ours or not, and loops of plain torch."""
 
 import contextlib
 import random
@@ -27,11 +27,11 @@ Rows: TypeAlias = list[Any]
 RunWindow: TypeAlias = Callable[[list[Any]], Tensor | float]
 """This rank's micro-batches → the window's loss; leaves the gradient of the optimizer step in ``.grad``."""
 LossAndTargets: TypeAlias = Callable[[nn.Module, Any], tuple[Tensor, Tensor | int]]
-"""(model, batch) → its own mean loss, and the number of targets that is a mean over."""
+"""(model, batch) → its own mean loss, and its number of targets."""
 
 
 class Subject(Protocol):
-    """Something that turns micro-batches into a gradient."""
+    """A training that turns micro-batches into a gradient."""
 
     model: nn.Module
     """Wrapped and sharded, ready to train."""
@@ -41,30 +41,28 @@ class Subject(Protocol):
     is_exact: bool
     """float32 or better, without autocast or TF32."""
     advice: str
-    """What to do where gradients are wrong."""
+    """The fix if gradients are wrong."""
 
     def rows(self, num_rows: int) -> Rows:
         """The first samples of the dataset, the same on all ranks."""
 
     def run(self, parts: Sequence[Rows]) -> float:
-        """Leave the gradient of a step with these micro-batches on this rank in ``.grad``; the loss that is logged."""
+        """Leave the gradient of a step with these micro-batches of this rank in ``.grad``; returns the logged loss."""
 
     def batch(self, rows: Rows) -> Any:
-        """On this rank's device."""
+        """Collate the rows, on this rank's device."""
 
     def own_mean(self, model: nn.Module, batch: Any) -> Tensor:
-        """The loss of one batch on one process, without any wrapper's or rank's help."""
+        """The loss of one batch on one process, without wrappers and other ranks."""
 
     def counter(self, model: nn.Module) -> TargetCounter:
-        """Counts the targets of a batch as the training does."""
+        """The counter of targets in training."""
 
     def as_it_was(self) -> contextlib.AbstractContextManager[None]:
-        """Afterwards everything is as before."""
+        """The context of a check; restores everything."""
 
 
 class _Loop:
-    """What loops of one's own have in common."""
-
     def __init__(
         self,
         model: nn.Module,
@@ -81,7 +79,7 @@ class _Loop:
 
     def rows(self, num_rows: int) -> Rows:
         if len(self._rows) < num_rows:
-            raise InvalidArgumentError(f"expected at least {num_rows} rows, got {len(self._rows)}; lower num_samples")
+            raise InvalidArgumentError(f"{num_rows} rows are needed, got {len(self._rows)}; lower num_samples")
         return [self._rows[index] for index in range(num_rows)]
 
     def batch(self, rows: Rows) -> Any:
@@ -115,9 +113,9 @@ class AcceleratorLoop(_Loop):
         self.num_data_ranks = self.num_ranks // num_sharers
         self.data_rank = accelerator.process_index // num_sharers
         self.advice = (
-            "num_targets is not what the loss is a mean over"
+            "num_targets is not the number of targets that the loss is a mean over"
             if self._is_ours
-            else "accelerate's Accelerator does not weigh micro-batches by their targets; use "
+            else "accelerate's Accelerator does not weight micro-batches by their targets; use "
             "hf_gradutils.GradUtilsAccelerator and backward(loss, num_targets=…)"
         )
 
@@ -151,18 +149,12 @@ class AcceleratorLoop(_Loop):
             return self.accelerator.windows.sync_context(self.model, is_last=True)
         return contextlib.nullcontext()
 
-    @contextlib.contextmanager
-    def as_it_was(self) -> Iterator[None]:
-        steps, step = self.accelerator.gradient_accumulation_steps, self.accelerator.step
-        try:
-            with model_untouched(self.model), accelerator_untouched(self.accelerator):
-                yield
-        finally:
-            self.accelerator.gradient_accumulation_steps, self.accelerator.step = steps, step
+    def as_it_was(self) -> contextlib.AbstractContextManager[None]:
+        return accelerator_untouched(self.accelerator, self.model)
 
 
 class TorchLoop(_Loop):
-    """A loop of plain torch: data parallelism of any kind, or one process."""
+    """A loop of plain torch, with data parallelism of any kind or one process."""
 
     def __init__(
         self,
@@ -177,7 +169,7 @@ class TorchLoop(_Loop):
         self.num_ranks = self.num_data_ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.data_rank = dist.get_rank() if dist.is_initialized() else 0
         self.is_exact = is_exact_in_itself(model, self._device)
-        self.advice = "the window's end does not divide by the targets that the losses are means over"
+        self.advice = "divide gradients at the window's end by the targets that the losses are means over"
 
     def run(self, parts: Sequence[Rows]) -> float:
         discard_deferred(self.model)
@@ -188,7 +180,7 @@ class TorchLoop(_Loop):
 
 
 def finish_step(accelerator: GradUtilsAccelerator, model: nn.Module) -> float:
-    """What a fused optimizer would have done on the way to the step; the loss."""
+    """Scale gradients as a fused optimizer would have in its step; returns the loss."""
     report = accelerator.report
     assert report is not None
     for optimizer in optimizers_of(accelerator):
@@ -208,7 +200,7 @@ def mean_over_ranks(loss: Tensor) -> float:
 
 @contextlib.contextmanager
 def model_untouched(model: nn.Module) -> Iterator[None]:
-    """Without dropout; gradients, buffers, modes and random states are as before afterwards."""
+    """No dropout inside; gradients, buffers, modes and random states are as before afterwards."""
     gradients = [(p, p.grad) for p in model.parameters()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     numpy = sys.modules.get("numpy")
@@ -231,22 +223,24 @@ def model_untouched(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def accelerator_untouched(accelerator: Accelerator) -> Iterator[None]:
-    sync = accelerator.sync_gradients
-    try:
-        yield
-    finally:
-        accelerator.sync_gradients = sync
-        if isinstance(accelerator, GradUtilsAccelerator):
-            accelerator.windows.forget()
-            accelerator.windows.report = None
-            for optimizer in optimizers_of(accelerator):
-                optimizer.order = None
+def accelerator_untouched(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """:func:`model_untouched`; the Accelerator is as before afterwards too."""
+    before = accelerator.sync_gradients, accelerator.gradient_accumulation_steps, accelerator.step
+    with model_untouched(model):
+        try:
+            yield
+        finally:
+            accelerator.sync_gradients, accelerator.gradient_accumulation_steps, accelerator.step = before
+            if isinstance(accelerator, GradUtilsAccelerator):
+                accelerator.windows.forget()
+                accelerator.windows.report = None
+                for optimizer in optimizers_of(accelerator):
+                    optimizer.order = None
 
 
 @contextlib.contextmanager
 def _staying_in_its_mode(model: nn.Module) -> Iterator[None]:
-    """A Trainer switches to training mode in every micro-batch."""
+    """Ignore ``model.train()``, which a Trainer calls in every micro-batch."""
     vars(model)["train"] = lambda mode=True: model
     try:
         yield
@@ -258,8 +252,7 @@ def describe(subject: Subject, num_rows: int) -> str:
     """The layout, the samples and the arithmetic."""
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in subject.model.parameters()})
     rounds = "" if subject.is_exact else ", rounded arithmetic"
-    num_ranks = subject.num_ranks
-    ranks = (
-        "1 rank" if num_ranks == 1 else f"{num_ranks} ranks, {subject.num_data_ranks} of them with data of their own"
-    )
+    ranks = "1 rank"
+    if subject.num_ranks > 1:
+        ranks = f"{subject.num_ranks} ranks, {subject.num_data_ranks} of them with data of their own"
     return f"{num_rows} samples, {ranks}, {type(subject.model).__name__}, {'/'.join(kinds)}{rounds}"

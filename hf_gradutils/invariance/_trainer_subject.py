@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_gradutils._precision import uses_exact_arithmetic
 from hf_gradutils.accelerator import GradUtilsAccelerator
 from hf_gradutils.errors import InvalidArgumentError
-from hf_gradutils.invariance._subjects import Rows, accelerator_untouched, finish_step, mean_over_ranks, model_untouched
+from hf_gradutils.invariance._subjects import Rows, accelerator_untouched, finish_step, mean_over_ranks
 from hf_gradutils.sync import discard_deferred
 from hf_gradutils.targets import trl
 from hf_gradutils.targets.counter import TargetCounter
@@ -46,7 +46,7 @@ class TrainerSubject:
         rows = list(itertools.islice(iter(self._loader.dataset), num_rows))
         if len(rows) < num_rows:
             raise InvalidArgumentError(
-                f"expected a dataset of at least {num_rows} samples for {self.num_data_ranks} data ranks, got "
+                f"{num_rows} samples are needed for {self.num_data_ranks} data ranks, but the dataset has "
                 f"{len(rows)}; lower num_samples, or use fewer ranks"
             )
         return rows
@@ -67,8 +67,8 @@ class TrainerSubject:
         for index, inputs in enumerate(samples):
             is_last = index == len(batches) - 1
             self.accelerator.sync_gradients = is_last
-            waits = not is_last and not self._is_ours
-            with trainer_no_sync(trainer, model) if waits else contextlib.nullcontext():
+            defers = not is_last and not self._is_ours
+            with trainer_no_sync(trainer, model) if defers else contextlib.nullcontext():
                 total += trainer.training_step(model, inputs, num_items)
         trainer._get_grad_norm(model)
         if self._is_ours:
@@ -77,14 +77,14 @@ class TrainerSubject:
 
     def own_mean(self, model: nn.Module, batch: Any) -> Tensor:
         trainer = self.trainer
-        before, trainer.args.average_tokens_across_devices = trainer.args.average_tokens_across_devices, False
         count = self.counter(model)(batch).clamp(min=1) if trainer.compute_loss_func is not None else None
-        try:
-            # Ranks other than this one are not asked, so nothing may be gathered.
-            with trl.loss_only(trainer, with_auxiliary=False), trainer.compute_loss_context_manager():
-                loss: Tensor = trainer.compute_loss(model, dict(batch), num_items_in_batch=count)
-        finally:
-            trainer.args.average_tokens_across_devices = before
+        # Only this rank computes the loss, so nothing may be gathered.
+        with (
+            self._averaging_no_tokens(),
+            trl.loss_only(trainer, with_auxiliary=False),
+            trainer.compute_loss_context_manager(),
+        ):
+            loss: Tensor = trainer.compute_loss(model, dict(batch), num_items_in_batch=count)
         return loss
 
     def counter(self, model: nn.Module) -> TargetCounter:
@@ -93,13 +93,18 @@ class TrainerSubject:
         return TargetCounter(count=self._stock_count)
 
     def _stock_count(self, batch: Mapping[str, Any]) -> Tensor:
+        with self._averaging_no_tokens():
+            count = self.trainer._get_num_items_in_batch([batch], self.trainer.args.device)
+        return torch.as_tensor(count_rows(batch) if count is None else count)
+
+    @contextlib.contextmanager
+    def _averaging_no_tokens(self) -> Iterator[None]:
         args = self.trainer.args
         before, args.average_tokens_across_devices = args.average_tokens_across_devices, False
         try:
-            count = self.trainer._get_num_items_in_batch([batch], args.device)
+            yield
         finally:
             args.average_tokens_across_devices = before
-        return torch.as_tensor(count_rows(batch) if count is None else count)
 
     @contextlib.contextmanager
     def as_it_was(self) -> Iterator[None]:
@@ -109,7 +114,7 @@ class TrainerSubject:
         logged = {name: copy.deepcopy(attributes[name]) for name in TRL_METRICS if name in attributes}
         steps = trainer.args.gradient_accumulation_steps
         try:
-            with model_untouched(self.model), accelerator_untouched(self.accelerator):
+            with accelerator_untouched(self.accelerator, self.model):
                 yield
         finally:
             trainer.args.gradient_accumulation_steps = steps

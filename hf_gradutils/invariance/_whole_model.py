@@ -1,4 +1,4 @@
-"""The whole model of a layout on one rank, for a comparison with one process."""
+"""The whole model of a layout on one rank, for the comparison with one process."""
 
 import copy
 from collections.abc import Callable
@@ -17,44 +17,42 @@ from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.gradients.names import unwrapped_name
 
 MakeModel: TypeAlias = Callable[[], nn.Module]
-"""Makes the whole model, for one that cannot be built anew from a configuration."""
+"""Makes the whole model if it cannot be built from a configuration."""
 
 
 def whole_model(model: nn.Module, *, make_model: MakeModel | None = None) -> nn.Module | None:
     """A copy of the model on rank 0, without wrappers and unsharded; None on the others.
 
     Args:
-        model: Wrapped and sharded by anything. What is sharded is built anew from its configuration.
-        make_model: Builds it, where there is no configuration; called on rank 0.
+        model: Wrapped and sharded by anything. A sharded one is built anew from its configuration.
+        make_model: Builds it instead; called on rank 0.
 
-    Collectives: one gather per sharded parameter; every rank calls.
+    Collectives: one gather per sharded parameter; every rank must call.
 
     Raises:
-        InvalidArgumentError: it is sharded and cannot be built anew from a configuration.
+        InvalidArgumentError: it is sharded, and has no configuration to build it from.
     """
     inside = extract_model_from_parallel(model, keep_torch_compile=False)
-    is_mine = not dist.is_initialized() or dist.get_rank() == 0
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
     is_sharded = any(isinstance(m, FSDPModule | FullyShardedDataParallel) for m in inside.modules()) or any(
         isinstance(p, DTensor) for p in inside.parameters()
     )
     if not is_sharded:
-        return _copy(inside) if is_mine else None
+        return _copy(inside) if is_first else None
     build = make_model or _builder_of(inside)
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(inside, options=options)
-    if not is_mine:
+    state = get_model_state_dict(inside, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if not is_first:
         return None
     built = build()
-    known = built.state_dict().keys()
     state = {unwrapped_name(name): value for name, value in state.items()}
-    built.load_state_dict({name: value for name, value in state.items() if name in known})
+    built.load_state_dict({name: state[name] for name in built.state_dict() if name in state})
     for new, old in zip(built.parameters(), inside.parameters(), strict=True):
         new.requires_grad_(old.requires_grad)
     return built.to(device_of(inside))
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """All of a DTensor, on its mesh's device, where its ranks can talk; a plain tensor as it is. One gather."""
+    """All of a DTensor, on its mesh's device, whose ranks can communicate; a plain tensor as it is. One gather."""
     if not isinstance(tensor, DTensor):
         return tensor
     mesh_device = tensor.device_mesh.device_type
@@ -80,8 +78,8 @@ def _builder_of(model: nn.Module) -> Callable[[], nn.Module]:
     kind: Any = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
     if config is None or not hasattr(config, "to_dict") or hasattr(model, "peft_config"):
         raise InvalidArgumentError(
-            f"expected a model of transformers, which can be built anew on one process, got a sharded {kind.__name__}; "
-            "pass make_model=…, a function that makes it"
+            f"a sharded {kind.__name__} cannot be built anew on one process, because it has no configuration of "
+            "transformers; pass make_model=…, a function that makes it"
         )
 
     def build() -> nn.Module:

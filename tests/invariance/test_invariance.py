@@ -344,7 +344,7 @@ def _state(trainer):
 def test_what_cannot_be_checked_says_why():
     with pytest.raises(InvalidArgumentError, match="check_loop_invariance"):
         check_invariance(object())
-    with pytest.raises(InvalidArgumentError, match="expected a dataset of at least 99 samples"):
+    with pytest.raises(InvalidArgumentError, match="99 samples are needed"):
         train(HEAD, 4, layout="one_rank", trainer_class=checking(GradUtilsTrainer, num_samples=99))
     with pytest.raises(InvalidArgumentError, match="tolerance must be > 0"):
         train(HEAD, 4, layout="one_rank", trainer_class=checking(GradUtilsTrainer, tolerance=0))
