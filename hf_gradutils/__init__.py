@@ -1,7 +1,7 @@
 """The gradient of one device with the whole batch, in every parallel layout.
 
-Every name is imported when it is first used, with what it needs and no more: first ranks and barriers load torch
-alone, the utilities DTensor as well, Trainer, Accelerator and plugin transformers and accelerate.
+A name is imported at its first use, with what it needs and no more: first ranks and barriers load torch alone, the
+utilities DTensor as well, Trainer, Accelerator and plugin also transformers and accelerate.
 """
 
 import importlib
@@ -59,7 +59,7 @@ _PLACES = {
     "invariance": ("InvarianceReport", "check_invariance", "check_loop_invariance", "check_window_invariance"),
     "trainer": ("GradUtilsSeq2SeqTrainer", "GradUtilsTrainer", "GradUtilsTrainerMixin"),
 }
-"""Module → the names that come from it."""
+"""Module → its public names."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The ranks whose contributions are added, and the one packed collective that adds them."""
+"""The ranks of a sum, and the packed collectives that reduce over them."""
 
 import math
 from collections.abc import Sequence
@@ -20,10 +20,9 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True)
 class Domain:
-    """Ranks that a sum runs over.
+    """Ranks that a sum runs over: a grid, whose axes are ``groups``.
 
-    Summing over each of ``groups`` in turn adds every rank of the domain once: the groups are the axes of a
-    grid. No group at all is a domain of this rank alone.
+    Summing over each group in turn adds every rank once. Without groups the domain is this rank alone.
     """
 
     groups: tuple[ProcessGroup, ...]
@@ -31,7 +30,7 @@ class Domain:
 
     @property
     def ranks(self) -> frozenset[tuple[int, ...]]:
-        """The axes as sets of global ranks; equal for equal domains, also in another process."""
+        """The axes as global ranks, which compare across processes."""
         return frozenset(tuple(dist.get_process_group_ranks(group)) for group in self.groups)
 
 
@@ -50,14 +49,12 @@ def world_domain(group: ProcessGroup | None = None) -> Domain:
 
 
 def domain_of(groups: Sequence[ProcessGroup | None]) -> Domain:
-    """The grid that the given groups span; None and groups of one rank span nothing.
+    """The grid that the groups span; None, groups of one rank, and groups inside others are ignored.
 
-    A group inside another one (a dimension of a flattened mesh) adds nothing. When the grid covers every
-    rank, the default group stands for all axes, which makes one collective of several.
+    If the grid covers every rank, the default group replaces all axes, which makes one collective of several.
 
     Raises:
-        InvalidArgumentError: two groups share this rank and some others but not all, so that no sum counts
-            every rank once.
+        InvalidArgumentError: two groups share some ranks besides this one, but not all: no sum counts each rank once.
     """
     axes: dict[frozenset[int], ProcessGroup] = {}
     for group in groups:
@@ -68,8 +65,8 @@ def domain_of(groups: Sequence[ProcessGroup | None]) -> Domain:
         for other in largest[:i]:
             if len(ranks & other) > 1:
                 raise InvalidArgumentError(
-                    f"expected groups that meet in one rank or contain one another, got ranks {sorted(ranks)} "
-                    f"and {sorted(other)}; pass one group that covers both"
+                    f"groups must meet in one rank or contain one another, got ranks {sorted(ranks)} and "
+                    f"{sorted(other)}; pass one group that covers both"
                 )
     num_ranks = math.prod(len(ranks) for ranks in largest)
     if len(largest) > 1 and num_ranks == dist.get_world_size():
@@ -82,10 +79,10 @@ def all_reduce_(domain: Domain, sums: Tensor) -> Tensor:
     """Add ``sums`` over the domain, in place; returns it.
 
     Args:
-        domain: Who takes part; every rank of it must call, with vectors of the same length.
+        domain: Every rank of it must call, with vectors of the same length.
         sums: Shape (n,), float64.
 
-    Collectives: one all-reduce per axis of the domain. Host syncs: none; one where ``sums`` is on the CPU and the group
+    Collectives: one all-reduce per axis of the domain. Host syncs: none; one if ``sums`` is on the CPU and the group
     cannot carry it from there.
     """
     if domain.groups:
@@ -99,17 +96,17 @@ def all_reduce_(domain: Domain, sums: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gather_extremes(domain: Domain, sums: Tensor, maxima: Tensor) -> tuple[Tensor, Tensor]:
-    """Add ``sums`` and take the largest of ``maxima`` over the domain, in one go.
+    """Add ``sums`` and take the largest of ``maxima`` over the domain.
 
     A sum and a maximum do not fit one all-reduce, and MAX reductions drop NaN.
 
     Args:
-        domain: Who takes part; every rank of it must call, with vectors of the same lengths.
+        domain: Every rank of it must call, with vectors of the same lengths.
         sums: Shape (n,), float64. Left unchanged.
         maxima: Shape (m,), float64. NaN on one rank gives NaN on all.
 
     Returns:
-        The same vectors, reduced, on the device that ``sums`` came on.
+        Both vectors, reduced, on the device of ``sums``.
 
     Collectives: one all-gather per axis of the domain. Host syncs: as :func:`all_reduce_`.
     """
@@ -129,8 +126,8 @@ def add_up(domain: Domain, device: torch.device = _CPU, **numbers: float) -> dic
     """The sum of each number over the domain, by name.
 
     Args:
-        domain: Who takes part; every rank of it must call, with the same names.
-        device: Where the numbers travel.
+        domain: Every rank of it must call, with the same names.
+        device: Of the collective.
         **numbers: Of this rank.
 
     Collectives: one all-reduce per axis of the domain. Host syncs: one.
@@ -148,10 +145,10 @@ def find_largest(domain: Domain, device: torch.device = _CPU, **numbers: float) 
     return dict(zip(numbers, gather_extremes(domain, own[:0], own)[1].tolist(), strict=True))
 
 
-def gather_objects(domain: Domain, mine: T) -> list[T]:
-    """What every rank of the domain's first axis passes, in their order. One object gather; every rank must call."""
+def gather_objects(domain: Domain, own: T) -> list[T]:
+    """The object of every rank of the domain's first axis, in order. One object gather; every rank must call."""
     if not domain.groups:
-        return [mine]
+        return [own]
     records: list[Any] = [None] * dist.get_world_size(domain.groups[0])
-    dist.all_gather_object(records, mine, group=domain.groups[0])
+    dist.all_gather_object(records, own, group=domain.groups[0])
     return records

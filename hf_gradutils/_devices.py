@@ -12,22 +12,22 @@ from torch.distributed.tensor import DTensor
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on ``device``; itself, without a call, where it is there already.
+    """The tensor on ``device``; itself, without a call, if it is there.
 
-    Host syncs: one on the way from an accelerator to the CPU, where it could be read before it has come; else none.
+    Host syncs: one from an accelerator to the CPU, where it could be read before it has arrived; else none.
     """
     return tensor if tensor.device == device else tensor.to(device, non_blocking=device.type != "cpu")
 
 
 class Kind(NamedTuple):
-    """Device and dtype of all of some tensors; None where they differ."""
+    """Device and dtype of some tensors; None if they differ."""
 
     device: torch.device | None
     dtype: torch.dtype | None
 
 
 def common_kind(tensors: Sequence[Tensor]) -> Kind:
-    """What the tensors have in common; asked at every step, so without making hundreds of device objects."""
+    """The common device and dtype of tensors. Called at every step, so without making hundreds of device objects."""
     if not tensors:
         return Kind(None, None)
     numbers = set(map(Tensor.get_device, tensors))  # -1 is the CPU; a process has one kind of accelerator
@@ -39,10 +39,10 @@ _get_dtype = operator.attrgetter("dtype")
 
 
 def _device_for(group: ProcessGroup, device: torch.device) -> torch.device:
-    """Where a vector that is on ``device`` goes to be reduced.
+    """The device from which a vector on ``device`` is reduced.
 
-    The same kind of device on every rank, also on one whose gradients are offloaded, or that has none: a group may have
-    a backend for each kind, and they do not meet.
+    It is of the same kind on every rank, also if gradients are offloaded or missing: a group may have a backend for
+    each kind, and one backend cannot reduce with another.
     """
     backends = dict(entry.split(":") for entry in str(dist.get_backend_config(group)).split(",") if ":" in entry)
     is_one = len(set(backends.values())) == 1
@@ -57,7 +57,7 @@ def _device_for(group: ProcessGroup, device: torch.device) -> torch.device:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model computes: its parameters' device, or that of their mesh if they are offloaded from it."""
+    """The device of a model's computation: its parameters' device, or their mesh's if they are offloaded."""
     parameter = next(model.parameters(), None)
     if parameter is None:
         return torch.device("cpu")

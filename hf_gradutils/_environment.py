@@ -1,7 +1,6 @@
 """The only reader of ``os.environ``: the variables of launchers and of the package, as typed values.
 
-A variable that is set to the empty string counts as unset. Nothing is cached: tests, notebooks and
-accelerate set variables after import.
+An empty variable counts as unset. Nothing is cached: tests, notebooks and accelerate set variables after import.
 """
 
 import os
@@ -14,15 +13,14 @@ from hf_gradutils.errors import LauncherError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Launcher:
-    """Names of the variables in which one kind of launcher describes a process."""
+    """Names of the variables in which a launcher describes a process."""
 
     title: str
     global_rank: str
     world_size: str
     local_rank: str
     node_rank: str | None
-    """Number of the node; None where the launcher has none (OMPI_COMM_WORLD_NODE_RANK is a local rank)."""
-
+    """Number of the node; None if the launcher has none (OMPI_COMM_WORLD_NODE_RANK is a local rank)."""
     local_size: str
     """Number of ranks on the node."""
 
@@ -79,7 +77,7 @@ class LaunchedRank:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rendezvous:
-    """Address at which the ranks of a job find their store."""
+    """Address of the store of a job's ranks."""
 
     host: str
     port: int
@@ -93,9 +91,9 @@ def read_launched_rank() -> LaunchedRank | None:
     ``MASTER_ADDR`` plays no part: ``accelerate launch --cpu`` sets it for a single process.
 
     Raises:
-        LauncherError: only one of RANK and WORLD_SIZE is set (``WORLD_SIZE=1`` alone is fine), a value
-            is not an integer, or the rank does not lie in the world. Half a pair of another launcher is
-            ignored: SLURM sets SLURM_PROCID in batch scripts that are not a step.
+        LauncherError: only one of RANK and WORLD_SIZE is set (``WORLD_SIZE=1`` alone is fine), a value is not an
+            integer, or the rank is not below the world size. Half a pair of another launcher is ignored: SLURM sets
+            SLURM_PROCID in batch scripts that are not a step.
     """
     for launcher in LAUNCHERS:
         global_rank, world_size = _integer(launcher.global_rank), _integer(launcher.world_size)
@@ -136,12 +134,12 @@ def read_rendezvous() -> Rendezvous | None:
 
 
 def read_run_attempt() -> tuple[str, str]:
-    """Run id and restart count of torchrun, which counts by node; its agent store outlives a restart of the ranks."""
+    """Run id and restart count of torchrun, counted per node; its agent's store outlives a restart of the ranks."""
     return _text("TORCHELASTIC_RUN_ID") or "none", _text("TORCHELASTIC_RESTART_COUNT") or "0"
 
 
 def read_cache_directory() -> Path:
-    """The cache directory of datasets, found as datasets finds it: by three variables, else in the home."""
+    """The cache directory of datasets, by the three variables that datasets reads, else in the home directory."""
     if datasets_cache := _text("HF_DATASETS_CACHE"):
         return Path(datasets_cache).expanduser()
     cache = Path(_text("XDG_CACHE_HOME") or "~/.cache")

@@ -1,4 +1,4 @@
-"""Contexts that put a model's modes and torch's random states back."""
+"""Contexts that restore a model's modes and torch's random states."""
 
 import contextlib
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 def random_states_kept(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Torch's random states, on the CPU and on a device, are as before afterwards."""
     if device.type == "cpu":
-        return torch.random.fork_rng(devices=[])  # asking whether there is a GPU would start CUDA
+        return torch.random.fork_rng(devices=[])  # looking for a GPU would start CUDA
     index = torch.accelerator.current_device_index() if device.index is None else device.index
     return torch.random.fork_rng([index], device_type=device.type)
 

@@ -1,4 +1,4 @@
-"""The command ``hf-gradutils``: print what the ranks see, run a recipe's check, plot runs."""
+"""The command ``hf-gradutils``: print the set-up as seen by the ranks, run a recipe's check, plot runs."""
 
 import argparse
 import os
@@ -47,9 +47,9 @@ def _parser() -> argparse.ArgumentParser:
 
     env = commands.add_parser(
         "env",
-        help="versions, launcher, ranks and nodes as they are seen",
-        description="Print versions, launcher, ranks and nodes as they are seen. Under a launcher every rank must run "
-        "it: torchrun --nproc-per-node 2 -m hf_gradutils.cli env",
+        help="versions, launcher, ranks and nodes",
+        description="Print versions, launcher, ranks and nodes as the ranks see them. Under a launcher every rank must "
+        "run it: torchrun --nproc-per-node 2 -m hf_gradutils.cli env",
     )
     env.add_argument("--timeout_s", type=float, default=60.0, help="how long to wait for the other ranks (60)")
     env.set_defaults(run=_env)
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     plot.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="output folder of a training")
     plot.add_argument("--out", type=Path, default=None, help="the PNG (training.png in the first folder)")
-    plot.add_argument("--max_grad_norm", type=float, default=None, help="where the line of the clip goes")
+    plot.add_argument("--max_grad_norm", type=float, default=None, help="height of the line of the clip")
     plot.set_defaults(run=_plot)
     return parser
 
@@ -119,7 +119,7 @@ def _settings() -> list[str]:
 
 
 def _ranks_of(channel: Channel, timeout_s: float) -> list[str]:
-    """One line per rank, as each has written it down."""
+    """One line per rank, from the store."""
     world = channel.ranks.world_size
     env_keys = [keys.RANK_ENV.format(rank=rank) for rank in range(world)]
     channel.write(env_keys[channel.ranks.global_rank], f"{channel.ranks.node} {channel.ranks.local_rank}")
@@ -155,7 +155,7 @@ def _check(options: argparse.Namespace) -> int:
     if not options.script.is_file():
         raise InvalidArgumentError(f"no file {str(options.script)!r}; give a script that takes --check_invariance")
     sys.argv = [str(options.script), *options.arguments, "--check_invariance"]
-    sys.path.insert(0, str(options.script.resolve().parent))  # as when the script is run itself
+    sys.path.insert(0, str(options.script.resolve().parent))  # as Python does for a script
     try:
         runpy.run_path(str(options.script), run_name="__main__")
     except SystemExit as end:

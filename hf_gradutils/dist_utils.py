@@ -42,11 +42,11 @@ def reduce_loss(
     per_token_loss: bool = True,
     dp_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the losses over micro-batches and data ranks, and what to divide it by.
+    """Sum of the losses over micro-batches and data ranks, and its denominator.
 
     Args:
-        loss_store: This rank's losses, shape () or (1,), one per micro-batch; summed over their tokens for a
-            per-token loss. May be empty.
+        loss_store: This rank's losses, shape () or (1,), one per micro-batch; sums over tokens for a per-token loss.
+            May be empty.
         total_num_tokens: This rank's tokens, shape () or (1,), any dtype. Left unchanged.
         per_token_loss: False divides by the number of stored losses instead of the tokens.
         dp_group: Data ranks; None is the default group, or this process without one.
@@ -73,12 +73,12 @@ def reduce_loss(
 def get_sync_ctx(model: nn.Module, is_optim_step: bool) -> contextlib.AbstractContextManager[None]:
     """Context for the forward and backward of one micro-batch.
 
-    Gradients stay local until the micro-batch that ends the accumulation window: that one communicates the
-    sum. Nothing happens before the context is entered, and the prior state comes back on exit.
+    Gradients stay local until the last micro-batch of the accumulation window, which communicates the sum. State
+    changes on enter and is restored on exit.
 
     Args:
-        model: DDP, FSDP2, HSDP or FSDP1 anywhere in the tree, also under ``torch.compile``, PEFT and
-            accelerate; with none of these the context does nothing.
+        model: DDP, FSDP2, HSDP or FSDP1 anywhere in the tree, also under ``torch.compile``, PEFT and accelerate;
+            without any, the context does nothing.
         is_optim_step: The optimizer steps after this micro-batch.
 
     Collectives: none of its own.
@@ -92,14 +92,14 @@ def rescale_gradients(
 ) -> None:
     """Turn averaged sum-of-losses gradients into per-token means: multiply by dp_size / global tokens.
 
-    Data parallelism divided the sum by ``dp_size``; this undoes it and divides by the tokens of all ranks.
-    Where tensor-parallel ranks count the same tokens, the default group is right: both numbers grow alike.
+    Data parallelism has divided the sum by ``dp_size``; this undoes it and divides by the tokens of all ranks. If
+    tensor-parallel ranks count the same tokens, the default group is right too: both numbers grow by the same factor.
 
     Args:
         model: Every ``grad`` in it is multiplied in place; any dtype, DTensor or not.
-        num_tokens_for_grad_scaling: This rank's tokens over all micro-batches, shape () or (1,). Left
-            unchanged. Zero on every rank leaves gradients as they are, up to ``dp_size``.
-        dp_group: Ranks the gradients were averaged over; None is the default group, or no rank but this.
+        num_tokens_for_grad_scaling: This rank's tokens over all micro-batches, shape () or (1,). Left unchanged. Zero
+            on every rank only multiplies by ``dp_size``.
+        dp_group: Ranks the gradients were averaged over; None is the default group, or this process without one.
 
     Collectives: one all-reduce over ``dp_group``. Host syncs: none; as :func:`clip_gradients` for offloaded gradients.
     """
@@ -122,30 +122,29 @@ def clip_gradients(
     group: ProcessGroup | None = None,
     ownership: Ownership | None = None,
 ) -> Tensor:
-    """Clip the gradients of a model to a global norm, whatever mix of meshes and plain tensors it holds.
+    """Clip the gradients of a model to a global norm, for any mix of meshes and plain tensors.
 
     Args:
-        model: Its gradients are synchronised. Sharded, replicated, Partial and plain ones may stand side by
-            side; ranks may hold different parameters, and a rank may have no gradients at all.
+        model: Its gradients are synchronised: sharded, replicated, Partial and plain ones side by side. Ranks may hold
+            different parameters, and a rank may have no gradients.
         clip_norm: Greater than 0; ``inf`` measures without clipping.
         foreach: One multi-tensor call per dtype; False makes one per tensor.
         norm_type: p of the norm; ``inf`` is the largest element.
         group: All ranks that train the model; None is the default group, or this process without one.
-        ownership: Name pattern → ``"sharded"`` for plain parameters of which each rank holds a part of its
-            own (experts), or the group whose ranks hold different parts, if other groups hold copies. Megatron's and
-            DeepSpeed's marks and FSDP1 need no entry. The others are checked to be the same on all that hold them.
+        ownership: Name pattern → ``"sharded"`` for plain parameters of which each rank holds a part of its own
+            (experts), or the group whose ranks hold different parts, if other groups hold copies. Megatron's and
+            DeepSpeed's marks and FSDP1 need no entry. All others must be the same on all ranks, which is checked.
 
     Returns:
-        The norm before clipping, shape (), float64, on the gradients' device. If it is not finite, the
-        gradients are left as they are.
+        The norm before clipping, shape (), float64, on the gradients' device. If it is not finite, gradients are left
+        as they are.
 
-    Collectives: one all-reduce over ``group`` (an all-gather for p = inf); every rank must call. The first
-        call for a model gathers one object per rank as well; a gradient with Partial placements adds one.
-        Host syncs: none after the first call; one where gradients are offloaded to the CPU and the group cannot carry
-        them from there.
+    Collectives: one all-reduce over ``group`` (an all-gather for p = inf); every rank must call. The first call for a
+        model also gathers one object per rank; a gradient with Partial placements adds one. Host syncs: none after the
+        first call; one if gradients are offloaded to the CPU and the group cannot carry them from there.
 
     Raises:
-        InvalidArgumentError: ``clip_norm`` ≤ 0, ``norm_type`` ≤ 0 or a bad ``ownership``.
+        InvalidArgumentError: ``clip_norm`` ≤ 0, ``norm_type`` ≤ 0 or an invalid ``ownership``.
         ReplicaMismatchError: parameters that should be copies of each other differ between ranks.
     """
     max_norm = check_max_norm(clip_norm)

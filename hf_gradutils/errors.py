@@ -2,15 +2,15 @@
 
     GradUtilsError
     ├── InvalidArgumentError (also ValueError)   an argument, a configuration or a variable is wrong
-    ├── TargetCountError     (also ValueError)   nobody can say how many targets a batch has
-    ├── LossUnitError                            the loss is not a mean over what was counted
+    ├── TargetCountError     (also ValueError)   the targets of a batch cannot be counted
+    ├── LossUnitError                            the loss is not a mean over the targets counted
     ├── NonfiniteGradientError                   the gradient of a step is inf or NaN somewhere
     ├── InvarianceError                          a check found that the gradient depends on how the batch is cut up
     ├── ReplicaMismatchError                     tensors that should be copies differ between ranks
     ├── LauncherError                            the launcher's variables do not describe the ranks
     └── FirstRankError                           a node's first rank did not finish its block
 
-Each message says what was expected, what arrived and what to do.
+Each message says what is wrong and what to do.
 """
 
 
@@ -27,14 +27,14 @@ class TargetCountError(GradUtilsError, ValueError):
 
 
 class LossUnitError(GradUtilsError):
-    """The loss does not behave like a mean over the targets that were counted."""
+    """The loss is not a mean over the targets that were counted."""
 
 
 class NonfiniteGradientError(GradUtilsError):
     """The gradient of an optimizer step is not finite on some rank. Raised on every rank.
 
     Args:
-        message: What happened, where and what to do.
+        message: The parameters, the losses, and the fix.
         step: The optimizer step, counted from 1.
         parameters: Rank → names of its parameters whose gradients are not finite.
         losses: Rank → its micro-batches' own mean losses.

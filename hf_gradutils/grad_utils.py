@@ -33,8 +33,8 @@ def clip_grad_by_total_norm_(
     Args:
         parameters: Tensors or DTensors; those without ``grad`` are skipped. Gradients of any float dtype.
         max_grad_norm: Greater than 0.
-        total_norm: The global norm, a number or a 0-d tensor on any device (a DTensor is gathered). If it is
-            not finite, nothing is scaled: the bad gradients stay where they can be seen.
+        total_norm: The global norm, a number or a 0-d tensor on any device (a DTensor is gathered). If it is not
+            finite, nothing is scaled, and the non-finite gradients can be found.
         dtype: Precision of the coefficient.
 
     Collectives: none. Host syncs: none for a tensor norm on the gradients' device.
@@ -61,12 +61,12 @@ def get_grad_norm(
 ) -> float:
     """p-norm of the gradients viewed as one vector, each element counted once.
 
-    DTensors say themselves what is sharded and what is a replica. Plain tensors do not: they are replicas of
-    each other over both groups, unless ``plain_sharded_over`` says that a group's ranks hold different parts.
+    DTensors know their shards and replicas. Plain tensors are replicas over both groups, unless ``plain_sharded_over``
+    says that a group's ranks hold different parts.
 
     Args:
-        parameters: Tensors or DTensors, the same ones on every rank; a ``grad`` of None counts as zero, and a
-            rank none of whose plain parameters has one leaves them to its replicas.
+        parameters: Tensors or DTensors, the same ones on every rank; a ``grad`` of None counts as zero. A rank without
+            any plain gradient contributes nothing; its replicas count them.
         dp_cp_group: Ranks of (sharded) data and context parallelism, or None.
         tp_group: Ranks of tensor parallelism, or None.
         norm_type: p, greater than 0; ``inf`` is the largest element.
@@ -83,7 +83,7 @@ def get_grad_norm(
     Raises:
         InvalidArgumentError: ``norm_type`` ≤ 0, a ``dtype`` that is no float dtype, an unknown name in
             ``plain_sharded_over``, or groups that overlap without forming a grid.
-        ReplicaMismatchError: alleged replicas have different norms.
+        ReplicaMismatchError: replicas have different norms.
     """
     p = check_norm_type(norm_type)
     tensors = _as_list(parameters)
@@ -100,7 +100,7 @@ def get_grad_norm(
     plan = plan_by_count(tensors, domain, num_plain_shards)
     gradients = Gradients(tensors, plan).read()
 
-    # Replicas that disagree show in the spread of their own sums: [ranks that have some, Σ s, Σ s²].
+    # Replicas that differ show in the spread of the ranks' own norms s: [ranks with replicas, Σ s, Σ s²].
     device = gradients.slots.zeros.device
     spread = torch.zeros(3, dtype=torch.float64, device=device)
     replicas = [v for v, i in zip(gradients.values, gradients.slots.indices, strict=True) if plan.is_replica(i)]

@@ -1,7 +1,7 @@
-"""``sync="auto"``: communicate once per window if there is memory for it, else shard gradients at once.
+"""``sync="auto"``: communicate once per window if memory allows it, else shard gradients at once.
 
-Deferring keeps whole gradients between micro-batches, and they are still there when activations peak. So two windows
-communicate every time: in the second one activations stand beside the optimizer's state, the peak is known, and
+Deferring keeps whole gradients between micro-batches, also when activations peak. Two windows communicate in every
+micro-batch; in the second, activations stand beside the optimizer's state, the peak is known, and
 
     defer  if  (whole gradients - their shards) ≤ MAX_SHARE · (free + reserved - peak)      on every rank
 """
@@ -35,15 +35,14 @@ def check_sync(sync: object) -> None:
 
 
 MAX_SHARE = 0.5
-"""Deferred gradients may take this much of what the windows so far left free: later batches can be longer."""
-
+"""Share of the free memory that deferred gradients may take: later batches can be longer."""
 
 _WINDOWS_SEEN = 2
-"""Before it is decided."""
+"""Windows before the decision."""
 
 
 class PolicyChoice:
-    """The policy of each model that is trained; ``auto`` is decided once per model, for all ranks alike."""
+    """The policy of each trained model; ``auto`` is decided once per model, the same on all ranks."""
 
     def __init__(self, sync: Sync, device: torch.device):
         self._sync = sync
@@ -53,7 +52,7 @@ class PolicyChoice:
         self._sparing: weakref.WeakKeyDictionary[nn.Module, SyncPolicy] = weakref.WeakKeyDictionary()
 
     def window_closed(self) -> None:
-        """Say that the optimizer steps now."""
+        """Count a window."""
         self._num_closed += 1
 
     def policy(self, model: nn.Module, *, is_last: bool) -> SyncPolicy:
@@ -72,10 +71,10 @@ class PolicyChoice:
 
 
 def sparing_policy(model: nn.Module) -> SyncPolicy:
-    """The policy that keeps least memory and is right for any model.
+    """The policy that needs least memory and is right for any model.
 
-    Under HSDP before torch 2.15 ``reduce_scatter`` needs every parameter in every micro-batch, which a rare branch or a
-    vision tower does not give it: there replicas are averaged in every micro-batch too.
+    Under HSDP before torch 2.15 ``reduce_scatter`` needs every parameter in every micro-batch, and rare branches or
+    vision towers are not: there replicas are averaged in every micro-batch too.
     """
     sharded = (p for p in model.parameters() if isinstance(p, DTensor))
     has_replicas = any(placement.is_replicate() for p in sharded for placement in p.placements)
@@ -87,8 +86,8 @@ def decide(needed: int, free: float, device: torch.device) -> SyncPolicy:
 
     Args:
         needed: Bytes that deferring takes on this rank.
-        free: Bytes that this rank can spare.
-        device: Where the numbers travel.
+        free: Bytes that are free on this rank.
+        device: Of the collective.
 
     Collectives: one all-gather over all ranks. Host syncs: one.
     """
@@ -108,9 +107,9 @@ def decide(needed: int, free: float, device: torch.device) -> SyncPolicy:
 
 
 def deferred_bytes(model: nn.Module) -> int:
-    """Bytes of gradients that deferring keeps on this rank beyond those that are kept anyway.
+    """Bytes of gradients that only deferring keeps on this rank.
 
-    Σ over what FSDP shards and trains of (whole gradient - this rank's shard); replicated gradients are whole anyway.
+    Σ over trained FSDP parameters of (whole gradient - this rank's shard); replicated gradients are whole anyway.
     """
     num_bytes = fsdp2_deferred_bytes(model)
     inside_fsdp1: set[nn.Parameter] = set()
@@ -124,16 +123,16 @@ def deferred_bytes(model: nn.Module) -> int:
 
 
 def free_bytes(device: torch.device) -> float:
-    """Bytes that stay free at the peak so far; 0 where nobody can say.
+    """Bytes free at the peak so far; 0 if unknown.
 
-    On an accelerator what the driver has left and what PyTorch holds and did not use. On CPU the free pages, divided
-    among all ranks: they may share one machine.
+    On an accelerator: left by the driver, and reserved by PyTorch but unused. On CPU: the free pages, divided by the
+    number of ranks, which may share a machine.
     """
     if device.type == "cpu":
         num_ranks = dist.get_world_size() if dist.is_initialized() else 1
         try:
             return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / num_ranks
-        except (ValueError, AttributeError):  # neither macOS nor Windows says
+        except (ValueError, AttributeError):  # macOS and Windows have no such number
             return 0.0
     free, _ = torch.accelerator.get_memory_info(device)
     return free + torch.accelerator.memory_reserved(device) - torch.accelerator.max_memory_allocated(device)

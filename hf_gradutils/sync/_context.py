@@ -1,12 +1,12 @@
 """When gradients are communicated while a window of micro-batches accumulates.
 
-    policy           before the last micro-batch   on the last     kept meanwhile
+    policy           before the last micro-batch   on the last     between micro-batches
     defer            nothing                       everything      whole gradients
-    every            everything                    everything      each rank its shards
-    reduce_scatter   shards                        everything      each rank its shards
+    every            everything                    everything      each rank's shards
+    reduce_scatter   shards                        everything      each rank's shards
 
-Gradients are summed over micro-batches and averaged over ranks, and these two change places freely: every policy
-gives the same gradient. ``auto`` is one of these, chosen by :mod:`hf_gradutils.sync_auto`.
+The sum over micro-batches and the average over ranks commute: every policy gives the same gradient. ``auto`` is one of
+these, chosen by :mod:`hf_gradutils.sync._auto`.
 """
 
 import contextlib
@@ -35,48 +35,43 @@ SyncPolicy: TypeAlias = Literal["defer", "every", "reduce_scatter"]
 
 
 class Communicates(NamedTuple):
-    """What one backward does with gradients."""
+    """The communication of one backward."""
 
     shards: bool
-    """Average them between the ranks that hold different shards, each keeping its own (reduce-scatter)."""
+    """Average gradients between the ranks that hold different shards; each keeps its own (reduce-scatter)."""
     replicas: bool
-    """Average them between the ranks that hold copies (all-reduce)."""
+    """Average gradients between the ranks that hold copies (all-reduce)."""
 
 
 def communicates(policy: SyncPolicy, *, is_last: bool) -> Communicates:
-    """What the backward of a micro-batch communicates; ``is_last``: the optimizer steps after it.
+    """The communication of a micro-batch's backward; ``is_last``: the optimizer steps after it.
 
-    A wrapper takes from it what it has: DDP has replicas only, FSDP1 couples both to its shards, and FSDP2 has
-    either or both (HSDP).
+    DDP has replicas only, FSDP1 couples both to its shards, and FSDP2 has either or both (HSDP).
     """
-    return Communicates(
-        shards=is_last or policy != "defer",
-        replicas=is_last or policy == "every",
-    )
+    return Communicates(shards=is_last or policy != "defer", replicas=is_last or policy == "every")
 
 
 def find_wrappers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Names and modules of everything in a model that communicates gradients."""
+    """Names and modules of the wrappers in a model that communicate gradients."""
     kinds: tuple[type[Any], ...] = (DistributedDataParallel, FSDPModule, FullyShardedDataParallel)
     return [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
 class SyncContext:
-    """Forward and backward of one micro-batch, with the communication that the policy asks for.
+    """The context of one micro-batch's forward and backward, with the communication of the policy.
 
-    State changes on enter and goes back to what it was on exit, also after an exception. Every wrapper in
-    the module tree is found, whatever stands around it: ``torch.compile``, PEFT and accelerate keep the
-    wrapped module in the tree.
+    State changes on enter, and is restored on exit, also after an exception. All wrappers in the module tree are found,
+    also under ``torch.compile``, PEFT and accelerate.
 
     Args:
-        model: What is trained.
+        model: To be trained.
         policy: When gradients are communicated.
         is_last: The optimizer steps after this micro-batch.
-        wrappers: ``find_wrappers(model)`` of before, where that is known to hold still.
+        wrappers: ``find_wrappers(model)``, if known.
 
     Raises:
-        InvalidArgumentError: on exit, where HSDP before torch 2.15 would have lost gradients under ``reduce_scatter``,
-            or DDP has not averaged all gradients.
+        InvalidArgumentError: on exit, if HSDP before torch 2.15 has lost gradients under ``reduce_scatter``, or DDP has
+            not averaged all gradients.
     """
 
     def __init__(
@@ -94,7 +89,7 @@ class SyncContext:
 
     def __enter__(self) -> None:
         if self._undo is not None:
-            raise RuntimeError("expected one entry at a time, got a second; call get_sync_ctx once per micro-batch")
+            raise RuntimeError("this context is already entered; call get_sync_ctx once per micro-batch")
         shards, replicas = self._communicates
         with contextlib.ExitStack() as undo:
             for _, module in self._wrappers:
@@ -125,38 +120,37 @@ class SyncContext:
             self._check_replicas_are_averaged()
 
     def _check_shards_are_whole(self) -> None:
-        """HSDP adds up reduced shards by their position, which moves if a parameter takes part only sometimes."""
+        """Check HSDP, which adds reduced shards by position; a parameter that takes no part shifts the others."""
         for name, module in self._wrappers:
             if isinstance(module, FSDPModule) and fsdp2_loses_gradients(module, is_last=self._communicates.replicas):
                 raise InvalidArgumentError(
-                    "expected every trainable parameter of an FSDP2 group to take part in every micro-batch, which "
-                    "sync='reduce_scatter' needs under HSDP before torch 2.15, got one in "
-                    f"{name or 'the model itself'} that did not; use sync='defer', or sync='every' for less memory"
+                    f"a trainable parameter of {name or 'the model'} took no part in a micro-batch; under HSDP before "
+                    "torch 2.15 sync='reduce_scatter' needs every one in every micro-batch: use sync='defer', or "
+                    "sync='every' for less memory"
                 )
 
     def _check_replicas_are_averaged(self) -> None:
-        """DDP waits for a gradient of every parameter unless told otherwise, and says so only in the next forward."""
+        """Check DDP, which waits for a gradient of every parameter and would raise only in the next forward."""
         for name, module in self._wrappers:
             if isinstance(module, DistributedDataParallel) and (why := why_ddp_has_not_averaged(module)):
                 raise InvalidArgumentError(
-                    f"expected DDP to average all gradients of {name or 'the model'}, but it waits for parameters that "
-                    f"took no part in the loss ({why}); pass TrainingArguments(ddp_find_unused_parameters=True), which "
+                    f"DDP has not averaged all gradients of {name or 'the model'}: it waits for parameters that took "
+                    f"no part in the loss ({why}); pass TrainingArguments(ddp_find_unused_parameters=True), which "
                     "gradient checkpointing turns off, or accelerate's "
                     "DistributedDataParallelKwargs(find_unused_parameters=True)"
                 )
 
 
 def reduces_in_one_dtype(wrappers: Sequence[tuple[str, nn.Module]]) -> contextlib.AbstractContextManager[None]:
-    """A backward that reduces gradients of which FSDP2 has accumulated some, in float32, and others not."""
+    """The context of a backward that reduces FSDP2's accumulated float32 gradients together with new ones."""
     return fsdp2_widened_new_gradients([module for _, module in wrappers if isinstance(module, FSDPModule)])
 
 
 def discard_deferred(model: nn.Module) -> None:
-    """Drop all gradients of a window that was given up, also those that ``zero_grad`` does not reach.
+    """Drop all gradients of an unfinished window, also those that ``zero_grad`` does not reach.
 
     FSDP2 keeps gradients that are not communicated yet beside ``.grad``: whole ones under ``defer``, and under
-    ``reduce_scatter`` with HSDP shards that lack the other replicas'. Left alone, they go into the next window.
-
+    ``reduce_scatter`` with HSDP shards without the other replicas' parts. Otherwise they enter the next window.
     Collectives: none.
     """
     model.zero_grad(set_to_none=True)

@@ -8,15 +8,15 @@ from typing import Any
 from torch import nn
 
 ACCELERATOR_ATTRIBUTES = ("_models", "_optimizers", "_schedulers", "_dataloaders")
-"""Private attributes in which accelerate's Accelerator (1.15) keeps what it has prepared; our subclass reads them."""
+"""Private attributes in which an Accelerator keeps its prepared objects; our subclass reads them."""
 
 
 @contextlib.contextmanager
 def sharding_tied_embeddings_together(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Let accelerate's FSDP2 (1.15) put all embeddings of a model that hold one weight into one group.
+    """Let accelerate's FSDP2 (1.15) put all embeddings of a model that share a weight into one group.
 
-    T5, BART and their kin hold one as ``shared``, in the encoder and in the decoder. accelerate makes a group of the
-    first and leaves the others to the root's, and torch 2.13 refuses a parameter of two groups.
+    T5, BART and similar models have one as ``shared``, in the encoder and in the decoder. accelerate makes a group of
+    the first and leaves the others to the root's group, and torch 2.13 refuses a parameter of two groups.
     """
     from torch.distributed import fsdp
 
@@ -45,7 +45,7 @@ def sharding_tied_embeddings_together(models: Sequence[nn.Module]) -> Iterator[N
 def without_accelerate_state() -> Iterator[None]:
     """Let transformers' detection losses divide by this rank's own boxes.
 
-    They ask accelerate's state for other ranks to average the number over, and divide by it once too often.
+    They average the number over the ranks of accelerate's state, which divides once too often.
     """
     from accelerate import PartialState
 

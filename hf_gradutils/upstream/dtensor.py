@@ -13,10 +13,7 @@ from torch.distributed.tensor import DTensor
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor, ready to read and sharing its memory; a plain tensor as it is.
-
-    Called under ``no_grad``.
-    """
+    """This rank's part of a DTensor, sharing its memory; a plain tensor as it is. Called under ``no_grad``."""
     if isinstance(tensor, DTensor):
         tensor = tensor.to_local()
         if isinstance(tensor, AsyncCollectiveTensor):
@@ -25,7 +22,7 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def local_tensors_and_layouts(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[object]]:
-    """:func:`local_tensor` of each, and :func:`layouts_of`, with less Python: every step asks for hundreds."""
+    """:func:`local_tensor` of each, and :func:`layouts_of`, with less Python: called for hundreds at every step."""
     are_dtensors = _are_dtensors(tensors)
     if are_dtensors is None:
         local = [t._local_tensor if isinstance(t, DTensor) else t for t in tensors]
@@ -37,7 +34,7 @@ def local_tensors_and_layouts(tensors: Sequence[Tensor]) -> tuple[list[Tensor], 
 
 
 def layouts_of(tensors: Sequence[Tensor]) -> list[object]:
-    """Mesh, placements, shape and dtype of all DTensors: equal lists for equal ones, quickly for the same objects."""
+    """Mesh, placements, shape and dtype of all DTensors; lists compare quickly if they hold the same objects."""
     return _layouts(tensors, _are_dtensors(tensors))
 
 
@@ -48,13 +45,11 @@ def _layouts(tensors: Sequence[Tensor], are_dtensors: bool | None) -> list[objec
 
 
 _get_local_tensor = operator.attrgetter("_local_tensor")
-
-
 _get_layout = operator.attrgetter("_spec")
 
 
 def _are_dtensors(tensors: Sequence[Tensor]) -> bool | None:
-    """Whether all of them are, or none; None if some are."""
+    """True if all of them are, False if none is, None if some are."""
     answers = {issubclass(kind, DTensor) for kind in set(map(type, tensors))}
     return None if len(answers) == 2 else True in answers
 
@@ -63,29 +58,29 @@ def _are_dtensors(tensors: Sequence[Tensor]) -> bool | None:
 def unscaling_local_parts(scaler: Any) -> Iterator[dict[int, list[Tensor]]]:
     """Let ``GradScaler.unscale_`` (torch 2.11 to 2.15) take plain gradients and DTensors of any meshes side by side.
 
-    By itself it puts all of them into one list, which DTensor refuses. Each rank looks at its own parts only here: that
-    ranks agree on what they found is up to the caller.
+    It puts all of them into one list, which DTensor refuses. Each rank inspects its own parts only; the caller makes
+    ranks agree.
 
     Yields:
-        id of an unscaled optimizer → for each device, the flag that its step will ask: above 0 leaves the step out.
+        id of an unscaled optimizer → its flag on each device; a flag above 0 skips the step.
     """
-    found: dict[int, list[Tensor]] = {}
+    found_inf: dict[int, list[Tensor]] = {}
     unscale = scaler._unscale_grads_
 
     def of_local_parts(optimizer: Any, *args: Any) -> dict[torch.device, Tensor]:
         flags: dict[torch.device, Tensor] = unscale(_local_parts(optimizer), *args)
-        found[id(optimizer)] = list(flags.values())
+        found_inf[id(optimizer)] = list(flags.values())
         return flags
 
     scaler._unscale_grads_ = of_local_parts
     try:
-        yield found
+        yield found_inf
     finally:
         del scaler._unscale_grads_
 
 
 def _local_parts(optimizer: torch.optim.Optimizer) -> Any:
-    """The optimizer as ``GradScaler`` sees it, with this rank's parts in place of DTensors."""
+    """The optimizer for ``GradScaler``, with this rank's parts in place of DTensors."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not any(isinstance(gradient, DTensor) for gradient in gradients):
         return optimizer

@@ -22,39 +22,39 @@ def _fsdp2_groups(module: FSDPModule) -> list[Any]:
 
 
 def fsdp2_sync_flags(module: FSDPModule) -> list[tuple[Any, bool, bool]]:
-    """``(parameter group, reduce_grads, all_reduce_grads)`` of one FSDP2 module, not of its children.
+    """``(parameter group, reduce_grads, all_reduce_grads)`` of one FSDP2 module, without its children.
 
-    FSDP2 has public setters for these flags and no getters; restoring the prior state needs to read it.
+    FSDP2 has public setters for these flags, but no getters.
     """
     return [(group, group.reduce_grads, group.all_reduce_grads) for group in _fsdp2_groups(module)]
 
 
 def restore_fsdp2_sync_flags(flags: Sequence[tuple[Any, bool, bool]]) -> None:
-    """Write back what :func:`fsdp2_sync_flags` read."""
+    """Restore the flags from :func:`fsdp2_sync_flags`."""
     for group, reduce_grads, all_reduce_grads in flags:
         group.reduce_grads, group.all_reduce_grads = reduce_grads, all_reduce_grads
 
 
 def fsdp1_sync_flag(module: FullyShardedDataParallel) -> bool:
-    """Whether the backward of one FSDP1 module reduces gradients. Its ``no_sync`` can only switch this off."""
+    """True if the backward of one FSDP1 module reduces gradients. Its ``no_sync`` can only switch this off."""
     return bool(module._sync_gradients)
 
 
 def set_fsdp1_sync_flag(module: FullyShardedDataParallel, value: bool) -> None:
-    """Set what :func:`fsdp1_sync_flag` reads."""
+    """Set :func:`fsdp1_sync_flag`."""
     vars(module)["_sync_gradients"] = value  # a plain attribute, which nn.Module's type does not know
 
 
 def fsdp2_honours_grad_dtype() -> bool:
-    """Whether shards of gradients take the dtype that ``grad_dtype`` of their parameter says: from torch 2.15 on."""
+    """True if shards of gradients have the ``grad_dtype`` of their parameter: from torch 2.15 on."""
     return hasattr(FSDPParam, "unsharded_grad_dtype")
 
 
 def fsdp2_has_not_run(module: FSDPModule) -> bool:
-    """Whether a backward that defers its reduction would raise, because a group has never been gathered.
+    """True if a backward that defers its reduction would raise because a group has never been gathered.
 
-    Before torch 2.15 it looks for the gradient of gathered parameters, also in groups that took no part in any forward
-    so far, if gradients are accumulated in another dtype than they come in. Of one FSDP2 module, not of its children.
+    Before torch 2.15, if gradients are accumulated in another dtype than they come in, it reads the gradient of
+    gathered parameters, also in groups without a forward so far. For one FSDP2 module, without its children.
     """
     return not fsdp2_honours_grad_dtype() and any(
         parameter.mp_policy.reduce_dtype not in (None, parameter.mp_policy.param_dtype)
@@ -66,10 +66,10 @@ def fsdp2_has_not_run(module: FSDPModule) -> bool:
 
 @contextlib.contextmanager
 def fsdp2_widened_new_gradients(modules: Sequence[FSDPModule]) -> Iterator[None]:
-    """A backward in which parameters get their first gradient in the dtype of those that others have accumulated.
+    """The context of a backward in which first gradients get the dtype of the accumulated ones of other parameters.
 
-    Before torch 2.15 gradients that were accumulated without being reduced are in ``reduce_dtype`` already and the last
-    micro-batch's own ones are not, and a reduction of both raises (pytorch#160279).
+    Before torch 2.15 gradients accumulated without a reduction are in ``reduce_dtype`` and new ones of the last
+    micro-batch are not; reducing both raises (pytorch#160279).
     """
     widened = [] if fsdp2_honours_grad_dtype() else [p for module in modules for p in _widen_new_gradients(module)]
     try:
@@ -100,7 +100,7 @@ def _widen_new_gradients(module: FSDPModule) -> list[Any]:
 
 
 def fsdp2_keep_losses(module: Any) -> None:
-    """Let a root of FSDP2 hand out scalars as the model computed them; all else is cast as its policy says."""
+    """Let a root of FSDP2 return scalars in the dtype of the model; other outputs are cast by its policy."""
     state = module._get_fsdp_state()
     dtype = state._mp_policy.output_dtype
     if dtype is not None:
@@ -113,16 +113,16 @@ def _cast_outputs(dtype: torch.dtype, module: nn.Module, args: Any, outputs: Any
 
 
 def fsdp2_adds_shards_by_position() -> bool:
-    """Whether HSDP adds reduced shards to those of earlier micro-batches by position alone: before torch 2.15."""
+    """True if HSDP adds reduced shards to those of earlier micro-batches by position alone: before torch 2.15."""
     return not hasattr(FSDPParamGroup, "_get_partial_reduce_grad")
 
 
 def fsdp2_loses_gradients(module: FSDPModule, *, is_last: bool) -> bool:
-    """Whether what HSDP has reduce-scattered and not yet all-reduced lacks a parameter, or was left behind.
+    """True if HSDP's gradients between reduce-scatter and all-reduce lack a parameter, or were never all-reduced.
 
-    Until torch 2.13 it is one flat buffer of the parameters that had a gradient, to which the next micro-batch adds
-    those of its own, and a group without gradients in the last micro-batch does not all-reduce it. torch 2.15 knows
-    who is where in the buffer.
+    Until torch 2.13 they are one flat buffer of the parameters that had a gradient; the next micro-batch adds its own
+    to it, and a group without gradients in the last micro-batch does not all-reduce it. torch 2.15 records the layout
+    of the buffer.
     """
     for group in _fsdp2_groups(module):
         if group._partial_reduce_output is not None and not hasattr(group, "_partial_reduce_output_layout"):
@@ -135,7 +135,7 @@ def fsdp2_loses_gradients(module: FSDPModule, *, is_last: bool) -> bool:
 
 
 def fsdp2_deferred_bytes(model: nn.Module) -> int:
-    """Bytes that the whole gradients of all that FSDP2 shards in ``model`` take beyond their shards."""
+    """Bytes that the whole gradients of FSDP2's parameters in ``model`` take beyond their shards."""
     # By identity: a group of several modules (the last norm and the head) is found at each of them.
     groups = {id(g): g for module in model.modules() if isinstance(module, FSDPModule) for g in _fsdp2_groups(module)}
     num_bytes = 0
@@ -144,7 +144,7 @@ def fsdp2_deferred_bytes(model: nn.Module) -> int:
             policy, shard = parameter.mp_policy, parameter.sharded_param
             if not shard.requires_grad:
                 continue
-            # Where nothing else is said, torch 2.15 accumulates in the parameter's own dtype, 2.13 in that of backward.
+            # By default torch 2.15 accumulates in the parameter's own dtype, torch 2.13 in that of the backward.
             own = shard.dtype if hasattr(type(parameter), "unsharded_grad_dtype") else policy.param_dtype or shard.dtype
             whole = parameter._orig_size.numel() * (policy.reduce_dtype or own).itemsize
             is_offloaded = shard.device.type != group.device.type
@@ -153,7 +153,7 @@ def fsdp2_deferred_bytes(model: nn.Module) -> int:
 
 
 def discard_fsdp2_gradients(module: FSDPModule) -> None:
-    """Drop every gradient of one FSDP2 module, deferred or not, and what an exception left of the iteration."""
+    """Drop every gradient of one FSDP2 module, deferred or not, and the state of an iteration that has failed."""
     state = module._get_fsdp_state()
     if state._is_root and hasattr(module, "reset_iter_state"):  # from torch 2.13 on
         module.reset_iter_state()

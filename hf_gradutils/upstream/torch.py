@@ -41,9 +41,9 @@ def foreach_mul_in_fp32_(tensors: Sequence[Tensor], factor: Tensor) -> None:
 
 
 def foreach_mul_promoted_(tensors: Sequence[Tensor], factor: Tensor) -> None:
-    """The same by type promotion, for any dtype: by one call and, where dtypes differ, a launch per tensor.
+    """Multiply by type promotion, for any dtype, in one call; a launch per tensor if dtypes differ.
 
-    A factor without dimensions would not count beside tensors that have some, but be rounded to their dtype first.
+    A 0-d factor takes no part in promotion beside tensors with dimensions: it would be rounded to their dtype first.
     """
     with_dimension = factor.view(1)
     torch._foreach_mul_(list(tensors), [with_dimension if tensor.dim() else factor for tensor in tensors])
@@ -56,13 +56,13 @@ def _unused_flag(device: torch.device) -> Tensor:
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
-    """The elements of all tensors in one, in the dtype that holds them all; of a single tensor it may be a view."""
+    """The elements of all tensors in one tensor of the promoted dtype; a view, perhaps, of a single tensor."""
     flat: Tensor = torch._C._nn.flatten_dense_tensors(list(tensors))
     return flat
 
 
 def why_ddp_has_not_averaged(module: DistributedDataParallel) -> str:
-    """Why DDP would raise in its next forward: the parameters that its last backward has waited for; else empty."""
+    """The parameters that DDP's last backward waits for, for which its next forward would raise; else empty."""
     try:
         module._check_reducer_finalized()  # type: ignore[no-untyped-call]
     except RuntimeError as error:
@@ -74,10 +74,10 @@ def why_ddp_has_not_averaged(module: DistributedDataParallel) -> str:
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
     """All parameters that have, or may get, a gradient, in the model's order; a tied one once.
 
-    Every step asks: ``model.parameters()`` makes their names on the way, which takes three times as long.
+    Called at every step: ``model.parameters()`` builds their names too, which takes three times as long.
     """
     found: list[nn.Parameter | None] = []
-    seen: set[Any] = {None}  # in the place of a module there may be none
+    seen: set[Any] = {None}  # a module may be None
     waiting: list[Any] = [model]
     while waiting:
         module = waiting.pop()
@@ -93,7 +93,7 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _without_overrides() -> contextlib.AbstractContextManager[None]:
-    """Read attributes of DTensors without asking their class about each, which takes five times as long."""
+    """Read attributes of DTensors without dispatch to their class, which takes five times as long."""
     context: contextlib.AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()
     return context
 
@@ -105,5 +105,5 @@ def grads_of(parameters: Sequence[Tensor]) -> list[Tensor | None]:
 
 
 def takes_a_scale(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer of torch reads ``grad_scale`` and ``found_inf`` on the device: the mark of fused ones."""
+    """True if an optimizer of torch reads ``grad_scale`` and ``found_inf`` on the device, as fused ones do."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))

@@ -22,25 +22,23 @@ TRAINER_METHODS = {
     "_prepare_inputs": ("self", "inputs"),
     "_update_auto_batch_size": ("self", "batch_size"),
 }
-"""Private methods of ``transformers.Trainer`` (5.17 to 5.24) with the parameters that the overrides rely on."""
-
+"""Private methods of ``transformers.Trainer`` with the parameters that the overrides rely on."""
 
 TRAINER_ATTRIBUTES = ("_tr_loss", "_globalstep_last_logged")
-"""Private attributes that ``transformers.Trainer.train`` keeps its running loss in (5.17 to 5.24)."""
-
+"""Private attributes of the running loss in ``transformers.Trainer.train``."""
 
 _PARTIAL_STYLE = "ReplicatedWithGradAllReduce"
-"""The tensor-parallel style of transformers whose hook all-reduces an accumulated gradient."""
+"""The tensor-parallel style whose hook all-reduces an accumulated gradient."""
 
 
 def take_accumulated_all_reduces(model: nn.Module) -> list[tuple[nn.Module, ProcessGroup]]:
     """Remove the hooks of transformers' tensor parallelism that all-reduce ``.grad``, the accumulated gradient.
 
     Returns:
-        The modules whose own parameters' gradients have to be summed over the group instead. 5.17 hooks the
-        module's backward, 5.23 its parameters, on the first forward.
+        The modules whose own parameters' gradients are to be summed over the group instead. 5.17 hooks the module's
+        backward, 5.23 its parameters, on the first forward.
     """
-    taken = []
+    hooked = []
     for module in model.modules():
         forward: Any = vars(module).get("forward")
         if _PARTIAL_STYLE in getattr(forward, "__qualname__", ""):
@@ -48,26 +46,22 @@ def take_accumulated_all_reduces(model: nn.Module) -> list[tuple[nn.Module, Proc
             module.forward = names["original_forward"]
             for parameter in names["is_already_hooked"].values():
                 _drop(parameter._post_accumulate_grad_hooks)
-            taken.append((module, inspect.getclosurevars(names["_all_reduce_grad"]).nonlocals["mesh"].get_group()))
+            hooked.append((module, inspect.getclosurevars(names["_all_reduce_grad"]).nonlocals["mesh"].get_group()))
         for hook in _drop(module._backward_hooks):
-            taken.append((module, inspect.getclosurevars(hook).nonlocals["mesh"].get_group()))
-    return taken
+            hooked.append((module, inspect.getclosurevars(hook).nonlocals["mesh"].get_group()))
+    return hooked
 
 
 def _drop(hooks: dict[int, Any]) -> list[Any]:
     """Remove transformers' hooks from a dict of hooks; returns them."""
-    theirs = {key: hook for key, hook in hooks.items() if _PARTIAL_STYLE in getattr(hook, "__qualname__", "")}
-    for key in theirs:
-        del hooks[key]
-    return list(theirs.values())
+    keys = [key for key, hook in hooks.items() if _PARTIAL_STYLE in getattr(hook, "__qualname__", "")]
+    return [hooks.pop(key) for key in keys]
 
 
 def trainer_no_sync(trainer: Any, model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """What ``transformers.Trainer`` (5.17 to 5.24) runs a micro-batch in that does not end its window."""
+    """The context in which ``transformers.Trainer`` runs a micro-batch that does not end its window."""
     from transformers.distributed.fsdp import is_fsdp_managed_module
 
     if getattr(trainer, "is_distributed_loading_by_transformers", False) and is_fsdp_managed_module(trainer.model):
-        deferred: contextlib.AbstractContextManager[None] = trainer._defer_fsdp_gradient_reduction()
-        return deferred
-    waiting: contextlib.AbstractContextManager[None] = trainer.accelerator.no_sync(model)
-    return waiting
+        return trainer._defer_fsdp_gradient_reduction()  # type: ignore[no-any-return]
+    return trainer.accelerator.no_sync(model)  # type: ignore[no-any-return]

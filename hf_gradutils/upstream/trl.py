@@ -1,8 +1,7 @@
 """Private names of trl's trainers (1.16)."""
 
 TRL_METRICS = ("_metrics", "_total_train_tokens")
-"""Private attributes in which ``compute_loss`` of trl's trainers (1.16) keeps what they log."""
-
+"""Private attributes in which ``compute_loss`` of trl's trainers collects metrics."""
 
 TRL_AUXILIARY = ("aux_loss_enabled",)
-"""Attributes by which ``compute_loss`` of trl's trainers (1.16), if they have them, adds a mixture's auxiliary loss."""
+"""Attributes, of some trainers, by which ``compute_loss`` adds a mixture's auxiliary loss."""

@@ -339,8 +339,8 @@ def test_ddp_that_waits_for_a_part_that_is_not_used_is_noticed_before_the_first_
         run_ranks(_waits, 2, GradUtilsTrainer, 1)
     [summary] = {report.summary.partition(" (")[0] for report in failure.value.reports}
     assert summary == (
-        "raised InvalidArgumentError: expected DDP to average all gradients of the model, but it waits for parameters "
-        "that took no part in the loss"
+        "raised InvalidArgumentError: DDP has not averaged all gradients of the model: it waits for parameters that "
+        "took no part in the loss"
     )
     assert "ddp_find_unused_parameters=True" in failure.value.reports[0].summary
 

@@ -200,7 +200,7 @@ def test_groups_that_overlap_without_a_grid_are_refused():
     one = dist.new_group([0, 1, 2])
     other = dist.new_group([0, 1, 3])
     if dist.get_rank() in (0, 1):
-        with pytest.raises(InvalidArgumentError, match="groups that meet in one rank"):
+        with pytest.raises(InvalidArgumentError, match="groups must meet in one rank"):
             domain_of([one, other])
     assert domain_of([None]).num_ranks == 1
     assert domain_of([dist.group.WORLD, one if dist.get_rank() != 3 else None]).num_ranks == 4
