@@ -12,23 +12,17 @@ def uses_exact_arithmetic(accelerator: Accelerator, model: nn.Module) -> bool:
 
 def is_exact_in_itself(model: nn.Module, device: torch.device) -> bool:
     """True for a model in float32 or float64 whose products are not rounded, without regard to autocast."""
-    is_wide = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.is_floating_point())
-    return is_wide and not _rounds_products(model, device)
-
-
-def _rounds_products(model: nn.Module, device: torch.device) -> bool:
-    """True if float32 products of the model's operations lose bits (TF32, bf16); convolutions do by default on CUDA.
-
-    Read per operation: torch's older flag for matrix products raises once TF32 was switched on by the newer one, as
-    ``TrainingArguments(tf32=True)`` does.
-    """
+    if not all(p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.is_floating_point()):
+        return False
+    # TF32 and bf16 round products, by default those of convolutions on CUDA. Read per operation: torch's older flag for
+    # matrix products raises once TF32 was switched on by the newer one, as TrainingArguments(tf32=True) does.
     is_cuda = device.type == "cuda"
     backend = torch.backends.cudnn if is_cuda else torch.backends.mkldnn
     operations = [torch.backends.cuda.matmul if is_cuda else backend.matmul]
     for kinds, operation in ((_CONVOLUTIONS, backend.conv), (nn.RNNBase, backend.rnn)):
         if any(isinstance(module, kinds) for module in model.modules()):
             operations.append(operation)
-    return any(operation.fp32_precision not in ("none", "ieee") for operation in operations)
+    return all(operation.fp32_precision in ("none", "ieee") for operation in operations)
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

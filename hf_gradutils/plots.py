@@ -21,7 +21,7 @@ class Run:
     name: str
     log: list[dict[str, Any]]
     max_grad_norm: float | None
-    """Norm that gradients were clipped to; None if unknown."""
+    """None if unknown."""
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Steps and values of one number in the log."""
@@ -66,7 +66,7 @@ _NUMBERS = ("BINFLOAT", "FLOAT", "BININT", "BININT1", "BININT2", "INT")
 
 
 def _read_max_grad_norm(folder: Path) -> float | None:
-    """Read it from the arguments that a Trainer pickles, without unpickling a file that need not be trusted."""
+    """Read it from the arguments that a Trainer pickles, without unpickling a file of unknown origin."""
     try:
         with zipfile.ZipFile(folder / "training_args.bin") as archive:
             (name,) = (n for n in archive.namelist() if n.endswith("data.pkl"))
@@ -100,17 +100,19 @@ def plot_runs(runs: Sequence[Run], path: Path, *, max_grad_norm: float | None = 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels: list[Any] = [_draw_loss, _draw_norm]
-    panels += [_draw_targets] if any("num_targets" in e for run in runs for e in run.log) else []
-    panels += [_draw_skipped] if any(e.get("skipped_steps") for run in runs for e in run.log) else []
+    has_targets = any("num_targets" in entry for run in runs for entry in run.log)
+    has_skipped = any(entry.get("skipped_steps") for run in runs for entry in run.log)
     grouped = next((run for run in runs if run.groups()), None)
-    heights = [3, 2, *[1.5] * (len(panels) - 2), *([max(2, len(grouped.groups()) / 4)] if grouped else [])]
+    heights = [3.0, 2.0, *[1.5] * (has_targets + has_skipped)]
+    if grouped is not None:
+        heights.append(max(2.0, len(grouped.groups()) / 4))
     figure, axes = pyplot.subplots(
         len(heights), 1, figsize=(9, 1.6 * sum(heights)), height_ratios=heights, layout="constrained", squeeze=False
     )
-    for axis, draw in zip(axes[:, 0], panels, strict=False):
-        for index, run in enumerate(runs):
-            draw(axis, run, f"C{index}", run.max_grad_norm if max_grad_norm is None else max_grad_norm)
+    lines = list(axes[: len(heights) - (grouped is not None), 0])
+    for index, run in enumerate(runs):
+        _draw(lines, run, f"C{index}", run.max_grad_norm if max_grad_norm is None else max_grad_norm, has_targets)
+    for axis in lines:
         axis.grid(alpha=0.3)
         axis.legend(loc="best", fontsize="small")
     if grouped is not None:
@@ -122,33 +124,28 @@ def plot_runs(runs: Sequence[Run], path: Path, *, max_grad_norm: float | None = 
     return path
 
 
-def _draw_loss(axis: Any, run: Run, color: str, limit: float | None) -> None:
-    axis.plot(*run.series("loss"), color=color, label=f"{run.name}, training")
+def _draw(axes: Sequence[Any], run: Run, color: str, limit: float | None, has_targets: bool) -> None:
+    """Draw the lines of one run into the panels for loss, norm and, if any run has them, targets and skipped steps."""
+    loss, norm, *others = axes
+    loss.set_ylabel("loss per target")
+    loss.plot(*run.series("loss"), color=color, label=f"{run.name}, training")
     steps, values = run.series("eval_loss")
     if steps:
-        axis.plot(steps, values, color=color, linestyle="--", marker="o", markersize=3, label=f"{run.name}, evaluation")
-    axis.set_ylabel("loss per target")
-
-
-def _draw_norm(axis: Any, run: Run, color: str, limit: float | None) -> None:
-    axis.plot(*run.series("grad_norm"), color=color, label=run.name)
+        loss.plot(steps, values, color=color, linestyle="--", marker="o", markersize=3, label=f"{run.name}, evaluation")
+    norm.set(ylabel="gradient norm", yscale="log")
+    norm.plot(*run.series("grad_norm"), color=color, label=run.name)
     if limit:
-        axis.axhline(limit, color=color, linestyle=":", linewidth=1, label=f"clipped to {limit:g}")
-    axis.set_ylabel("gradient norm")
-    axis.set_yscale("log")
-
-
-def _draw_targets(axis: Any, run: Run, color: str, limit: float | None) -> None:
-    steps, totals = run.series("num_targets")
-    # An entry has the targets of all steps since the one before.
-    per_step = [total / max(step - last, 1) for step, last, total in zip(steps, [0, *steps], totals, strict=False)]
-    axis.plot(steps, per_step, color=color, label=run.name, drawstyle="steps-mid")
-    axis.set_ylabel("targets per step")
-
-
-def _draw_skipped(axis: Any, run: Run, color: str, limit: float | None) -> None:
-    axis.plot(*run.series("skipped_steps"), color=color, label=run.name, drawstyle="steps-post")
-    axis.set_ylabel("skipped steps")
+        norm.axhline(limit, color=color, linestyle=":", linewidth=1, label=f"clipped to {limit:g}")
+    if has_targets:
+        targets, *others = others
+        targets.set_ylabel("targets per step")
+        steps, totals = run.series("num_targets")
+        # An entry has the targets of all steps since the one before.
+        per_step = [total / max(step - last, 1) for step, last, total in zip(steps, [0, *steps], totals, strict=False)]
+        targets.plot(steps, per_step, color=color, label=run.name, drawstyle="steps-mid")
+    for skipped in others:
+        skipped.set_ylabel("skipped steps")
+        skipped.plot(*run.series("skipped_steps"), color=color, label=run.name, drawstyle="steps-post")
 
 
 def _draw_groups(axis: Any, run: Run) -> None:

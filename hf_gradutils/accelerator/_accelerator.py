@@ -96,8 +96,6 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
             self, plugin, num_micro_batches=num_micro_batches, widens_gradients=reduce_in_float32(self)
         )
 
-    # ---- Preparing ----
-
     def local_main_process_first(self) -> FirstRankPerNode:
         """Like ``Accelerator.local_main_process_first``, as :class:`FirstRankPerNode`."""
         return FirstRankPerNode()
@@ -228,7 +226,7 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
         """Make the gradients the exact mean, and clip these to ``max_norm``.
 
         Args:
-            parameters: All that the loss trains, or some of it, or another model's.
+            parameters: All that the loss trains, some of them, or another model's.
             max_norm: Greater than 0; inf measures without clipping.
             norm_type: p of the norm; default: the plugin's, 2.
 
@@ -275,8 +273,6 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
         """
         self.windows.discard(self.windows.of_loss(model))
         self.step = 0
-
-    # ---- After the step ----
 
     def unscale_gradients(self, optimizer: Optimizer | Sequence[Optimizer] | None = None) -> None:
         """Like ``Accelerator.unscale_gradients``; repeated calls in one step change nothing."""

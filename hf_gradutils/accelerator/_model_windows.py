@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -43,10 +42,6 @@ class ModelWindow:
     def parameters(self) -> list[nn.Parameter]:
         """All trained parameters."""
         return trained_parameters(self.whole)
-
-    def has_float16(self) -> bool:
-        """True if a backward may overflow even without a scaler."""
-        return any(p.dtype == torch.float16 for p in self.parameters())
 
     def is_all(self, parameters: Sequence[Tensor]) -> bool:
         """True if these are all its trained parameters, and any that are not trained."""
@@ -117,8 +112,13 @@ class ModelWindows:
             own = {id(p) for p in window.parameters()}
             stepping = [o for o in optimizers if any(id(p) in own for p in _parameters_of(o))]
             in_windows = own.union(*({id(p) for p in other.parameters()} for other in self))
-            for optimizer in stepping:
-                _check_in_windows(optimizer, in_windows)
+            others = [p for o in stepping for p in _parameters_of(o) if p.grad is not None and id(p) not in in_windows]
+            if others:
+                raise InvalidArgumentError(
+                    f"the optimizer also steps on {len(others)} parameters of no model that the loss trains, the first "
+                    f"of shape {tuple(others[0].shape)}; their gradients would not be divided by the targets. Make "
+                    "them part of a module and pass it: accelerator.accumulate(model, that_module)"
+                )
             self._optimizers[key] = stepping
         return self._optimizers[key]
 
@@ -129,13 +129,3 @@ def _as_one(modules: Sequence[nn.Module]) -> nn.Module:
 
 def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _check_in_windows(optimizer: Optimizer, in_windows: set[int]) -> None:
-    others = [p for p in _parameters_of(optimizer) if p.grad is not None and id(p) not in in_windows]
-    if others:
-        raise InvalidArgumentError(
-            f"the optimizer also steps on {len(others)} parameters of no model that the loss trains, the first of "
-            f"shape {tuple(others[0].shape)}; their gradients would not be divided by the targets. Make them part of "
-            "a module and pass it: accelerator.accumulate(model, that_module)"
-        )

@@ -17,18 +17,11 @@ from hf_gradutils.sync import Sync, check_sync
 from hf_gradutils.targets.counter import CountTargets, LossUnit, TargetCounter
 from hf_gradutils.window import OnNonfinite, StepGuard
 
+_SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
 
 def _switch(text: str) -> bool:
-    values = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-    return values[text.lower()]
-
-
-def _switch_or_auto(text: str) -> Any:
-    return "auto" if text.lower() == "auto" else _switch(text)
-
-
-def _groups(text: str) -> Any:
-    return text if not text.startswith("{") else _mapping(text)
+    return _SWITCH[text.lower()]
 
 
 def _mapping(text: str) -> dict[str, str]:
@@ -42,16 +35,18 @@ _FROM_TEXT: dict[str, tuple[Callable[[str], Any], str]] = {
     "loss_unit": (str, "a unit"),
     "check_loss_unit": (_switch, "true or false"),
     "sync": (str, "a policy"),
-    "accumulate_in_float32": (_switch_or_auto, "true, false or auto"),
+    "accumulate_in_float32": (lambda text: "auto" if text.lower() == "auto" else _switch(text), "true, false or auto"),
     "norm_type": (float, "a number"),
-    "grad_norm_groups": (_groups, """'layer', or JSON like {"group": "pattern"}"""),
+    "grad_norm_groups": (
+        lambda text: _mapping(text) if text.startswith("{") else text,
+        """'layer', or JSON like {"group": "pattern"}""",
+    ),
     "ownership": (_mapping, """JSON like {"pattern": "sharded"}"""),
     "on_nonfinite": (str, "a policy"),
     "max_skipped_steps": (int, "a whole number"),
     "fold_into_optimizer": (_switch, "true or false"),
 }
-"""Field → how to read it from its variable, and what is expected there."""
-
+"""Field → parser of its variable, and the expected value for error messages."""
 
 _CHECKS: dict[str, Callable[[Any], object]] = {
     "loss_unit": TargetCounter,

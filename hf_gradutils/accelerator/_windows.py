@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -145,7 +146,7 @@ class Windows:
     def _choose_loss_scale(self, window: ModelWindow, num_targets: Tensor) -> None:
         """Keep fp16 gradients at the magnitude of a mean; chosen once, the same on all ranks."""
         window.has_scale = True
-        if self.loss_scale.scaler is None and not window.has_float16():
+        if self.loss_scale.scaler is None and all(p.dtype != torch.float16 for p in window.parameters()):
             return
         domain, device = world_domain(), self._accelerator.device
         total = add_up(domain, device, num_targets=num_targets.item())["num_targets"]

@@ -6,7 +6,7 @@ replicas count once together, on any mesh and beside plain tensors.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_gradutils._collectives import Domain, gather_objects
 from hf_gradutils.gradients.names import ALL, NormGroups, group_name
-from hf_gradutils.gradients.ownership import Ownership, ShardKey, declared_shards, shard_key
+from hf_gradutils.gradients.ownership import Ownership, declared_shards, shard_key
 from hf_gradutils.gradients.replicas import Held, check_replicas, checksums
 
 
@@ -70,7 +70,13 @@ def plan_by_name(
     """
     ids = {id(p) for p in parameters}
     named = {name: p for name, p in model.named_parameters() if id(p) in ids}
-    held = _held_here(named, declared_shards(model, named, ownership), with_checksums=bool(domain.groups))
+    declared = declared_shards(model, named, ownership)
+    sums = checksums(named.values()) if domain.groups else [(0.0, 0.0)] * len(named)
+    held: dict[str, Held] = {}  # without parameters on meshes that this rank is not in
+    for (name, parameter), checksum in zip(named.items(), sums, strict=True):
+        key = declared.get(name, shard_key(parameter))
+        if key is not None:
+            held[name] = Held(key, not isinstance(parameter, DTensor), checksum)
     every = gather_objects(domain, held)
     if domain.groups:
         check_replicas(every, dist.get_process_group_ranks(domain.groups[0]))
@@ -90,13 +96,8 @@ def plan_by_name(
 def plan_by_count(parameters: Sequence[Tensor], domain: Domain, num_plain_shards: int) -> Plan:
     """Plan parameters without names by counting alone.
 
-    Args:
-        parameters: Plain tensors are split into ``num_plain_shards`` parts over the domain; the ranks of a
-            DTensor's mesh are in the domain, and further ranks of it hold copies of the whole.
-        domain: Who takes part.
-        num_plain_shards: Parts of a plain tensor, 1 for replicas.
-
-    Collectives: none.
+    Plain tensors are split into ``num_plain_shards`` parts over the domain, 1 for replicas. A DTensor's mesh lies in
+    the domain, whose further ranks hold copies of the whole. Collectives: none.
     """
     keys: list[_SlotKey] = []
     for index, parameter in enumerate(parameters):
@@ -105,19 +106,6 @@ def plan_by_count(parameters: Sequence[Tensor], domain: Domain, num_plain_shards
         is_replica = is_plain and parts == 1 and domain.num_ranks > 1
         keys.append((ALL, f"number {index}") if is_replica else (ALL, domain.num_ranks / parts))
     return _plan(domain, (), keys, keys)
-
-
-def _held_here(
-    parameters: Mapping[str, nn.Parameter], declared: Mapping[str, ShardKey], *, with_checksums: bool
-) -> dict[str, Held]:
-    """Name → the part that this rank holds, if any."""
-    sums = checksums(parameters.values()) if with_checksums else [(0.0, 0.0)] * len(parameters)
-    held = {}
-    for (name, parameter), checksum in zip(parameters.items(), sums, strict=True):
-        key = declared.get(name, shard_key(parameter))
-        if key is not None:
-            held[name] = Held(key, not isinstance(parameter, DTensor), checksum)
-    return held
 
 
 _SlotKey: TypeAlias = tuple[str, float | str]

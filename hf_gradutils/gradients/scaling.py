@@ -29,13 +29,9 @@ def clip_divisor(total_norm: Tensor, max_norm: float) -> Tensor:
 
     A non-finite norm as a factor would turn finite gradients into zeros or NaN, and hide which ones were bad.
 
-    Args:
-        total_norm: Shape (), any float dtype, which the result keeps.
-        max_norm: Greater than 0; inf never clips.
+    The result has the dtype of ``total_norm``. Host syncs: none.
 
-    Collectives: none. Host syncs: none.
-
-    Source: ``torch.nn.utils.clip_grad_norm_``, but for norms that are not finite.
+    Source: ``torch.nn.utils.clip_grad_norm_``, except for norms that are not finite.
     """
     if math.isinf(max_norm):
         return torch.ones_like(total_norm)
@@ -58,10 +54,10 @@ def scale_(tensors: Iterable[Tensor], factor: Tensor, *, foreach: bool = True, k
         tensors: Local floating-point tensors on any devices; each is read and written once.
         factor: Shape (), any float dtype, on any device.
         foreach: One multi-tensor call per device and dtype; False makes one call per tensor. For bfloat16 CUDA has no
-            kernel that takes many tensors and a float32 factor: one call, but a launch per tensor.
+            multi-tensor kernel with a float32 factor: one call, but a launch per tensor.
         kind: ``common_kind(tensors)``, if known.
 
-    Collectives: none. Host syncs: none; one where tensors are on the CPU and the factor is not.
+    Host syncs: none; one if tensors are on the CPU and the factor is not.
     """
     for (device, dtype), batch in _batches(list(tensors), kind).items():
         is_half = dtype in (torch.bfloat16, torch.float16)

@@ -117,7 +117,7 @@ def check_loop_invariance(
         tolerance: As in :func:`check_invariance`.
         make_model: As in :func:`check_invariance`.
     """
-    subject = AcceleratorLoop(accelerator, model, rows, collate, loss_and_targets)
+    subject = AcceleratorLoop(model, rows, collate, loss_and_targets, accelerator)
     return _check(subject, num_samples, tolerance, make_model)
 
 
@@ -145,7 +145,7 @@ def check_window_invariance(
         tolerance: As in :func:`check_invariance`.
         make_model: As in :func:`check_invariance`.
     """
-    subject = TorchLoop(model, rows, collate, run_window, loss_and_targets)
+    subject = TorchLoop(model, rows, collate, loss_and_targets, run_window)
     return _check(subject, num_samples, tolerance, make_model)
 
 

@@ -114,12 +114,13 @@ def _alone(subject: Subject, whole: nn.Module, rows: Rows, tolerance: float) -> 
         counter = subject.counter(whole)
         with torch.no_grad():
             additivity = check_additivity(lambda part: subject.own_mean(whole, part), batch, counter)
-        if _fits_in_float64(whole):
+        num_bytes = 2 * 16 * sum(p.numel() for p in whole.parameters())  # weights, gradients; as much for activations
+        if num_bytes < free_bytes(next(whole.parameters()).device):
             try:
-                loss = _backward(subject, whole.double(), _in_float64(batch))
+                wide = recursively_apply(lambda t: t.double() if t.is_floating_point() else t, batch)
+                loss = _backward(subject, whole.double(), wide)
             except RuntimeError:  # an attention kernel without float64
-                whole.to(next(subject.model.parameters()).dtype)
-                loss = _backward(subject, whole, batch)
+                loss = _backward(subject, whole.to(next(subject.model.parameters()).dtype), batch)
         else:
             loss = _backward(subject, whole, batch)
     gradients = {
@@ -145,12 +146,3 @@ def _backward(subject: Subject, model: nn.Module, batch: Any) -> float:
     loss = subject.own_mean(model, batch)
     loss.backward()  # type: ignore[no-untyped-call]
     return float(loss.detach())
-
-
-def _in_float64(batch: Any) -> Any:
-    return recursively_apply(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, batch)
-
-
-def _fits_in_float64(model: nn.Module) -> bool:
-    needed = 2 * 16 * sum(p.numel() for p in model.parameters())  # weights, gradients, and as much for activations
-    return needed < free_bytes(next(model.parameters()).device)

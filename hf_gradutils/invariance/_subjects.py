@@ -4,6 +4,7 @@ import contextlib
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -62,62 +63,56 @@ class Subject(Protocol):
         """The context of a check; restores everything."""
 
 
+@dataclass
 class _Loop:
-    def __init__(
-        self,
-        model: nn.Module,
-        rows: Sequence[Any],
-        collate: Callable[[Rows], Any],
-        loss_and_targets: LossAndTargets,
-        device: torch.device,
-    ):
-        self.model = model
-        self._rows = rows
-        self._collate = collate
-        self._loss_and_targets = loss_and_targets
-        self._device = device
+    model: nn.Module
+    all_rows: Sequence[Any]
+    collate: Callable[[Rows], Any]
+    loss_and_targets: LossAndTargets
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.model)
 
     def rows(self, num_rows: int) -> Rows:
-        if len(self._rows) < num_rows:
-            raise InvalidArgumentError(f"{num_rows} rows are needed, got {len(self._rows)}; lower num_samples")
-        return [self._rows[index] for index in range(num_rows)]
+        if len(self.all_rows) < num_rows:
+            raise InvalidArgumentError(f"{num_rows} rows are needed, got {len(self.all_rows)}; lower num_samples")
+        return [self.all_rows[index] for index in range(num_rows)]
 
     def batch(self, rows: Rows) -> Any:
-        return send_to_device(self._collate(rows), self._device)
+        return send_to_device(self.collate(rows), self.device)
 
     def own_mean(self, model: nn.Module, batch: Any) -> Tensor:
-        return self._loss_and_targets(model, batch)[0]
+        return self.loss_and_targets(model, batch)[0]
 
     def counter(self, model: nn.Module) -> TargetCounter:
-        return TargetCounter(count=lambda batch: torch.as_tensor(self._loss_and_targets(model, batch)[1]))
+        return TargetCounter(count=lambda batch: torch.as_tensor(self.loss_and_targets(model, batch)[1]))
 
 
+@dataclass
 class AcceleratorLoop(_Loop):
     """A loop with an Accelerator, ours or accelerate's."""
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        model: nn.Module,
-        rows: Sequence[Any],
-        collate: Callable[[Rows], Any],
-        loss_and_targets: LossAndTargets,
-    ):
-        super().__init__(model, rows, collate, loss_and_targets, accelerator.device)
-        self.accelerator = accelerator
-        self._is_ours = isinstance(accelerator, GradUtilsAccelerator)
+    accelerator: Accelerator
+
+    def __post_init__(self) -> None:
+        accelerator = self.accelerator
         self.num_ranks = accelerator.num_processes
-        self.is_exact = uses_exact_arithmetic(accelerator, model)
+        self.is_exact = uses_exact_arithmetic(accelerator, self.model)
         config = accelerator.parallelism_config
         num_sharers = 1 if config is None else config.tp_size * config.cp_size * getattr(config, "sp_size", 1)
         self.num_data_ranks = self.num_ranks // num_sharers
         self.data_rank = accelerator.process_index // num_sharers
         self.advice = (
             "num_targets is not the number of targets that the loss is a mean over"
-            if self._is_ours
+            if isinstance(accelerator, GradUtilsAccelerator)
             else "accelerate's Accelerator does not weight micro-batches by their targets; use "
             "hf_gradutils.GradUtilsAccelerator and backward(loss, num_targets=…)"
         )
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device  # type: ignore[no-any-return]
 
     def run(self, parts: Sequence[Rows]) -> float:
         accelerator, model = self.accelerator, self.model
@@ -131,7 +126,7 @@ class AcceleratorLoop(_Loop):
             accelerator.sync_gradients = is_last
             batch = self.batch(part)
             with self._sync_context(is_last):
-                loss, num_targets = self._loss_and_targets(model, batch)
+                loss, num_targets = self.loss_and_targets(model, batch)
                 if isinstance(accelerator, GradUtilsAccelerator):
                     accelerator.backward(loss, num_targets=num_targets, model=model)
                 else:
@@ -153,27 +148,21 @@ class AcceleratorLoop(_Loop):
         return accelerator_untouched(self.accelerator, self.model)
 
 
+@dataclass
 class TorchLoop(_Loop):
     """A loop of plain torch, with data parallelism of any kind or one process."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        rows: Sequence[Any],
-        collate: Callable[[Rows], Any],
-        run_window: RunWindow,
-        loss_and_targets: LossAndTargets,
-    ):
-        super().__init__(model, rows, collate, loss_and_targets, device_of(model))
-        self._run_window = run_window
+    run_window: RunWindow
+
+    def __post_init__(self) -> None:
         self.num_ranks = self.num_data_ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.data_rank = dist.get_rank() if dist.is_initialized() else 0
-        self.is_exact = is_exact_in_itself(model, self._device)
+        self.is_exact = is_exact_in_itself(self.model, self.device)
         self.advice = "divide gradients at the window's end by the targets that the losses are means over"
 
     def run(self, parts: Sequence[Rows]) -> float:
         discard_deferred(self.model)
-        return float(self._run_window([self.batch(part) for part in parts]))
+        return float(self.run_window([self.batch(part) for part in parts]))
 
     def as_it_was(self) -> contextlib.AbstractContextManager[None]:
         return model_untouched(self.model)

@@ -6,82 +6,57 @@ classes that ``fully_shard`` derives. ``tests/targets/test_known_heads.py`` fail
 """
 
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
 from hf_gradutils.targets.counter import IGNORE_INDEX, LossUnit
 
-T = TypeVar("T")
-
-_CONTRASTIVE = "it contrasts every sample with the others of its micro-batch, so a smaller micro-batch is another task"
-_TWO_MEANS = "it adds two means over different numbers of targets"
-_RANDOM = "it draws random points or masks in every forward"
-_ROOTS = "it weights two means by the square roots of their numbers of targets"
-_SHARED_DELAYS = "its autocorrelation picks the delays for all rows of a micro-batch together"
 _DENOISING = (
     "it draws noisy copies of the boxes in every forward, as many as the fullest image of a micro-batch needs; with "
     "num_denoising=0 in the configuration it is a mean over boxes"
 )
 
-
-def _each(names: str, value: T) -> dict[str, T]:
-    return dict.fromkeys(names.split(), value)
-
-
-NO_UNIT = {
-    **_each(
-        """
+_REASONS = {
+    "it contrasts every sample with the others of its micro-batch, so a smaller micro-batch is another task": """
         AltCLIPModel BlipModel ChineseCLIPModel CLIPModel CLIPSegModel GroupViTModel MetaClip2Model Owlv2Model
         OwlViTModel Siglip2Model SiglipModel Tipsv2Model VideoPrismClipModel VisionTextDualEncoderModel
         XCLIPModel
         """,
-        _CONTRASTIVE,
-    ),
-    **_each(
-        """
+    "it adds two means over different numbers of targets": """
         AlbertForPreTraining BertForPreTraining BigBirdForPreTraining ErnieForPreTraining FNetForPreTraining
         LxmertForPreTraining MegatronBertForPreTraining MobileBertForPreTraining VisualBertForPreTraining
         Deimv2ForObjectDetection DetrForObjectDetection DetrForSegmentation MaskFormerForInstanceSegmentation
         TableTransformerForObjectDetection YolosForObjectDetection
         """,
-        _TWO_MEANS,
-    ),
-    **_each(
-        """
+    "it draws random points or masks in every forward": """
         EomtDinov3ForUniversalSegmentation EomtForUniversalSegmentation Mask2FormerForUniversalSegmentation
         OneFormerForUniversalSegmentation RfDetrForInstanceSegmentation ViTMAEForPreTraining
         """,
-        _RANDOM,
-    ),
-    "AutoformerForPrediction": _SHARED_DELAYS,
-    "DFineForObjectDetection": _ROOTS,
-    "GLPNForDepthEstimation": "it is the square root of a difference of means",
+    "its autocorrelation picks the delays for all rows of a micro-batch together": "AutoformerForPrediction",
+    "it weights two means by the square roots of their numbers of targets": "DFineForObjectDetection",
+    "it is the square root of a difference of means": "GLPNForDepthEstimation",
 }
+NO_UNIT = {name: reason for reason, names in _REASONS.items() for name in names.split()}
 """Class name → reason why its loss is no mean over countable targets."""
 
-UNITS: dict[str, LossUnit] = {
-    **_each("ElectraForPreTraining FunnelForPreTraining", "attended_tokens"),
-    **_each(
-        """
+_NAMES: dict[LossUnit, str] = {
+    "attended_tokens": "ElectraForPreTraining FunnelForPreTraining",
+    "boxes": """
         ConditionalDetrForObjectDetection ConditionalDetrForSegmentation DabDetrForObjectDetection
         DeformableDetrForObjectDetection LwDetrForObjectDetection RfDetrForObjectDetection
         RTDetrForObjectDetection RTDetrV2ForObjectDetection
         """,
-        "boxes",
-    ),
     # Tokens as for others, but their decoder cannot start without any label, which the probe of the shift needs.
-    **_each("MBartForConditionalGeneration PLBartForConditionalGeneration", "tokens"),
+    "tokens": "MBartForConditionalGeneration PLBartForConditionalGeneration",
     # Labels of tokens, but a mean over questions; and labels that -100 must not be among.
-    **_each("ParakeetForTDT TapasForQuestionAnswering", "rows"),
-    **_each(
-        """
+    "rows": "ParakeetForTDT TapasForQuestionAnswering",
+    "masked_patches": """
         DeiTForMaskedImageModeling FocalNetForMaskedImageModeling SwinForMaskedImageModeling
         Swinv2ForMaskedImageModeling ViTForMaskedImageModeling
         """,
-        "masked_patches",
-    ),
 }
+UNITS: dict[str, LossUnit] = {name: unit for unit, names in _NAMES.items() for name in names.split()}
 """Class name → unit of its loss."""
 
 

@@ -50,7 +50,7 @@ def is_divisible(batch: Mapping[str, Any], *, num_blocks: int = 1) -> bool:
     return all(
         _is_per_row(value, num_rows)
         or (isinstance(value, Tensor) and _is_per_row(value, num_rows * num_blocks))
-        or _is_single(value)
+        or (value.dim() == 0 if isinstance(value, Tensor) else _is_single(value))
         for value in batch.values()
     )
 
@@ -71,6 +71,4 @@ def _is_per_row(value: object, num_rows: int) -> bool:
 
 
 def _is_single(value: object) -> bool:
-    if isinstance(value, Tensor):
-        return value.dim() == 0
     return isinstance(value, str) or not isinstance(value, Sequence | Mapping)

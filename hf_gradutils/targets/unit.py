@@ -103,13 +103,8 @@ def settle_unit(
             if is_wrong
             else f"seen on {ranks['wrong']:.0f} of {domain.num_ranks} ranks"
         )
-        raise LossUnitError(
-            f"the loss is not a mean over the targets counted ({_how_it_counts(counter)}): {seen}; {HOW_TO_FIX}"
-        )
+        source = f"loss_unit={counter.loss_unit!r}"
+        if counter.count is not None:
+            source = f"count_targets={getattr(counter.count, '__name__', repr(counter.count))}"
+        raise LossUnitError(f"the loss is not a mean over the targets counted ({source}): {seen}; {HOW_TO_FIX}")
     return Settled(head_shifts=shifts, targets_per_micro_batch=ranks["targets"] / domain.num_ranks)
-
-
-def _how_it_counts(counter: TargetCounter) -> str:
-    if counter.count is None:
-        return f"loss_unit={counter.loss_unit!r}"
-    return f"count_targets={getattr(counter.count, '__name__', repr(counter.count))}"

@@ -68,16 +68,14 @@ class LossUnit:
             yield
             return
 
-        def own_loss_func(outputs: Any, labels: Any, num_items_in_batch: object = None) -> Tensor:
-            return loss_func(outputs, labels, num_items_in_batch=num_targets)
-
-        def own_smoother(
-            outputs: Any, labels: Any, shift_labels: object = None, num_items_in_batch: object = None
-        ) -> Tensor:
-            return smoother(outputs, labels, shift_labels=counter.head_shifts)
-
-        trainer.compute_loss_func = own_loss_func if loss_func is not None else None
-        trainer.label_smoother = own_smoother if smoother is not None else None
+        if loss_func is not None:
+            trainer.compute_loss_func = lambda outputs, labels, *_, **__: loss_func(
+                outputs, labels, num_items_in_batch=num_targets
+            )
+        if smoother is not None:
+            trainer.label_smoother = lambda outputs, labels, *_, **__: smoother(
+                outputs, labels, shift_labels=counter.head_shifts
+            )
         try:
             with without_accelerate_state() if counts_boxes else contextlib.nullcontext():
                 yield

@@ -84,11 +84,8 @@ def _local_parts(optimizer: torch.optim.Optimizer) -> Any:
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not any(isinstance(gradient, DTensor) for gradient in gradients):
         return optimizer
-    parts = [_with_gradient(local_tensor(gradient)) for gradient in gradients]
-    return types.SimpleNamespace(param_groups=[{"params": parts}])
-
-
-def _with_gradient(gradient: Tensor) -> Tensor:
-    parameter = gradient.detach()
-    parameter.grad = gradient
-    return parameter
+    parts = [local_tensor(gradient) for gradient in gradients]
+    parameters = [part.detach() for part in parts]
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part
+    return types.SimpleNamespace(param_groups=[{"params": parameters}])

@@ -71,7 +71,17 @@ def fsdp2_widened_new_gradients(modules: Sequence[FSDPModule]) -> Iterator[None]
     Before torch 2.15 gradients accumulated without a reduction are in ``reduce_dtype`` and new ones of the last
     micro-batch are not; reducing both raises (pytorch#160279).
     """
-    widened = [] if fsdp2_honours_grad_dtype() else [p for module in modules for p in _widen_new_gradients(module)]
+    widened = []
+    for group in () if fsdp2_honours_grad_dtype() else [g for module in modules for g in _fsdp2_groups(module)]:
+        dtype = getattr(group, "_reduce_dtype", None)  # absent before the first forward
+        num_accumulated = sum(parameter.unsharded_accumulated_grad is not None for parameter in group.fsdp_params)
+        if dtype is None or not group.reduce_grads or num_accumulated in (0, len(group.fsdp_params)):
+            continue
+        for parameter in group.fsdp_params:
+            unsharded = getattr(parameter, "_unsharded_param", None)
+            if parameter.unsharded_accumulated_grad is None and unsharded is not None and unsharded.grad is None:
+                unsharded.grad_dtype = dtype
+                widened.append(parameter)
     try:
         yield
     finally:
@@ -80,23 +90,6 @@ def fsdp2_widened_new_gradients(modules: Sequence[FSDPModule]) -> Iterator[None]
             gradient, unsharded.grad, unsharded.grad_dtype = unsharded.grad, None, unsharded.dtype
             if gradient is not None:  # not reduced after all
                 parameter.unsharded_accumulated_grad = gradient
-
-
-def _widen_new_gradients(module: FSDPModule) -> list[Any]:
-    widened = []
-    for group in _fsdp2_groups(module):
-        dtype = getattr(group, "_reduce_dtype", None)  # not there before the first forward
-        if dtype is None or not group.reduce_grads:
-            continue
-        has_gradient = [parameter.unsharded_accumulated_grad is not None for parameter in group.fsdp_params]
-        if not any(has_gradient) or all(has_gradient):
-            continue
-        for parameter in group.fsdp_params:
-            unsharded = getattr(parameter, "_unsharded_param", None)
-            if parameter.unsharded_accumulated_grad is None and unsharded is not None and unsharded.grad is None:
-                unsharded.grad_dtype = dtype
-                widened.append(parameter)
-    return widened
 
 
 def fsdp2_keep_losses(module: Any) -> None:
