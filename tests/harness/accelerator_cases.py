@@ -26,7 +26,10 @@ from tests.harness.trainer_cases import (
     shard_tied,
 )
 
+HEAD = "llama causal"
+TOLERANCE = 1e-5
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
+FUSED = functools.partial(torch.optim.AdamW, lr=0.1, fused=True)
 
 
 def spread(layout: Layout, layers: tuple[str, ...]) -> dict[str, Any]:
@@ -48,6 +51,7 @@ def spread(layout: Layout, layers: tuple[str, ...]) -> dict[str, Any]:
 class Loop:
     """What a loop left behind."""
 
+    head: str
     accelerator: GradUtilsAccelerator
     model: nn.Module
     optimizer: Any
@@ -57,6 +61,10 @@ class Loop:
     norms: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     num_targets: list[float] = field(default_factory=list)
+
+    def backward(self, batch: dict[str, Tensor]) -> None:
+        num_targets = torch.tensor(HEADS[self.head].targets(batch))
+        self.accelerator.backward(self.model(**batch)["loss"], num_targets=num_targets)
 
 
 def make(
@@ -87,7 +95,7 @@ def make(
         model, made, loader, scheduler = accelerator.prepare(model, made, loader, scheduler)
     inside = getattr(model, "_orig_mod", model)
     assert spec.is_right(model) or spec.is_right(inside), (layout, type(model))
-    return Loop(accelerator, model, made, scheduler), loader
+    return Loop(head, accelerator, model, made, scheduler), loader
 
 
 def run_loop(
@@ -110,8 +118,7 @@ def run_loop(
     accelerator, model, optimizer = loop.accelerator, loop.model, loop.optimizer
     for batch in loader:
         with accelerator.accumulate(model):
-            loss = model(**batch)["loss"]
-            accelerator.backward(loss, num_targets=torch.tensor(HEADS[head].targets(batch)))
+            loop.backward(batch)
             if after_backward is not None:
                 after_backward(loop)
             if accelerator.sync_gradients and max_norm is not None:
