@@ -1,4 +1,4 @@
-"""What runs on a GPU, without one: fake CUDA tensors carry device, dtype and shape, and refuse to be read.
+"""The GPU's code paths without a GPU: fake CUDA tensors carry device, dtype and shape, and refuse to be read.
 
 A read that would make the host wait (``item()``, ``bool()``) raises ``DataDependentOutputException``. ``tests/gpu`` is
 the same on a real one.
@@ -46,13 +46,13 @@ SCALING = {
 
 @pytest.fixture(autouse=True)
 def _fake_mode():
-    """One mode per test: tensors of two do not mix, so nothing that the package keeps may outlive it."""
-    kept = (_unused_flag, norms._lengths)
-    for cache in kept:
+    """One mode per test: tensors of two do not mix, so nothing that the package caches may outlive it."""
+    caches = (_unused_flag, norms._lengths)
+    for cache in caches:
         cache.cache_clear()
     with FakeTensorMode():
         yield
-    for cache in kept:
+    for cache in caches:
         cache.cache_clear()
 
 
@@ -182,13 +182,13 @@ def test_control_a_copy_is_seen():
 
 
 class Recorder(torch.optim.SGD):
-    """Notes what it has been told."""
+    """Records where the flag and the scale are that it is given."""
 
     def step(self, closure=None):
-        self.told = {name: getattr(self, name).device.type for name in ("found_inf", "grad_scale")}
+        self.devices = {name: getattr(self, name).device.type for name in ("found_inf", "grad_scale")}
 
 
-def test_an_optimizer_of_offloaded_parameters_is_told_what_has_come(monkeypatch):
+def test_an_optimizer_of_offloaded_parameters_gets_what_has_arrived(monkeypatch):
     reset_accelerate()
     with unset_fake_temporarily():
         optimizer = Accelerator(cpu=True).prepare_optimizer(Recorder([nn.Parameter(torch.zeros(1))]))
@@ -196,7 +196,7 @@ def test_an_optimizer_of_offloaded_parameters_is_told_what_has_come(monkeypatch)
     ours.order = StepOrder(skip_flag=torch.zeros((), device=CUDA), divisor=torch.ones((), device=CUDA))
     with Seen() as seen:
         ours.step()
-    assert ours.optimizer.told == {"found_inf": "cpu", "grad_scale": "cpu"}
+    assert ours.optimizer.devices == {"found_inf": "cpu", "grad_scale": "cpu"}
     assert seen.copies == [("cuda", "cpu", False)] * 2
 
 
