@@ -11,8 +11,9 @@ from torch.profiler import profile
 
 from hf_gradutils import get_sync_ctx
 from hf_gradutils.upstream.fsdp import fsdp2_sync_flags
-from tests.harness.ranks import ranks, run_ranks
-from tests.harness.tiny_net import make_mesh, make_net, parallelize
+from tests.harness.layouts import on_layouts
+from tests.harness.ranks import ranks
+from tests.harness.tiny_net import make_net, parallelize
 
 
 def state_of(model):
@@ -30,13 +31,9 @@ def backward(model, *, is_optim_step):
     return [e.name for e in profiler.events() if e.name.startswith(("gloo:all_reduce", "gloo:reduce"))]
 
 
-@pytest.mark.parametrize("layout", ["ddp2", "fsdp2x2", "hsdp2x2"])
-def test_gradients_are_communicated_on_the_last_micro_batch_only(layout):
-    run_ranks(_communicates_once, 4 if "x" in layout else 2, layout)
-
-
-def _communicates_once(layout):
-    model = parallelize(make_net(), layout, make_mesh(layout))
+@on_layouts("ddp2", "fsdp2x2", "hsdp2x2")
+def test_gradients_are_communicated_on_the_last_micro_batch_only(layout, mesh):
+    model = parallelize(make_net(), layout, mesh)
     if layout == "ddp2":  # reduces in threads that the profiler may miss: ask its own hook
         buckets = []
 
@@ -54,13 +51,9 @@ def _communicates_once(layout):
         assert backward(model, is_optim_step=True) != []
 
 
-@pytest.mark.parametrize("layout", ["ddp2", "fsdp2x2", "hsdp2x2"])
-def test_the_prior_state_comes_back_also_after_an_exception(layout):
-    run_ranks(_restores, 4 if "x" in layout else 2, layout)
-
-
-def _restores(layout):
-    model = parallelize(make_net(), layout, make_mesh(layout))
+@on_layouts("ddp2", "fsdp2x2", "hsdp2x2")
+def test_the_prior_state_comes_back_also_after_an_exception(layout, mesh):
+    model = parallelize(make_net(), layout, mesh)
     before = state_of(model)
     assert before
     context = get_sync_ctx(model, False)
