@@ -5,8 +5,8 @@ import torch
 
 from hf_gradutils import GradUtilsPlugin
 from tests.gpu.cuda_cases import arguments_for, assert_on, run
-from tests.window import test_nonfinite as on_cpu
-from tests.window.test_nonfinite import FUSED, PLAIN, Spoiled, train_spoiled
+from tests.window import nonfinite_cases as on_cpu
+from tests.window.nonfinite_cases import FUSED, PLAIN, Spoiled, train_spoiled
 
 OPTIMIZERS = {"fused adamw": FUSED, "adamw": PLAIN, "sgd": {"optim": "sgd"}}
 """The first leaves the step out on the device; for the others the host reads a flag."""
@@ -25,7 +25,7 @@ def test_a_bad_step_raises_everywhere_and_changes_nothing(optimizer, layout):
 
 
 def raises(layout, device, optimizer):
-    on_cpu._raises(layout, OPTIMIZERS[optimizer] | arguments_for(device, layout))
+    on_cpu.check_a_bad_step_raises(layout, OPTIMIZERS[optimizer] | arguments_for(device, layout))
     assert_used(device)
 
 
@@ -36,7 +36,7 @@ def test_a_bad_step_is_left_out_and_the_next_are_taken(optimizer, layout):
 
 
 def skips(layout, device, optimizer):
-    on_cpu._skips(layout, OPTIMIZERS[optimizer] | arguments_for(device, layout))
+    on_cpu.check_a_bad_step_is_left_out(layout, OPTIMIZERS[optimizer] | arguments_for(device, layout))
     assert_used(device)
 
 

@@ -15,11 +15,10 @@ from hf_gradutils import clip_gradients
 from hf_gradutils.window import AccumulationWindow
 from tests.harness.counting import Traffic, top_level_calls
 from tests.harness.gradients import relative_error, whole_gradients
-from tests.harness.layouts import LAYOUTS, NET_LAYOUTS, run
+from tests.harness.layouts import LAYOUTS, NET_LAYOUTS, on_layouts
 from tests.harness.tiny_net import (
     data_rank,
     make_batch,
-    make_mesh,
     make_net,
     parallelize,
     summed_loss,
@@ -35,9 +34,8 @@ def parameters_of(num_parameters, dtype=torch.float32):
     return model
 
 
-def accumulated(layout, model=None):
+def accumulated(layout, mesh, model=None):
     """A model with the gradients of four micro-batches, and the window that weighed them."""
-    mesh = make_mesh(layout)
     model = parallelize(make_net(), layout, mesh) if model is None else model
     index, size = data_rank(mesh)
     window = AccumulationWindow(torch.device("cpu"), num_replicas=(dist.get_world_size() if mesh else 1) // size)
@@ -52,18 +50,14 @@ def accumulated(layout, model=None):
 # ---- What comes out ----
 
 
-@pytest.mark.parametrize("layout", NET_LAYOUTS)
-def test_one_all_reduce_makes_the_exact_mean_gradient_and_all_norms(layout):
-    run(_exact_with_one_all_reduce, layout)
-
-
-def _exact_with_one_all_reduce(layout):
+@on_layouts(*NET_LAYOUTS)
+def test_one_all_reduce_makes_the_exact_mean_gradient_and_all_norms(layout, mesh):
     want = true_mean_gradient()
     groups = {"ends": "*inp.*", "norm": "*norm.*"}
-    model, window = accumulated(layout)
+    model, window = accumulated(layout, mesh)
     window.close(model, norm_groups=groups)  # with the plan's object gather, once
     model.zero_grad()
-    model, window = accumulated(layout, model)
+    model, window = accumulated(layout, mesh, model)
     with profile() as profiler:
         report = window.close(model, norm_groups=groups)
     collectives = [event.name for event in profiler.events() if event.name.startswith("gloo:")]
@@ -78,14 +72,10 @@ def _exact_with_one_all_reduce(layout):
     assert report.is_finite
 
 
-@pytest.mark.parametrize("layout", ["ddp2", "fsdp2x2", "tp2_fsdp2x2"])
-def test_the_largest_element_takes_one_all_gather(layout):
-    run(_one_all_gather, layout)
-
-
-def _one_all_gather(layout):
+@on_layouts("ddp2", "fsdp2x2", "tp2_fsdp2x2")
+def test_the_largest_element_takes_one_all_gather(layout, mesh):
     want = true_mean_gradient()
-    model, window = accumulated(layout)
+    model, window = accumulated(layout, mesh)
     clip_gradients(model, math.inf, norm_type=math.inf)
     with profile() as profiler:
         report = window.close(model, norm_type=math.inf)
@@ -93,8 +83,8 @@ def _one_all_gather(layout):
     assert report.grad_norm.item() == pytest.approx(max(g.abs().max().item() for g in want.values()), rel=1e-12)
 
 
-def test_a_window_whose_gradients_somebody_else_scales_leaves_them_alone():
-    model, window = accumulated("one_rank")
+def test_a_window_that_leaves_scaling_to_the_optimizer_changes_no_gradient():
+    model, window = accumulated("one_rank", None)
     before = whole_gradients(model)
     report = window.close(model, 0.1, scales=False)
     after = whole_gradients(model)
@@ -122,18 +112,12 @@ def test_at_most_twenty_calls_however_many_parameters():
     assert counts[0] == counts[1] == counts[2]
 
 
-@pytest.mark.parametrize(
-    "layout", ["ddp2", "fsdp2x2", "hsdp2x2", "tp2", "tp2_fsdp2x2", "plain_beside_fsdp2x2", "two_meshes2x2"]
-)
-def test_at_most_twenty_calls_in_every_layout(layout):
-    for calls in run(_calls, layout):
-        assert len(calls) <= 20, calls
-
-
-def _calls(layout):
-    model, window = accumulated(layout)
+@on_layouts("ddp2", "fsdp2x2", "hsdp2x2", "tp2", "tp2_fsdp2x2", "plain_beside_fsdp2x2", "two_meshes2x2")
+def test_at_most_twenty_calls_in_every_layout(layout, mesh):
+    model, window = accumulated(layout, mesh)
     clip_gradients(model, 1e9)
-    return top_level_calls(lambda: window.close(model, 1.0))
+    calls = top_level_calls(lambda: window.close(model, 1.0))
+    assert len(calls) <= 20, calls
 
 
 @pytest.mark.parametrize("num_elements", [10, 200_000])  # the larger are read in chunks
@@ -158,10 +142,10 @@ def test_the_python_time_of_a_windows_end_does_not_grow_with_the_ranks(monkeypat
 def _python_calls(num_ranks, monkeypatch):
     """Python and C calls of one window's end on rank 0 of so many simulated ranks."""
 
-    def everybody_has_what_i_have(records, mine, group):
-        records[:] = [mine] * num_ranks
+    def gather_copies(records, own, group):
+        records[:] = [own] * num_ranks
 
-    monkeypatch.setattr(dist, "all_gather_object", everybody_has_what_i_have)
+    monkeypatch.setattr(dist, "all_gather_object", gather_copies)
     dist.init_process_group("fake", rank=0, world_size=num_ranks, store=FakeStore())
     try:
         model = parameters_of(30)
