@@ -145,7 +145,7 @@ def table(rows: Iterable[Sequence[Any]]) -> str:
 
 
 def folded(summary: str, body: str) -> str:
-    """What a reader has to open."""
+    """A block that a reader opens."""
     return f"<details><summary>{summary}</summary>\n\n{body}\n\n</details>"
 
 

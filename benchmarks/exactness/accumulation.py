@@ -24,7 +24,7 @@ ACCUMULATIONS = (1, 8, 64)
 LAYOUTS_MEASURED = ("one_rank", "ddp2", "fsdp2x2")
 HEADS_MEASURED = ("llama causal", "bert classes", "vit images", "bert tokens")
 SETTINGS = {"bfloat16": False, "float32": True}
-"""What gradients accumulate in → ``accumulate_in_float32``."""
+"""Dtype in which gradients accumulate → ``accumulate_in_float32``."""
 
 Errors = dict[tuple[str, str, int], dict[str, Closeness]]
 """(head, layout, accumulation) → what gradients accumulate in → how near the step's gradient was."""

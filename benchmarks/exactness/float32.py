@@ -69,7 +69,7 @@ def measure_cell(head: str, layout: str, trainer: str, seed: int) -> Result:
 
 
 def on_ranks(layout: str, function: Callable[..., Any], *args: Any) -> list[Any] | str:
-    """What a function returns on each rank of a layout; or what the first rank that failed raised."""
+    """The results of a function on each rank of a layout, or the error of the rank that failed first."""
     try:
         with silence():
             return run_ranks(function, LAYOUTS[layout].num_ranks, *args, deadline_s=180)
@@ -129,7 +129,7 @@ def is_out_of_reach(row: dict[str, Result]) -> bool:
 
 
 def faults(cells: Cells) -> list[str]:
-    """What must not be: ours wrong, or crashing where stock does not."""
+    """Cells in which ours is wrong, or crashes where stock does not."""
     found = []
     for (head, layout), row in cells.items():
         if isinstance(row["ours"], str):

@@ -39,7 +39,7 @@ class Scaled:
     accelerator: Any
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As in Trainer."""
+        """Do what Trainer does, and add the scaler."""
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         if self.args.fp16:
             with_scaler(self.accelerator, LOSS_SCALE, computes_in_half=True)

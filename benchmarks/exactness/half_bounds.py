@@ -63,7 +63,7 @@ class Cell:
 Key = tuple[int, bool]
 """(accumulation, activation checkpointing)."""
 Result = dict[Key, Cell] | str
-"""What came of a trainer; or what it crashed with."""
+"""The cells of a Trainer, or the reason of its crash."""
 Cells = dict[tuple[str, str, str], dict[str, Result]]
 """(head, layout, precision) → trainer → result."""
 KEYS: tuple[Key, ...] = tuple((n, checkpointing) for checkpointing in (False, True) for n in ACCUMULATIONS)
@@ -73,7 +73,7 @@ KEYS: tuple[Key, ...] = tuple((n, checkpointing) for checkpointing in (False, Tr
 
 
 def reference_of(head: str, row: Mapping[str, Result], key: Key) -> tuple[str, Closeness]:
-    """What ours is held against: the name of it, and how near it is."""
+    """The reference of ours: its name, and its closeness."""
     ours, stock = row["ours"], row["stock"]
     assert not isinstance(ours, str)
     if not isinstance(stock, str) and stock[key].is_right:
@@ -91,7 +91,7 @@ def why_wrong(got: Closeness, name: str, reference: Closeness, precision: str) -
 
 
 def faults(cells: Cells) -> list[str]:
-    """What must not be: ours wrong or crashing where stock does not, and cells that a planted scale passes."""
+    """Cells in which ours is wrong, crashes where stock does not, or would pass with a planted scale."""
     found = []
     for (head, layout, precision), row in cells.items():
         ours = row["ours"]

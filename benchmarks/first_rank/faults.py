@@ -1,4 +1,4 @@
-"""What ranks that wait for a first rank go through when something goes wrong, with three tools, in one run.
+"""Faults in a first rank, and what the waiting ranks see of them, with three tools in one run.
 
     python -m benchmarks.first_rank.faults --out docs/first_rank.md
 
@@ -93,7 +93,7 @@ def run(tool: str, row: str) -> str:
 
 
 def wait(agents: list[subprocess.Popen], folder: Path) -> bool:
-    """Whether a job had to be stopped. The clock of a hang starts with the first rank's first line."""
+    """Wait for a job; True if it hung and was stopped. The clock of a hang starts with the first rank's first line."""
     started = time.time()
     while any(agent.poll() is None for agent in agents):
         files = list(folder.glob("*.jsonl"))
@@ -118,7 +118,7 @@ def stop(agent: subprocess.Popen) -> None:
 
 
 def judge(row: str, folder: Path, *, is_stopped: bool) -> str:
-    """What happened, in words."""
+    """Describe in words how a case ended."""
     story = cases.Story(folder)
     case = ROWS[row][0]
     words = []

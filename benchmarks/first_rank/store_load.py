@@ -1,4 +1,4 @@
-"""What one c10d store carries: many clients on loopback look as often as waiting ranks do.
+"""The load that one c10d store carries: many clients on loopback look as often as waiting ranks do.
 
     python -m benchmarks.first_rank.store_load --clients 1000 --out docs/first_rank.md
 

@@ -90,7 +90,7 @@ def _measure(measured: Measured, model: nn.Module, make_row: MakeRow, seed: int)
 
 
 def is_random(model: nn.Module, rows: list[Any]) -> bool:
-    """Whether two forwards of the same batch differ."""
+    """Tell if two forwards of the same batch differ."""
     losses = []
     with torch.no_grad():
         for seed in (1, 2):
@@ -106,7 +106,7 @@ def loss_of(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 
 def gradient_of_one_batch(model: nn.Module, rows: list[Any], dtype: torch.dtype) -> Gradients:
-    """What the head's own loss gives for all rows at once."""
+    """The gradient of the head's own loss for all rows at once."""
     model.to(dtype).zero_grad()
     loss_of(model, _cast(collate(rows), dtype)).backward()
     gradients = {name: p.grad.double().clone() for name, p in model.named_parameters() if p.grad is not None}

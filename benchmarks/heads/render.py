@@ -18,7 +18,7 @@ WIDTH = 240
 
 
 def record(results: list[Measured]) -> dict[str, Any]:
-    """What the page shows."""
+    """The data of the page."""
     built = [m for m in results if not m.not_built]
     kinds: dict[str, dict[str, dict[str, int]]] = {}
     not_built: dict[str, list[str]] = {}

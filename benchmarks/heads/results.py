@@ -1,4 +1,4 @@
-"""What came of a head, and what must hold of all of them."""
+"""The results of a head, and the promises that hold for all of them."""
 
 import re
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ WRONG = 1e-5
 
 @dataclass
 class Outcome:
-    """What one Trainer made of a head."""
+    """The result of one Trainer with a head."""
 
     status: str
     """exact, wrong, refused or crashed."""
@@ -24,7 +24,7 @@ class Outcome:
 
 @dataclass
 class Measured:
-    """What came of a head."""
+    """The results of a head."""
 
     head: str
     not_built: str = ""
@@ -45,7 +45,7 @@ def status_of(measured: Measured, trainer: str) -> str:
 
 
 def kind_of(head: str) -> str:
-    """What a head is for, by the end of its name."""
+    """The task of a head, by the end of its name."""
     match = re.search(r"For[A-Z]\w*$|LMHead\w*$|DoubleHeadsModel$|Model$|Decoder$", head)
     return match.group() if match else "other"
 

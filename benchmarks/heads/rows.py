@@ -37,7 +37,7 @@ _SAYS_SO = re.compile(r"KeyError\('loss'\)|is not trainable|does not support tra
 
 
 def find_rows(model: nn.Module) -> tuple[MakeRow, str]:
-    """What makes rows that the model returns a loss for, and the names of what is in them.
+    """Find a maker of rows that the model returns a loss for, and the names of their parts.
 
     Raises:
         NoBatchError: with the error that the likeliest batch ended in.

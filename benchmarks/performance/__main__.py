@@ -1,4 +1,4 @@
-"""What the exact gradient costs: ours beside what others do, counted and timed in the same run.
+"""The cost of the exact gradient: ours beside what others do, counted and timed in the same run.
 
     python -m benchmarks.performance [--layouts fsdp2x2] [--sizes 300] [--no-trainer] [--only-cuda] [--out FILE]
 

@@ -1,4 +1,4 @@
-"""What must hold of the costs: counts, which fail the command, and targets for times, which inform."""
+"""Promises for the costs: counts fail the command, targets for times inform."""
 
 from typing import Any
 

@@ -34,7 +34,7 @@ BATCH, LENGTH, VOCAB = 8, 32, 256
 
 @dataclass(frozen=True)
 class StepCounts:
-    """What steps of one trainer cost, at accumulation 8 unless said otherwise."""
+    """The cost of steps of one Trainer, at accumulation 8 unless said otherwise."""
 
     look_ahead: int
     """Batches fetched and not yet trained on, at most."""

@@ -194,7 +194,7 @@ def _counted(method: Method, ready: Callable[[Method], Callable[[], Tensor]], mo
 
 
 def _cpu_time(call: Callable[[], Tensor]) -> tuple[Tensor, float, float]:
-    """What a call returns, and the CPU time of the process and of this thread."""
+    """The result of a call, and the CPU time of the process and of this thread."""
     gc.disable()
     try:
         start, start_here = time.process_time(), time.thread_time()

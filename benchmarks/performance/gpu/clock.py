@@ -1,7 +1,7 @@
-"""What there is to know of a call on a device: its times, its launches, whether the host waits, a graph of it, memory.
+"""A call on a device: its times, launches, waits of the host, CUDA graph and memory.
 
 All calls that only CUDA has are here. On the CPU a call is over when it returns, an operation of torch is its own
-launch, a graph is the call itself, and nobody counts memory.
+launch, a graph is the call itself, and memory is not counted.
 """
 
 import math
@@ -100,7 +100,7 @@ def num_launches(call: Callable[[], Any], device: torch.device) -> int:
 
 
 def why_it_waits(call: Callable[[], Any], device: torch.device) -> str | None:
-    """What makes the host wait for the device in a call; None if nothing does."""
+    """The reason why the host waits for the device in a call; None if it does not."""
     if device.type != "cuda":
         num_syncs = num_host_syncs(events_of(call))
         return f"{num_syncs} host syncs" if num_syncs else None
@@ -139,7 +139,7 @@ def captured(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]
 
 
 def free_bytes(device: torch.device) -> float:
-    """What can still be allocated; inf where nobody knows."""
+    """Bytes that can still be allocated; inf on a CPU."""
     if device.type != "cuda":
         return math.inf
     torch.cuda.empty_cache()
@@ -186,7 +186,7 @@ def first_line(error: BaseException) -> str:
 
 
 def attempt(function: Callable[[], T], device: torch.device) -> T | str:
-    """What a function returns, or "raises X: …"; what a failure has left in the memory is given back."""
+    """Call a function; its result, or "raises X: …". Memory that a failure holds is released."""
     try:
         return function()
     except Exception as error:  # of a peer, of memory, of a driver: a row says so, and the others are still measured

@@ -32,7 +32,7 @@ def make_optimizer(known: KnownGradients, **options: bool) -> AdamW:
 
 
 def window_and_step(known: KnownGradients, optimizer: AdamW, *, folds: bool) -> Callable[[], Tensor]:
-    """As ``GradUtilsOptimizer`` steps: told on the device whether to skip, and what to divide by if it folds."""
+    """Step like ``GradUtilsOptimizer``: tensors on the device say if to skip and, folded, what to divide by."""
     end = known_gradients.window_end(known.model, scales=not folds)
 
     def call() -> Tensor:

@@ -22,7 +22,7 @@ from hf_gradutils.window import AccumulationWindow, WindowReport
 LARGEST = 2**26
 """Elements of one parameter."""
 NUM_TARGETS = 4
-"""What ours, and whoever rescales, divides by."""
+"""Ours, and methods that rescale, divide by it."""
 LARGEST_ERROR = {torch.float32: 1e-6, torch.bfloat16: 1e-5}
 """Of a norm of ours, relative."""
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8}
@@ -55,7 +55,7 @@ class KnownGradients:
         torch._foreach_copy_([p.grad for p in self.model], [self._values[: p.numel()] for p in self.model])
 
     def scaled(self) -> Tensor:
-        """What the first gradient begins with once it is the mean, clipped to :data:`MAX_NORM`; float64."""
+        """The first values of the first gradient once it is the mean, clipped to :data:`MAX_NORM`; float64."""
         factor = min(1.0, MAX_NORM / (self.norm / NUM_TARGETS + 1e-6)) / NUM_TARGETS
         return self._values[:_CYCLE].double().cpu() * factor
 
@@ -95,7 +95,7 @@ class Method:
     prepare: Callable[[nn.Module], Callable[[], Tensor]]
     """Model → the call to measure, which returns the norm."""
     num_passes: int | None
-    """Over the gradients; None where nobody has counted."""
+    """Over the gradients; None where they have not been counted."""
     text: str
     """The same in words."""
     divides: bool = False
@@ -156,7 +156,7 @@ def methods() -> dict[str, Method]:
 
 
 def faults(name: str, method: Method, known: KnownGradients) -> list[str]:
-    """What a method of ours does otherwise than promised: it raises, waits, its norm is off, gradients are."""
+    """Broken promises of a method of ours: it raises, it waits, its norm or its gradients are off."""
     where = f"{name}, {known.num_elements:,} elements in {name_of(known.dtype)}"
     found = clock.attempt(functools.partial(_faults, method, known), known.device)
     return [f"{where}: {fault}" for fault in ([found] if isinstance(found, str) else found)]

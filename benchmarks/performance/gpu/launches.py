@@ -65,7 +65,7 @@ def measure_graphs(device: torch.device, num_parameters: tuple[int, ...]) -> Par
 
 
 def _graph(known: KnownGradients, *, folds: bool) -> tuple[Callable[[], Any], list[str]]:
-    """What replays a window's end and the step, and what it does otherwise than promised."""
+    """A replay of a window's end and the step, and its broken promises."""
     optimizer = make_optimizer(known, capturable=True)
     replay = clock.captured(window_and_step(known, optimizer, folds=folds), known.device)
     first = next(known.model.parameters())

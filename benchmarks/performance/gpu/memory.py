@@ -70,7 +70,7 @@ class Peak:
     """Which one it was in the end."""
     peak_bytes: int
     estimate_bytes: int
-    """What deferring should take beyond ``every``."""
+    """Expected memory of deferring beyond ``every``."""
     grad_norm: float
 
 

@@ -9,7 +9,7 @@ class Part:
     def __init__(self, *header: str):
         self.rows: list[tuple[str, ...]] = [header]
         self.values: dict[Any, Any] = {}
-        """What was measured, by the name that it has in the table."""
+        """The measured numbers, by their names in the table."""
         self.faults: list[str] = []
 
     def add(self, *cells: str) -> None:

@@ -31,7 +31,7 @@ class Sizes:
 
 
 def is_here() -> bool:
-    """Whether there is a GPU; says so where there is none."""
+    """Tell if there is a GPU, and print that there is none."""
     if not torch.cuda.is_available():
         print(NO_GPU, flush=True)
     return torch.cuda.is_available()
