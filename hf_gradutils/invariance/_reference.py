@@ -103,9 +103,9 @@ def _from_first_rank(value: T) -> T:
 def _alone(subject: Subject, whole: nn.Module, rows: Rows, tolerance: float) -> tuple[Measured, Comparison]:
     """Gradient and loss of one process and one batch, and the comparison of the loss with the targets counted."""
     batch = subject.batch(rows)
-    known = known_head(whole)
+    head = known_head(whole)
     # Detection losses average their boxes over accelerate's ranks, of which none takes part here.
-    without_ranks = known is not None and known.loss_unit == "boxes"
+    without_ranks = head is not None and head.loss_unit == "boxes"
     with (
         in_evaluation_mode(whole),
         without_auxiliary(whole),

@@ -122,12 +122,12 @@ class LossUnit:
         counter, why_not = trainer.grad_plugin.counter(), ""
         if counter.is_default and trl.num_blocks(trainer) == 2:
             counter, why_not = TargetCounter(count=trl.count_pairs), trl.why_without_unit(trainer)
-        elif counter.is_default and trainer.compute_loss_func is None and (known := known_head(self.head)) is not None:
-            if known.loss_unit is not None:
-                counter = TargetCounter(known.loss_unit, ignore_index=known.ignore_index)
+        elif counter.is_default and trainer.compute_loss_func is None and (head := known_head(self.head)) is not None:
+            if head.loss_unit is not None:
+                counter = TargetCounter(head.loss_unit, ignore_index=head.ignore_index)
             else:
                 counter = TargetCounter("rows")
-            why_not = known.reason
+            why_not = head.reason
         if why_not and check:
             raise LossUnitError(f"the loss cannot be split exactly: {why_not}; {HOW_TO_FIX}")
         if is_split:
