@@ -1,19 +1,15 @@
 """GradUtilsTrainer takes the step of one process with the whole batch, for every head, cut and layout here."""
 
-import math
-
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate.utils import DistributedType
 from transformers import Trainer
 
 from hf_gradutils import GradUtilsTrainer, clip_gradients, get_sync_ctx, reduce_loss, rescale_gradients
 from hf_gradutils.accelerator import GradUtilsPlugin
-from hf_gradutils.errors import InvalidArgumentError, LossUnitError, TargetCountError
 from tests.harness.gradients import norm_of, relative_error
 from tests.harness.heads import HEADS, collate
-from tests.harness.layouts import run
+from tests.harness.layouts import on_layouts
 from tests.harness.trainer_cases import (
     GradientTap,
     make_data,
@@ -26,26 +22,26 @@ from tests.harness.trainer_cases import (
 
 TOLERANCE = 1e-5
 COMMON = ["one_rank", "ddp2", "fsdp2x2"]
-SPREAD = ["hsdp2x2", "native_fsdp2x2", "native_hsdp2x2", "tp2", "tp2_fsdp2x2", "ep2_fsdp2x2"]
 
 
+@on_layouts("one_rank", "ddp2")
 @pytest.mark.parametrize("head", HEADS)
-def test_every_head_is_exact_on_one_rank_and_on_two(head):
-    _is_exact("one_rank", head, 1, 8)
-    run(_is_exact, "ddp2", head, 4)
+def test_every_head_is_exact_on_one_rank_and_on_two(head, layout):
+    assert_exact(layout, head, *((1, 8) if layout == "one_rank" else (4,)))
 
 
+@on_layouts("fsdp2x2")
 @pytest.mark.parametrize("head", ["llama causal", "bert masked", "t5 seq2seq", "bert classes"])
-def test_every_kind_of_head_is_exact_under_fsdp2(head):
-    run(_is_exact, "fsdp2x2", head, 1, 4, 8)
+def test_every_kind_of_head_is_exact_under_fsdp2(head, layout):
+    assert_exact(layout, head, 1, 4, 8)
 
 
-@pytest.mark.parametrize("layout", SPREAD)
+@on_layouts("hsdp2x2", "native_fsdp2x2", "native_hsdp2x2", "tp2", "tp2_fsdp2x2", "ep2_fsdp2x2")
 def test_a_mixture_of_experts_with_qk_norm_and_auxiliary_loss_is_exact_in_every_layout(layout):
-    run(_is_exact, layout, "qwen3 moe aux", 8)
+    assert_exact(layout, "qwen3 moe aux", 8)
 
 
-def _is_exact(layout, head, *accumulations):
+def assert_exact(layout, head, *accumulations):
     data = make_data(head, 32)
     for accumulation in accumulations:
         splits = micro_batches_of(data, layout, accumulation) if head == "qwen3 moe aux" else [data]
@@ -67,23 +63,17 @@ def test_control_the_stock_trainer_is_wrong_where_it_is_said_to_be(head):
     assert error < TOLERANCE if HEADS[head].stock_is_exact else error > 1e-2
 
 
-def test_control_the_stock_trainer_sums_qk_norms_gradients_too_often_under_tensor_parallelism():
-    run(_stock_is_wrong, "tp2", "qwen3 causal")
-
-
-def _stock_is_wrong(layout, head):
+@on_layouts("tp2")
+def test_control_the_stock_trainer_sums_qk_norms_gradients_too_often_under_tensor_parallelism(layout):
+    head = "qwen3 causal"
     data = make_data(head, 32)
     want, _ = truth(head, data)
     assert relative_error(train(head, 8, layout=layout, data=data, trainer_class=Trainer)[1].steps[0], want) > 1e-2
     assert relative_error(train(head, 8, layout=layout, data=data)[1].steps[0], want) < TOLERANCE
 
 
-@pytest.mark.parametrize("layout", COMMON)
+@on_layouts(*COMMON)
 def test_clipping_is_to_the_norm_of_the_whole_batch(layout):
-    run(_clips, layout)
-
-
-def _clips(layout):
     head = "t5 seq2seq"
     want, _ = truth(head, make_data(head))
     limit = norm_of(want) / 4
@@ -93,12 +83,8 @@ def _clips(layout):
     assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(norm_of(want), rel=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["one_rank", "ddp2"])
+@on_layouts("one_rank", "ddp2")
 def test_a_loop_written_from_the_utilities_takes_the_same_step(layout):
-    run(_same_step, layout)
-
-
-def _same_step(layout):
     head, accumulation, limit = "bert masked", 4, 0.5
     trainer, _ = train(head, accumulation, arguments={"max_grad_norm": limit})
 
@@ -133,83 +119,8 @@ def _same_step(layout):
     assert relative_error(moved, want) < TOLERANCE
 
 
-class _OwnLoss(GradUtilsTrainer):
-    """A subclass as users write it, that never calls ours."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels = inputs.pop("labels")
-        outputs = model(**inputs)
-        loss = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
-        return (loss, outputs) if return_outputs else loss
-
-
-def sum_over_count(outputs, labels, num_items_in_batch=None):
-    loss = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten(), reduction="sum")
-    return loss / num_items_in_batch
-
-
-def mean_whatever_the_count(outputs, labels, num_items_in_batch=None):
-    return torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten())
-
-
-@pytest.mark.parametrize("layout", COMMON)
-@pytest.mark.parametrize("loss", ["override", "sum_over_count", "mean_whatever_the_count"])
-def test_losses_of_the_users_own_are_exact(loss, layout):
-    run(_own_loss_is_exact, layout, loss)
-
-
-def _own_loss_is_exact(layout, loss):
-    head = "bert masked"
-    want, want_loss = truth(head, make_data(head))
-    options = {"trainer_class": _OwnLoss} if loss == "override" else {"compute_loss_func": globals()[loss]}
-    trainer, tap = train(head, 4, layout=layout, **options)
-    assert relative_error(tap.steps[0], want) < TOLERANCE
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(want_loss, rel=1e-5)
-
-
-@pytest.mark.parametrize("layout", COMMON)
-def test_label_smoothing_shifts_as_the_head_does(layout):
-    run(_smoothing_is_exact, layout)
-
-
-def _smoothing_is_exact(layout):
-    head, epsilon = "llama causal", 0.1
-    model = make_model(head).double()
-    batch = collate(make_data(head))
-    labels = batch.pop("labels")[:, 1:]
-    log_p = torch.log_softmax(model(**batch).logits[:, :-1], -1)
-    kept = labels.ne(-100)
-    likelihood = log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-    loss = -((1 - epsilon) * likelihood + epsilon * log_p.mean(-1))[kept].mean()
-    loss.backward()
-    want = {n: p.grad for n, p in model.named_parameters()}
-    trainer, tap = train(head, 4, layout=layout, arguments={"label_smoothing_factor": epsilon})
-    assert relative_error(tap.steps[0], want) < TOLERANCE
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("layout", COMMON)
-@pytest.mark.parametrize("head", ["llama causal", "bert masked"])
-def test_micro_batches_without_targets_count_for_nothing(head, layout):
-    run(_zero_targets, layout, head)
-
-
-def _zero_targets(layout, head):
-    data = make_data(head)
-    for index in (0, 1, 2, 3, 9):
-        data[index]["labels"] = torch.full_like(data[index]["labels"], -100)
-    want, want_loss = truth(head, data)
-    trainer, tap = train(head, 8, layout=layout, data=data)
-    assert relative_error(tap.steps[0], want) < TOLERANCE
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(want_loss, rel=1e-5)
-
-
-@pytest.mark.parametrize("layout", COMMON)
+@on_layouts(*COMMON)
 def test_a_short_last_window_is_stepped_with_its_own_count(layout):
-    run(_short_window, layout)
-
-
-def _short_window(layout):
     head = "t5 seq2seq"
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     data = make_data(head, 10 * world_size)
@@ -260,11 +171,6 @@ def test_dropout_and_random_states_are_not_disturbed_by_the_check():
     assert relative_error(results[0], results[1]) == 0
 
 
-@pytest.mark.parametrize("layout", ["one_rank", "ddp2"])
-def test_a_loader_that_accelerate_has_not_prepared_is_exact_too(layout):
-    run(_own_loader, layout)
-
-
 class _OwnLoader(GradUtilsTrainer):
     def get_train_dataloader(self):
         world_size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
@@ -272,7 +178,8 @@ class _OwnLoader(GradUtilsTrainer):
         return torch.utils.data.DataLoader(rows, batch_size=2, collate_fn=collate)
 
 
-def _own_loader(layout):
+@on_layouts("one_rank", "ddp2")
+def test_a_loader_that_accelerate_has_not_prepared_is_exact_too(layout):
     head = "bert masked"
     data = make_data(head, 12)
     want, _ = truth(head, data)
@@ -292,102 +199,6 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_goes_on_as_if_nothing_had_happe
     for before, after in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(before, after)
     assert [e["loss"] for e in whole.state.log_history[:6]] == [e["loss"] for e in resumed.state.log_history[:6]]
-
-
-# ---- What cannot be exact stops with an error ----
-
-
-class _Contrastive(torch.nn.Module):
-    """Batch negatives: the objective changes with the micro-batch."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = torch.nn.Embedding(48, 8)
-
-    def forward(self, input_ids, labels=None, attention_mask=None):
-        x = self.embed(input_ids).mean(1)
-        scores = x @ x.T
-        return {"loss": torch.nn.functional.cross_entropy(scores, torch.arange(len(x))), "logits": scores}
-
-
-@pytest.mark.parametrize("layout", ["one_rank", "ddp2"])
-def test_a_loss_that_is_no_mean_of_its_samples_stops_with_the_numbers(layout):
-    run(_contrastive_stops, layout)
-
-
-def _contrastive_stops(layout):
-    data = make_data("bert classes")
-    with pytest.raises(LossUnitError, match=r"L\(AB\)·n\(AB\) = .* set loss_unit or count_targets"):
-        train("bert classes", 2, model=_Contrastive(), data=data)
-    plugin = GradUtilsPlugin(check_loss_unit=False)
-    trainer, _ = train("bert classes", 2, model=_Contrastive(), data=data, grad_plugin=plugin)
-    assert trainer.state.global_step == 1
-
-
-def test_a_wrong_unit_is_caught_and_the_users_own_count_is_used():
-    head = "bert masked"
-    want, _ = truth(head, make_data(head))
-    with pytest.raises(LossUnitError, match="loss_unit='rows'"):
-        train(head, 2, grad_plugin=GradUtilsPlugin(loss_unit="rows"))
-    plugin = GradUtilsPlugin(count_targets=lambda batch: batch["labels"].ne(-100).sum())
-    assert relative_error(train(head, 2, grad_plugin=plugin)[1].steps[0], want) < TOLERANCE
-    with pytest.raises(ValueError, match="loss_unit must be one of"):
-        GradUtilsPlugin(loss_unit="words")
-
-
-@pytest.mark.parametrize("layout", ["one_rank", "ddp2"])
-def test_labels_that_nothing_can_count_are_an_error_on_every_rank(layout):
-    run(_uncountable, layout)
-
-
-def _uncountable(layout):
-    data = make_data("bert classes")
-    for row in data:
-        row["labels"] = torch.tensor(True)
-    with pytest.raises(TargetCountError, match=r"labels must be a tensor of integers .* torch.bool"):
-        train("bert classes", 2, data=data)
-
-
-@pytest.mark.parametrize("layout", COMMON)
-def test_data_without_any_target_is_an_error_on_every_rank(layout):
-    run(_all_masked, layout)
-
-
-def _all_masked(layout):
-    data = make_data("llama causal")
-    for row in data:
-        row["labels"] = torch.full_like(row["labels"], -100)
-    with pytest.raises(TargetCountError, match="every label is -100"):
-        train("llama causal", 2, data=data, layout=layout)
-
-
-class _UnderDeepSpeed(GradUtilsTrainer):
-    def create_accelerator_and_postprocess(self):
-        super().create_accelerator_and_postprocess()
-        self.accelerator.state._shared_state["distributed_type"] = DistributedType.DEEPSPEED
-
-
-class _UnderSequenceParallelism(GradUtilsTrainer):
-    def get_sp_size(self):
-        return 2
-
-
-@pytest.mark.parametrize("trainer_class", [_UnderDeepSpeed, _UnderSequenceParallelism])
-def test_deepspeed_is_refused_and_what_to_use_instead_named(trainer_class):
-    with pytest.raises(InvalidArgumentError, match=r"^DeepSpeed.*; use FSDP2 \(fsdp=True"):
-        train("bert classes", trainer_class=trainer_class)
-
-
-@pytest.mark.parametrize("max_grad_norm", [-1.0, math.nan])
-def test_a_clip_threshold_below_zero_is_refused(max_grad_norm):
-    with pytest.raises(ValueError, match="max_grad_norm must be > 0, got"):
-        train("bert classes", arguments={"max_grad_norm": max_grad_norm})
-
-
-def test_backward_without_a_count_says_what_to_pass():
-    trainer, _ = train("bert classes")
-    with pytest.raises(TargetCountError, match="num_targets="):
-        trainer.accelerator.backward(torch.ones((), requires_grad=True))
 
 
 def test_taking_several_trainers_in_turn_keeps_windows_apart():
