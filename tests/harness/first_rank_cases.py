@@ -1,40 +1,28 @@
-"""Faults in a block that one rank is to run first: what each rank does, and what is read from what they wrote down.
+"""Faults in a block that one rank is to run first: what each rank does.
 
-The ranks write lines to files, because some of them are killed. The tests start the ranks as forks, quickly;
-``benchmarks/first_rank/faults.py`` starts them with torchrun and does the same with other tools.
+The tests start the ranks as forks, quickly; ``benchmarks/first_rank/faults.py`` starts them with torchrun and does the
+same with other tools.
 """
 
-import contextlib
-import json
 import logging
 import os
 import signal
 import sys
-import threading
 import time
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 
+from tests.harness.first_rank_story import Metronome as Metronome
+from tests.harness.first_rank_story import Story as Story
+from tests.harness.first_rank_story import note, rank
+
 PREPARE_S = 0.3
-
-BEAT_S = 0.01
-"""Of a :class:`Metronome`."""
-
-
-def rank() -> int:
-    return int(os.environ["RANK"])
 
 
 def is_node_first() -> bool:
     return os.environ["LOCAL_RANK"] == "0"
-
-
-def note(folder: Path, event: str, text: str = "") -> None:
-    with (folder / f"{rank()}.jsonl").open("a") as lines:
-        lines.write(json.dumps({"rank": rank(), "event": event, "time_s": time.monotonic(), "text": text}) + "\n")
 
 
 def ours():
@@ -149,7 +137,7 @@ def fault_in_first(folder: Path, tool: str, fault: str, *, goes_on: bool = False
         if not (goes_on and rank() == 0):
             raise
     if goes_on:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whoever waits for the others now may be ended
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher may end a rank that waits for the others now
         if tool == "ours":
             dist.init_process_group("gloo", timeout=timedelta(seconds=1))
         dist.barrier()
@@ -157,7 +145,7 @@ def fault_in_first(folder: Path, tool: str, fault: str, *, goes_on: bool = False
 
 
 def follower_raises(folder: Path, tool: str) -> None:
-    """Nobody may hang in the block; what follows is a collective, where the others notice."""
+    """No rank may hang in the block; a collective follows, where the others notice."""
     with TOOLS[tool]():
         if is_node_first():
             prepare(folder)
@@ -239,75 +227,3 @@ CASES = {
         waiting_rank_is_interrupted,
     )
 }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Event:
-    """One line of one rank."""
-
-    rank: int
-    event: str
-    time_s: float
-    text: str
-
-
-class Metronome:
-    """Seconds as this machine lets a process have them.
-
-    A thread beats every 10 ms, or later when the machine is too busy to wake it. A bar on the time between two ranks is
-    in seconds on a quiet machine; counted in beats it moves away elsewhere, by as much as a process is kept waiting
-    that does nothing but sleep and wake, as a waiting rank does.
-    """
-
-    def __init__(self) -> None:
-        self._beats: list[float] = []
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat)
-
-    def __enter__(self) -> "Metronome":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _beat(self) -> None:
-        while not self._stop.wait(BEAT_S):
-            self._beats.append(time.monotonic())
-
-    def seconds(self, begin_s: float, end_s: float) -> float:
-        """Between two times of ``time.monotonic()``, from whichever process."""
-        return BEAT_S * sum(begin_s < beat_s < end_s for beat_s in self._beats)
-
-
-class Story:
-    """What the ranks wrote into a folder."""
-
-    def __init__(self, folder: Path, clock: Metronome | None = None) -> None:
-        self._clock = clock
-        self.events: list[Event] = []
-        for path in sorted(folder.glob("*.jsonl")):
-            for line in path.read_text().splitlines():
-                with contextlib.suppress(json.JSONDecodeError):  # killed while it wrote
-                    self.events.append(Event(**json.loads(line)))
-
-    def of(self, event: str) -> list[Event]:
-        return [e for e in self.events if e.event == event]
-
-    def fault_s(self) -> float:
-        (fault,) = self.of("fault")
-        return fault.time_s
-
-    def num_half(self) -> int:
-        """Ranks that entered before the data was whole."""
-        return sum(e.text != "whole" for e in self.of("entered"))
-
-    def seconds(self, begin_s: float, end_s: float) -> float:
-        """Between two events."""
-        return end_s - begin_s if self._clock is None else self._clock.seconds(begin_s, end_s)
-
-    def errors(self, *, but: int = 0) -> dict[int, tuple[float, str]]:
-        """Rank → (seconds after the fault, error), but for the rank at fault."""
-        fault_s = self.fault_s()
-        return {e.rank: (self.seconds(fault_s, e.time_s), e.text) for e in self.of("error") if e.rank != but}

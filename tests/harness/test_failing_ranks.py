@@ -1,4 +1,4 @@
-"""What the harness does with ranks that raise, hang or die: the cause is named and nothing is left of them."""
+"""Ranks that raise, hang or die: the harness names the cause and leaves nothing of them."""
 
 import ctypes
 import os

@@ -1,4 +1,4 @@
-"""What the harness gives a test that runs in several processes."""
+"""The harness, as a test sees it that runs in several processes."""
 
 import os
 import time
@@ -22,7 +22,7 @@ def test_ranks_talk_to_each_other_over_gloo():
 
 
 @ranks(4, dp=2, tp=2)
-def test_a_mesh_has_the_dims_that_were_asked_for(mesh):
+def test_a_mesh_has_the_requested_dims(mesh):
     assert mesh.mesh_dim_names == ("dp", "tp")
     assert mesh.get_local_rank("dp") * 2 + mesh.get_local_rank("tp") == dist.get_rank()
 
@@ -84,7 +84,7 @@ def test_a_function_that_a_rank_cannot_import_is_refused():
         run_ranks(local, 2)
 
 
-def test_runs_leave_no_file_open_and_nobody_listening():
+def test_runs_leave_no_file_and_no_port_open():
     run_ranks(_own_rank, 2)
     before = psutil.Process().num_fds()
     run_ranks(_own_rank, 2)
