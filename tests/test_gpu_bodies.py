@@ -1,4 +1,4 @@
-"""The bodies of ``tests/gpu``, on CPU as far as they go there: no GPU is at hand where they are changed."""
+"""The bodies of ``tests/gpu``, on CPU as far as they go there: they are often changed without a GPU."""
 
 import pytest
 import torch
@@ -10,17 +10,14 @@ from tests.gpu import test_gpu_memory as memory
 from tests.gpu import test_gpu_nonfinite as nonfinite
 from tests.gpu import test_gpu_norms as norms
 from tests.gpu import test_gpu_waiting as waiting
-from tests.gpu.cuda_cases import on_ranks
+from tests.gpu.cuda_cases import DEADLINE_S
+from tests.harness.ranks import ranks
 
 CPU = "cpu"
 
 
 @pytest.mark.slow
 def test_bodies_of_one_rank():
-    on_ranks(_one_rank, 1)
-
-
-def _one_rank():
     exactness.trainer_is_exact("one_rank", CPU, ["bert classes"])
     exactness.other_norms("one_rank", CPU)
     exactness.half_is_as_near("one_rank", CPU, {"bf16": True}, {"mixed_precision": "bf16"}, 0.06)
@@ -40,11 +37,8 @@ def _one_rank():
     waiting.judged_later(CPU)
 
 
+@ranks(2, nodes=2, deadline_s=DEADLINE_S)
 def test_bodies_of_two_ranks():
-    on_ranks(_two_ranks, 2)
-
-
-def _two_ranks():
     exactness.loop_is_exact("fsdp2x2", CPU, ["t5 seq2seq"])
     exactness.loop_is_exact("ddp2", CPU, ["bert classes"])
     exactness.stock_is_wrong("ddp2", CPU, "bert classes")
@@ -56,5 +50,6 @@ def _two_ranks():
     norms.empty_ranks(CPU)
 
 
+@ranks(2, nodes=2, deadline_s=DEADLINE_S, init=False)
 def test_bodies_of_offloaded_gradients():
-    on_ranks(norms.offloaded, 2, CPU, "cpu:gloo", init=False)
+    norms.offloaded(CPU, "cpu:gloo")

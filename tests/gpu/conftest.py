@@ -1,4 +1,4 @@
-"""Tests that need a GPU: run when they are asked for by path, as `make test-gpu` does, and where there is one.
+"""Tests that need a GPU: run when they are requested by path, as `make test-gpu` does, and where there is one.
 
 The pytest process never touches CUDA: everything runs in ranks of `tests/harness/ranks`, which are forked
 from a process that must not have touched it either.
@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 NO_GPU = "No GPU here: the GPU tests were not run."
 
 
-def _are_asked_for(config: pytest.Config) -> bool:
+def _are_requested(config: pytest.Config) -> bool:
     paths = [Path(config.invocation_params.dir, arg.partition("::")[0]).resolve() for arg in config.args]
     return all(path == HERE or HERE in path.parents for path in paths)
 
@@ -27,7 +27,7 @@ def _can_run() -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not _are_asked_for(config):
+    if not _are_requested(config):
         return
     if not _can_run():
         pytest.exit(NO_GPU, returncode=0)
@@ -35,13 +35,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    return True if HERE in collection_path.parents and not _are_asked_for(config) else None
+    return True if HERE in collection_path.parents and not _are_requested(config) else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
-            # What a driver, or a build of torch that nobody here has seen, warns of is not what is tested.
+            # Warnings of drivers and builds of torch that were never seen here do not fail a test.
             item.add_marker(pytest.mark.filterwarnings("default"))
 
 

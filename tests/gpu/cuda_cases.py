@@ -1,4 +1,4 @@
-"""What the tests on a GPU share: the device, ranks that share one GPU, and where things have to be."""
+"""The device, ranks that share one GPU, and where tensors have to be, for the tests on a GPU."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ from tests.harness.layouts import LAYOUTS
 from tests.harness.ranks import run_ranks
 
 DEVICE = os.environ.get("HF_GRADUTILS_TEST_DEVICE", "cuda")
-"""``cpu`` tries out all that does not need CUDA. Read by pytest only: ranks are told."""
+"""``cpu`` tries out all that does not need CUDA. Read by pytest only; ranks get it as an argument."""
 
 SHARED = ["ddp2", "fsdp2x2"]
 """Layouts of two ranks, of ``trainer_cases``, that one GPU can run.
@@ -35,7 +35,7 @@ _WITHOUT_LAUNCHER = dict.fromkeys(
 def on_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, init: bool = True) -> list[Any]:
     """Call ``function(*args)`` in processes of their own, one as a plain script, or several that share the GPU.
 
-    Several are nodes of one rank each: DDP would be told to use a second GPU on local rank 1.
+    Several are nodes of one rank each: on local rank 1 accelerate would want a second GPU.
     """
     if num_ranks == 1:
         options: dict[str, Any] = {"init": False, "agent": False, "env": _WITHOUT_LAUNCHER}
@@ -50,7 +50,7 @@ def run(function: Callable[..., Any], layout: str, *args: Any) -> list[Any]:
 
 
 def arguments_for(device: str, layout: str) -> dict[str, Any]:
-    """What ``TrainingArguments`` are told of the device."""
+    """Arguments of ``TrainingArguments`` for the device."""
     if device == "cpu":
         return {}
     return {"use_cpu": False} | ({"ddp_backend": "gloo"} if LAYOUTS[layout].num_ranks > 1 else {})
@@ -68,9 +68,9 @@ def exact_attention() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def sync_debug(device: str, mode: str) -> Iterator[None]:
-    """What torch does where the host waits for the device: ``warn`` or ``error``. Nothing on CPU.
+    """Let torch ``warn`` or raise an ``error`` where the host waits for the device. Nothing on CPU.
 
-    It sees what ATen asks of CUDA: copies, also of Python's numbers, and reads; neither events nor process groups.
+    It sees ATen's calls to CUDA: copies, also of Python's numbers, and reads; neither events nor process groups.
     """
     if device == "cpu":
         yield

@@ -198,8 +198,8 @@ def half_is_as_near(layout, device, arguments, options, most):
     handlers = [GradScalerKwargs(init_scale=1024.0)] if is_scaled else []
 
     def by_trainer(accumulation):
-        told = arguments | {"max_grad_norm": limit} | arguments_for(device, layout)
-        trainer, tap = train(head, accumulation, layout=layout, data=rows, trainer_class=Scaled, arguments=told)
+        given = arguments | {"max_grad_norm": limit} | arguments_for(device, layout)
+        trainer, tap = train(head, accumulation, layout=layout, data=rows, trainer_class=Scaled, arguments=given)
         assert_on(trainer.model_wrapped, device)
         assert (trainer.accelerator.scaler is not None) == is_scaled
         entry = trainer.state.log_history[0]

@@ -38,7 +38,7 @@ def replayed(device, p, dtype):
 
 
 def run_eagerly(function):
-    """What calls the function, and one call of it to warm up."""
+    """The function itself, called once to warm up."""
     function()
     return function
 

@@ -1,4 +1,4 @@
-"""What stays on the GPU: gradients under each sync policy, what ``auto`` thinks of it, and batches."""
+"""Memory held on the GPU: gradients under each sync policy, the estimate of ``auto``, and batches."""
 
 import time
 
@@ -83,22 +83,22 @@ SIZE, NUM_LAYERS = 1024, 24
 @needs_cuda
 @pytest.mark.parametrize("layout", ["ddp2", "fsdp2x2"])
 def test_the_estimate_of_deferred_memory_is_what_is_measured(layout):
-    kept, peak, estimate = on_ranks(memory_of_policies, 2, DEVICE, layout)[0]
-    print(layout, "kept", kept, "peak", peak, "estimate", estimate)
+    held, peak, estimate = on_ranks(memory_of_policies, 2, DEVICE, layout)[0]
+    print(layout, "held", held, "peak", peak, "estimate", estimate)
     whole = NUM_LAYERS * SIZE * (SIZE + 1) * 4 / MIB
     if layout == "ddp2":
         assert estimate == 0
-        assert max(kept.values()) - min(kept.values()) < 0.2 * whole, "gradients of DDP are whole under any policy"
+        assert max(held.values()) - min(held.values()) < 0.2 * whole, "gradients of DDP are whole under any policy"
         return
     assert estimate == pytest.approx(whole / 2, rel=0.01)
-    assert kept["defer"] - kept["every"] == pytest.approx(estimate, rel=0.2)
-    assert kept["reduce_scatter"] == pytest.approx(whole / 2, rel=0.2), "each of two ranks its shards"
+    assert held["defer"] - held["every"] == pytest.approx(estimate, rel=0.2)
+    assert held["reduce_scatter"] == pytest.approx(whole / 2, rel=0.2), "each of two ranks its shards"
     assert 0.6 * estimate < peak["defer"] - peak["every"] < 1.2 * estimate
 
 
 def memory_of_policies(device, layout):
     """MiB beyond what was there before the window, between its micro-batches and at its peak; and the estimate."""
-    mesh, kept, peak = make_mesh(layout, device), {}, {}
+    mesh, held, peak = make_mesh(layout, device), {}, {}
     x = torch.randn(2, SIZE, device=device)
     for policy in POLICIES:
         net = nn.Sequential(*(nn.Linear(SIZE, SIZE) for _ in range(NUM_LAYERS))).to(device)
@@ -117,10 +117,10 @@ def memory_of_policies(device, layout):
                 during.append(_allocated_mib() - start)
             peak[policy] = torch.cuda.max_memory_allocated() / MIB - start
             model.zero_grad()
-        kept[policy] = min(during[:-1])
+        held[policy] = min(during[:-1])
         estimate = deferred_bytes(model) / MIB
         del net, model
-    return kept, peak, estimate
+    return held, peak, estimate
 
 
 def _allocated_mib():

@@ -1,4 +1,4 @@
-"""A gradient that is not finite on one of the ranks: a bad step changes nothing, whoever leaves it out."""
+"""A gradient that is not finite on one of the ranks: a bad step, left out by host or device, changes nothing."""
 
 import pytest
 import torch

@@ -159,7 +159,7 @@ def keep_busy(device):
 
 
 def gradients_of(model, device):
-    """Whole; gathered on the mesh's device, since the CPU's may have nobody to carry it."""
+    """Whole; gathered on the mesh's device, since there may be no backend for the CPU."""
     result = {}
     for name, parameter in model.named_parameters():
         gradient = parameter.grad

@@ -127,7 +127,7 @@ def waits_per_micro_batch(layout, device):
 
 
 def per_micro_batch(steps, device):
-    """What a micro-batch more costs, of two optimizer steps: what a step or a start costs falls out."""
+    """Waits of one more micro-batch: two differences cancel the costs of a step and of the start."""
     few, many = (
         num_waits(device, lambda n=n: steps(n, 5)) - num_waits(device, lambda n=n: steps(n, 3)) for n in (FEW, MANY)
     )
