@@ -1,4 +1,4 @@
-"""What comes in as data: any length or none, any split over ranks, every sample once, one batch ahead."""
+"""Data that comes in: any length or none, any split over ranks, every sample once, one batch ahead."""
 
 import itertools
 
@@ -15,16 +15,13 @@ from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.trainer._batches import BatchStream, MicroBatches
 from tests.harness.gradients import relative_error
 from tests.harness.heads import HEADS
-from tests.harness.layouts import LAYOUTS, run
+from tests.harness.layouts import LAYOUTS, on_layouts
+from tests.harness.ranks import ranks
 from tests.harness.trainer_cases import make_data, make_model, train, truth
 
 TOLERANCE = 1e-5
 HEAD = "t5 seq2seq"
 collate = HEADS[HEAD].collate
-
-
-def rank_and_world():
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def joined(steps, counts):
@@ -51,12 +48,8 @@ STILL = {"learning_rate": 0.0, "per_device_train_batch_size": 2}
 """No learning, so that all windows are at the same weights."""
 
 
-@pytest.mark.parametrize("layout", ["one_rank", "ddp2", "fsdp2x2", "tp2"])
+@on_layouts("one_rank", "ddp2", "fsdp2x2", "tp2")
 def test_the_short_last_window_of_data_without_a_length_is_stepped_on_its_own(layout):
-    run(_stream, layout)
-
-
-def _stream(layout):
     # tp2's ranks see the same batches; the others share 20 or 10 rows out.
     head = "llama causal" if layout == "tp2" else HEAD
     data = make_data(head, 10 * LAYOUTS[layout].num_data_ranks)
@@ -86,18 +79,14 @@ class _OwnLoader(GradUtilsTrainer):
         return DataLoader(self.train_dataset, batch_size=2, collate_fn=collate)
 
 
-@pytest.mark.parametrize("layout", ["ddp2", "fsdp2x2"])
+@on_layouts("ddp2", "fsdp2x2")
 @pytest.mark.parametrize("has_length", [True, False])
 def test_ranks_may_end_at_different_micro_batches(has_length, layout):
-    run(_uneven, layout, has_length)
-
-
-def _uneven(layout, has_length):
     data = make_data(HEAD, 16)
-    mine = data[:14] if rank_and_world()[0] == 0 else data[14:]  # 7 micro-batches and 1
+    rows = data[:14] if dist.get_rank() == 0 else data[14:]  # 7 micro-batches and 1
     arguments = STILL | ({"num_train_epochs": 2, "max_steps": -1} if has_length else {"max_steps": 6})
-    own = mine if has_length else Stream(mine)
-    trainer, tap = train(HEAD, 3, layout=layout, data=own, trainer_class=_OwnLoader, arguments=arguments)
+    rows = rows if has_length else Stream(rows)
+    trainer, tap = train(HEAD, 3, layout=layout, data=rows, trainer_class=_OwnLoader, arguments=arguments)
     want, _ = truth(HEAD, data)
     counts = counts_of(trainer)
     assert len(tap.steps) == 6
@@ -106,18 +95,11 @@ def _uneven(layout, has_length):
         assert relative_error(joined(tap.steps[epoch], counts[epoch]), want) < TOLERANCE
 
 
+@ranks(2)
 def test_a_rank_without_any_data_is_an_error_on_every_rank():
-    run(_nothing_on_one_rank, "ddp2")
-
-
-def _nothing_on_one_rank(layout):
-    mine = make_data(HEAD, 4) if rank_and_world()[0] == 0 else []
+    rows = make_data(HEAD, 4) if dist.get_rank() == 0 else []
     with pytest.raises(InvalidArgumentError, match="1 of 2 ranks have no data in the first epoch"):
-        train(HEAD, 2, data=Stream(mine), trainer_class=_OwnLoader, arguments=STILL | {"max_steps": 2})
-
-
-def test_shards_of_a_streamed_dataset_of_different_sizes():
-    run(_shards, "ddp2")
+        train(HEAD, 2, data=Stream(rows), trainer_class=_OwnLoader, arguments=STILL | {"max_steps": 2})
 
 
 def _rows_of(shards, data):
@@ -125,7 +107,8 @@ def _rows_of(shards, data):
         yield from data[shard::3]
 
 
-def _shards(layout):
+@ranks(2)
+def test_shards_of_a_streamed_dataset_of_different_sizes():
     data = make_data(HEAD, 11)
     rows = [{name: value.tolist() for name, value in row.items()} for row in data]
     stream = datasets.IterableDataset.from_generator(_rows_of, gen_kwargs={"shards": [0, 1, 2], "data": tuple(rows)})
@@ -139,11 +122,8 @@ def _shards(layout):
     assert relative_error(joined(tap.steps, counts), want) < TOLERANCE
 
 
+@ranks(2)
 def test_without_even_batches_every_sample_is_taken_once():
-    run(_not_even, "ddp2")
-
-
-def _not_even(layout):
     data = make_data(HEAD, 5)
     arguments = {"per_device_train_batch_size": 1, "max_steps": -1, "num_train_epochs": 1}
     arguments |= {"accelerator_config": {"even_batches": False}}
@@ -169,12 +149,8 @@ def test_a_run_without_a_length_resumed_in_its_second_epoch_goes_on_as_if_nothin
 # ---- Rows that are packed, labels that are shifted already ----
 
 
-@pytest.mark.parametrize("layout", ["one_rank", "ddp2"])
+@on_layouts("one_rank", "ddp2")
 def test_flattened_rows_are_exact(layout):
-    run(_flattened, layout)
-
-
-def _flattened(layout):
     head = "llama causal"
     data = make_data(head)
     want, _ = truth(head, data)
@@ -190,12 +166,8 @@ def _collate_shifted(rows):
     return batch | {"shift_labels": shifted}
 
 
-@pytest.mark.parametrize("layout", ["one_rank", "ddp2"])
+@on_layouts("one_rank", "ddp2")
 def test_labels_shifted_by_the_collator_are_counted_as_they_are(layout):
-    run(_shifted, layout)
-
-
-def _shifted(layout):
     head = "llama causal"
     data = make_data(head)
     want, _ = truth(head, data)
@@ -207,23 +179,23 @@ def _shifted(layout):
 # ---- The stream itself ----
 
 
-def _told(batches):
-    """Like accelerate's loader: it knows the last batch when it hands it out."""
+def with_a_flag(batches):
+    """Like accelerate's loader: it knows the last batch when it yields it."""
     state = {"is_last": False}
 
-    def hand_out():
+    def batches_in_order():
         for index, batch in enumerate(batches):
             state["is_last"] = index == len(batches) - 1
             yield batch
 
-    return hand_out(), lambda: state["is_last"]
+    return batches_in_order(), lambda: state["is_last"]
 
 
-def _untold(batches):
+def without_a_flag(batches):
     return iter(batches), lambda: None
 
 
-@pytest.mark.parametrize("source", [_told, _untold])
+@pytest.mark.parametrize("source", [with_a_flag, without_a_flag])
 def test_a_window_is_as_short_as_what_is_left(source):
     stream = BatchStream(*source([{"x": i} for i in range(5)]))
     windows = [[b["x"] for b in MicroBatches(stream, 3, pads=False)] for _ in range(3)]
@@ -231,7 +203,7 @@ def test_a_window_is_as_short_as_what_is_left(source):
     assert not stream.has_more()
 
 
-@pytest.mark.parametrize("source", [_told, _untold])
+@pytest.mark.parametrize("source", [with_a_flag, without_a_flag])
 def test_a_window_that_pads_repeats_the_last_batch_as_padding(source):
     stream = BatchStream(*source([{"x": 0}, {"x": 1}]))
     first, second = (list(MicroBatches(stream, 3, pads=True)) for _ in range(2))
@@ -240,6 +212,6 @@ def test_a_window_that_pads_repeats_the_last_batch_as_padding(source):
 
 
 def test_an_epoch_without_batches_is_padded_with_one_of_an_earlier_epoch():
-    stream = BatchStream(*_untold([]), padding={"x": 7})
+    stream = BatchStream(*without_a_flag([]), padding={"x": 7})
     assert not stream.has_more()
     assert [b["x"] for b in MicroBatches(stream, 2, pads=True)] == [7, 7]
