@@ -1,4 +1,4 @@
-"""What a user may switch on: adapters, frozen parts, checkpointing, compilation, half precision, fp16's scaler."""
+"""Options a user may switch on: adapters, frozen parts, checkpointing, compilation, half precision, fp16's scaler."""
 
 import math
 
@@ -15,7 +15,8 @@ from hf_gradutils.targets.probe import loss_ignores_first_position
 from tests.harness.gradients import norm_of, relative_error
 from tests.harness.half_cases import with_scaler
 from tests.harness.heads import HEADS
-from tests.harness.layouts import LAYOUTS, run
+from tests.harness.layouts import LAYOUTS, on_layouts
+from tests.harness.ranks import ranks
 from tests.harness.trainer_cases import CHECKPOINTING, IS_OLD, load, make_data, make_model, train, truth
 
 TOLERANCE = 1e-5
@@ -41,12 +42,8 @@ def with_adapters(model):
     return adapted
 
 
-@pytest.mark.parametrize("layout", [*COMMON, "native_fsdp2x2", "tp2"])  # peft 0.21 fails on two-dimensional meshes
+@on_layouts(*COMMON, "native_fsdp2x2", "tp2")  # peft 0.21 fails on two-dimensional meshes
 def test_adapters_are_exact(layout):
-    run(_adapters, layout)
-
-
-def _adapters(layout):
     if IS_OLD and layout == "native_fsdp2x2":
         pytest.skip("transformers 5.17 wraps such a model in DDP, which refuses it")
     head = "llama causal"
@@ -66,12 +63,8 @@ def without_embedding_and_attention(model):
     return model
 
 
-@pytest.mark.parametrize("layout", COMMON)
+@on_layouts(*COMMON)
 def test_frozen_parts_are_left_out(layout):
-    run(_frozen, layout)
-
-
-def _frozen(layout):
     head = "llama causal"
     data = make_data(head)
     want = gradient_of(without_embedding_and_attention(make_model(head)), head, data)
@@ -93,12 +86,8 @@ class Unused(torch.nn.Module):
         return self.used(input_ids, labels)
 
 
-@pytest.mark.parametrize("layout", COMMON)
+@on_layouts(*COMMON)
 def test_parts_that_no_loss_reaches_have_no_gradient(layout):
-    run(_unused, layout)
-
-
-def _unused(layout):
     head = "plain module"
     want, _ = truth(head, make_data(head))
     trainer, tap = train(head, 4, layout=layout, model=Unused())
@@ -108,7 +97,7 @@ def _unused(layout):
     assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(norm_of(want), rel=1e-5)
 
 
-@pytest.mark.parametrize("layout", COMMON)
+@on_layouts(*COMMON)
 @pytest.mark.parametrize(
     "option",
     [
@@ -120,10 +109,6 @@ def _unused(layout):
     ids=lambda option: next(iter(option)),
 )
 def test_options_change_nothing(option, layout):
-    run(_option, layout, option)
-
-
-def _option(layout, option):
     head = "llama causal"
     data = make_data(head)
     want, _ = truth(head, data)
@@ -135,12 +120,8 @@ def _option(layout, option):
 # ---- Half precision ----
 
 
-@pytest.mark.parametrize("layout", COMMON)
+@on_layouts(*COMMON)
 def test_models_in_bfloat16_are_as_near_as_bfloat16_gets(layout):
-    run(_bfloat16, layout)
-
-
-def _bfloat16(layout):
     head = "bert classes"
     data = make_data(head)
     # The rounded weights, in float64; and the rounding that one backward over the whole batch has by itself.
@@ -177,12 +158,8 @@ def large_loss(outputs, labels, num_items_in_batch=None):
     return 1000 * torch.nn.functional.cross_entropy(outputs.logits, labels)
 
 
-@pytest.mark.parametrize("layout", ["one_rank", "ddp2"])
+@on_layouts("one_rank", "ddp2")
 def test_gradients_are_unscaled_before_they_are_measured_and_clipped(layout):
-    run(_unscaled, layout)
-
-
-def _unscaled(layout):
     head = "bert classes"
     want, _ = truth(head, make_data(head))
     limit = norm_of(want) / 4
@@ -211,11 +188,8 @@ def test_accumulation_is_set_in_one_place():
         train("bert classes", grad_plugin=GradUtilsPlugin(num_steps=4, sync_each_batch=True))
 
 
+@ranks(2)
 def test_communication_in_every_micro_batch_as_accelerate_offers_it_is_exact():
-    run(_every_batch, "ddp2")
-
-
-def _every_batch(layout):
     head = "t5 seq2seq"
     want, _ = truth(head, make_data(head))
     arguments = {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}
@@ -246,11 +220,8 @@ def test_a_smaller_batch_after_running_out_of_memory_starts_over():
     assert relative_error(tap.steps[-1], want) < TOLERANCE
 
 
+@ranks(2)
 def test_control_the_stock_trainer_averages_ranks_where_tokens_are_not_averaged():
-    run(_not_averaged, "ddp2")
-
-
-def _not_averaged(layout):
     head = "llama causal"
     want, _ = truth(head, make_data(head))
     arguments = {"average_tokens_across_devices": False}
