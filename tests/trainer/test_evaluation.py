@@ -10,7 +10,8 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 from hf_gradutils import GradUtilsSeq2SeqTrainer, GradUtilsTrainer
 from tests.harness.head_rows import VOCAB
 from tests.harness.heads import HEADS
-from tests.harness.layouts import run
+from tests.harness.layouts import on_layouts
+from tests.harness.ranks import ranks
 from tests.harness.trainer_cases import make_data, make_model, train, truth
 
 STILL = {"learning_rate": 0.0}
@@ -24,11 +25,8 @@ STILL = {"learning_rate": 0.0}
         *itertools.product(["llama causal"], ["tp2", "tp2_fsdp2x2"]),
     ],
 )
+@on_layouts()
 def test_the_evaluation_loss_is_a_mean_over_all_targets_each_sample_once(head, layout):
-    run(_eval_loss, layout, head)
-
-
-def _eval_loss(layout, head):
     data = make_data(head, 13, seed=8)  # does not divide: ranks are handed copies to fill up
     _, want = truth(head, data)
     for batch_size in (1, 3, 8):
@@ -56,11 +54,8 @@ def test_evaluation_works_before_training():
     assert fresh.evaluate()["eval_loss"] == pytest.approx(truth(head, data)[1], rel=1e-5)
 
 
+@ranks(2)
 def test_metrics_see_what_they_see_in_the_stock_trainer():
-    run(_metrics, "ddp2")
-
-
-def _metrics(layout):
     head = "bert classes"
     data = make_data(head, 13, seed=8)
     seen = []
@@ -76,20 +71,16 @@ def _metrics(layout):
             head, 2, trainer_class=trainer_class, eval_data=data, arguments=arguments, compute_metrics=keep
         )
         seen.append((trainer.evaluate(), *predictions))
-    (ours, mine), (stock, theirs) = seen
-    assert len(mine.label_ids) == 13
-    assert np.array_equal(mine.label_ids, theirs.label_ids)
-    assert np.array_equal(mine.predictions, theirs.predictions)
+    (ours, our_predictions), (stock, stock_predictions) = seen
+    assert len(our_predictions.label_ids) == 13
+    assert np.array_equal(our_predictions.label_ids, stock_predictions.label_ids)
+    assert np.array_equal(our_predictions.predictions, stock_predictions.predictions)
     assert ours["eval_accuracy"] == stock["eval_accuracy"]
     assert ours.keys() == stock.keys()
 
 
-@pytest.mark.parametrize("layout", ["one_rank", "ddp2"])
+@on_layouts("one_rank", "ddp2")
 def test_generation_while_evaluating_leaves_the_loss_exact(layout):
-    run(_generates, layout)
-
-
-def _generates(layout):
     head = "t5 seq2seq"
     data = make_data(head, 13, seed=8)
     trainer, _ = train(head, 2, arguments=STILL)
