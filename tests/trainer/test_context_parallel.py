@@ -18,7 +18,7 @@ from hf_gradutils import GradUtilsTrainer
 from tests.harness.gradients import norm_of, relative_error
 from tests.harness.head_rows import LENGTH, VOCAB
 from tests.harness.heads import collate
-from tests.harness.ranks import run_ranks
+from tests.harness.ranks import ranks
 from tests.harness.trainer_cases import make_data, train
 
 HEAD = "llama causal"
@@ -99,11 +99,8 @@ def truth():
 
 
 @pytest.mark.parametrize("accumulation", [1, 4, 8])
+@ranks(SIZE)
 def test_parts_of_rows_are_counted_as_what_they_are(accumulation):
-    run_ranks(_exact, SIZE, accumulation)
-
-
-def _exact(accumulation):
     want, want_loss = truth()
     trainer, tap = step(Ours, accumulation, data=rows(), eval_data=rows())
     assert relative_error(tap.steps[0], want) < 1e-5
@@ -114,10 +111,7 @@ def _exact(accumulation):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(want_loss, rel=1e-5)
 
 
+@ranks(SIZE)
 def test_control_the_mean_of_the_parts_means_is_wrong():
-    run_ranks(_control, SIZE)
-
-
-def _control():
     _, tap = step(Stock, 4, data=rows())
     assert not relative_error(tap.steps[0], truth()[0]) < 1e-2
