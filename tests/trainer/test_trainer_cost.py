@@ -11,20 +11,16 @@ from transformers import Trainer
 
 from hf_gradutils import GradUtilsTrainer
 from hf_gradutils.accelerator import GradUtilsPlugin
+from hf_gradutils.gradients import partial_sums
 from tests.harness.heads import collate
-from tests.harness.layouts import run
-from tests.harness.ranks import run_ranks
+from tests.harness.layouts import on_layouts
+from tests.harness.ranks import ranks
 from tests.harness.trainer_cases import make_data, train
 
 
-@pytest.mark.parametrize("layout", ["one_rank", "ddp2"])
+@on_layouts("one_rank", "ddp2")
 @pytest.mark.parametrize("trainer_class", [GradUtilsTrainer, Trainer])
 def test_micro_batches_are_fetched_one_ahead_and_not_all_at_once(trainer_class, layout):
-    ahead = run(_largest_look_ahead, layout, trainer_class is Trainer)
-    assert ahead == ([7] if trainer_class is Trainer else [1]) * len(ahead), "the stock Trainer is the control"
-
-
-def _largest_look_ahead(layout, is_stock):
     num_fetched, num_trained, ahead = 0, 0, []
 
     def counting_collate(rows):
@@ -32,7 +28,7 @@ def _largest_look_ahead(layout, is_stock):
         num_fetched += 1
         return collate(rows)
 
-    class Counting(Trainer if is_stock else GradUtilsTrainer):
+    class Counting(trainer_class):
         def training_step(self, *args, **kwargs):
             nonlocal num_trained
             num_trained += 1
@@ -41,26 +37,15 @@ def _largest_look_ahead(layout, is_stock):
 
     train("bert classes", 8, trainer_class=Counting, data_collator=counting_collate)
     assert num_trained == 8
-    return max(ahead)
+    assert max(ahead) == (7 if trainer_class is Trainer else 1), "the stock Trainer is the control"
 
 
-SPREAD = ["ddp2", "fsdp2x2", "hsdp2x2", "native_fsdp2x2", "tp2", "tp2_fsdp2x2", "ep2_fsdp2x2"]
-
-
-@pytest.mark.parametrize("layout", SPREAD)
-def test_a_step_costs_one_all_reduce_of_ours(layout):
-    for counts in run(_collectives_of_ours_per_step, layout):
-        assert counts == {"all_reduce": 1.0}
-
-
-def _collectives_of_ours_per_step(layout):
-    """Accumulation 1 and 8 together: the number of micro-batches makes no difference."""
-    per_step = []
+@on_layouts("ddp2", "fsdp2x2", "hsdp2x2", "native_fsdp2x2", "tp2", "tp2_fsdp2x2", "ep2_fsdp2x2")
+def test_a_step_costs_one_all_reduce_of_ours_however_many_micro_batches_it_has(layout):
     for accumulation in (1, 8):
         short, long = (_collectives_of_ours(layout, accumulation, max_steps) for max_steps in (3, 5))
-        per_step.append({name: (long[name] - short[name]) / 2 for name in long if long[name] != short[name]})
-    assert per_step[0] == per_step[1]
-    return per_step[0]
+        per_step = {name: (long[name] - short[name]) / 2 for name in long if long[name] != short[name]}
+        assert per_step == {"all_reduce": 1.0}, accumulation
 
 
 NAMES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast", "barrier", "reduce")
@@ -74,7 +59,7 @@ def _collectives_of_ours(layout, accumulation, max_steps):
     def counting(name):
         def call(*args, **kwargs):
             caller = sys._getframe(1).f_globals["__name__"]
-            counts[name] += caller.startswith("hf_gradutils.") and caller != "hf_gradutils.partial_gradients"
+            counts[name] += caller.startswith("hf_gradutils.") and caller != partial_sums.__name__
             return originals[name](*args, **kwargs)
 
         return call
@@ -93,11 +78,8 @@ def _collectives_of_ours(layout, accumulation, max_steps):
     return counts
 
 
+@ranks(2)
 def test_ddp_communicates_once_a_window_besides():
-    assert run_ranks(_all_reduces_per_step, 2) == [(2, 0)] * 2, "one bucket of DDP and ours; nothing else"
-
-
-def _all_reduces_per_step():
     seen = []
     for max_steps in (3, 5):
         arguments = {"max_steps": max_steps, "logging_strategy": "no"}
@@ -107,7 +89,8 @@ def _all_reduces_per_step():
         names = [event.name for event in profiler.events() if event.name.startswith("gloo:")]
         seen.append((names.count("gloo:all_reduce"), len(names) - names.count("gloo:all_reduce")))
     (fewer, fewer_others), (more, more_others) = seen
-    return (more - fewer) / 2, (more_others - fewer_others) / 2
+    assert (more - fewer) / 2 == 2, "one bucket of DDP and ours"
+    assert more_others == fewer_others, "nothing else"
 
 
 @pytest.mark.parametrize(
