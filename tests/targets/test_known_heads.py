@@ -1,4 +1,4 @@
-"""The table of heads whose labels do not tell the unit of their loss, and what becomes of those that have none."""
+"""The table of heads whose labels do not show the unit of their loss, and heads that have no unit."""
 
 import copy
 
@@ -15,7 +15,7 @@ from hf_gradutils.targets.known_heads import NO_UNIT, UNITS, known_head
 from hf_gradutils.upstream.accelerate import without_accelerate_state
 from tests.harness.gradients import relative_error
 from tests.harness.heads import HEADS
-from tests.harness.ranks import run_ranks
+from tests.harness.layouts import on_layouts
 from tests.harness.trainer_cases import IS_OLD, make_data, make_model, train
 
 TOLERANCE = 1e-5
@@ -115,16 +115,8 @@ def _pretraining_rows():
     return [row | {"next_sentence_label": torch.tensor(i % 2)} for i, row in enumerate(rows)]
 
 
-def _on_ranks_too(function):
-    function()
-    run_ranks(function, 2)
-
-
-def test_a_head_without_a_unit_stops_and_says_why_and_what_to_do():
-    _on_ranks_too(_refuses)
-
-
-def _refuses():
+@on_layouts("one_rank", "ddp2")
+def test_a_head_without_a_unit_stops_and_says_why_and_what_to_do(layout):
     with pytest.raises(
         LossUnitError, match=r"BertForPreTraining: it adds two means .* loss_unit or count_targets .*=1"
     ):
@@ -230,27 +222,16 @@ def _collate_boxes(rows):
     return {"pixels": torch.stack([row["pixels"] for row in rows]), "labels": [row["labels"] for row in rows]}
 
 
+@on_layouts("one_rank", "ddp2")
 @pytest.mark.parametrize("accumulation", [4, 8])
-def test_boxes_are_counted_and_images_without_any_have_their_loss(accumulation):
-    _boxes_are_exact(accumulation)
-    run_ranks(_boxes_are_exact, 2, accumulation)
-
-
-def _boxes_are_exact(accumulation):
+def test_boxes_are_counted_and_images_without_any_have_their_loss(accumulation, layout):
     rows = _boxes()
     model = DabDetrForObjectDetection()
     with without_accelerate_state():
         model(**_collate_boxes(rows))["loss"].backward()
     want = {name: p.grad.double() for name, p in model.named_parameters()}
-    arguments = {"train_sampling_strategy": "sequential"}
-    trainer, tap = train(
-        "vit images",
-        accumulation,
-        model=DabDetrForObjectDetection(),
-        data=rows,
-        data_collator=_collate_boxes,
-        arguments=arguments,
-    )
+    options = {"arguments": {"train_sampling_strategy": "sequential"}, "data_collator": _collate_boxes}
+    trainer, tap = train("vit images", accumulation, model=DabDetrForObjectDetection(), data=rows, **options)
     assert relative_error(tap.steps[0], want) < TOLERANCE
     assert trainer.state.log_history[0]["num_targets"] == sum(len(row["labels"]["class_labels"]) for row in rows)
 
