@@ -194,12 +194,8 @@ class Windows:
     ) -> tuple[WindowReport, bool]:
         """Unscale (fp16), make ``.grad`` the exact mean gradient, clip it, and decide whether the step is taken.
 
-        Args:
-            window: Has had its last micro-batch.
-            max_norm: Greater than 0; inf does not clip.
-            folds: Let the optimizer do the scaling if the plugin says so.
-            step: Number of the optimizer step that follows, from 1; for messages.
-            has_data_left: As in :meth:`AccumulationWindow.close`.
+        ``folds``: the optimizer may do the scaling, if the plugin says so. ``step``: number of the optimizer step that
+        follows, from 1, for messages. Other arguments as in :meth:`AccumulationWindow.close`.
 
         Returns:
             The report, and False if the host already knows that the step is skipped.

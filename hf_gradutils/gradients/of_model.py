@@ -40,12 +40,8 @@ def gradients_of(
 ) -> "Gradients":
     """Plan the gradients of a model; cached until its parameters, their layouts or the settings change.
 
-    Args:
-        model: Names the parameters.
-        parameters: Some of ``trained_parameters(model)``, in that order; None is all of them.
-        group: All ranks that train the model; None is the default group, or one process without any.
-        ownership: As in :func:`plan_by_name`.
-        norm_groups: As in :func:`plan_by_name`.
+    ``parameters`` are some of ``trained_parameters(model)``, in that order; None is all of them. ``group`` has all
+    ranks that train the model. Other arguments as in :func:`plan_by_name`.
 
     Collectives: the first call for a model gathers one object per rank over ``group``; later ones none.
     Host syncs: as :func:`plan_by_name` in the first call.

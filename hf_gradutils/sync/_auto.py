@@ -84,12 +84,7 @@ def sparing_policy(model: nn.Module) -> SyncPolicy:
 def decide(needed: int, free: float, device: torch.device) -> SyncPolicy:
     """``defer`` if every rank has the memory, else ``reduce_scatter``; logged by rank 0.
 
-    Args:
-        needed: Bytes that deferring takes on this rank.
-        free: Bytes that are free on this rank.
-        device: Of the collective.
-
-    Collectives: one all-gather over all ranks. Host syncs: one.
+    ``needed`` and ``free`` are bytes on this rank. Collectives: one all-gather over all ranks. Host syncs: one.
     """
     lacking = needed - MAX_SHARE * free
     largest = find_largest(world_domain(), device, lacking=lacking, needed=needed, minus_free=-free)

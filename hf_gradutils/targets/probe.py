@@ -61,11 +61,9 @@ _UNCHECKED = Additivity(math.nan, (math.nan, math.nan), 0.0)
 
 
 def loss_ignores_first_position(loss_of: LossOf, batch: Mapping[str, Any]) -> bool:
-    """True if position 0 of the labels is no target of the loss. Two forwards, the same on every rank.
+    """True if position 0 of the labels, classes of two or more dimensions, is no target of the loss.
 
-    Args:
-        loss_of: Called under :func:`undisturbed`.
-        batch: Its labels are classes, of two or more dimensions.
+    Two forwards, the same on every rank; ``loss_of`` is called under :func:`undisturbed`.
     """
     labels = batch["labels"]
     nothing = torch.full_like(labels, IGNORE_INDEX)

@@ -79,9 +79,7 @@ def count_pairs(batch: Mapping[str, Any]) -> Tensor:
 def loss_only(trainer: Any, *, with_auxiliary: bool = True) -> Iterator[None]:
     """Let ``compute_loss`` of a trl trainer neither store nor gather metrics: ranks may call it differently often.
 
-    Args:
-        trainer: Any Trainer; one that is not trl's is left alone.
-        with_auxiliary: Add the auxiliary loss of a mixture of experts if the trainer does.
+    Other Trainers are left alone. ``with_auxiliary``: keep the auxiliary loss of a mixture of experts.
     """
     if trl_name(trainer) is None:
         yield
