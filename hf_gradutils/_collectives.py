@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from hf_gradutils._devices import _device_for, on_device
+from hf_gradutils._devices import on_device
 from hf_gradutils.errors import InvalidArgumentError
 
 T = TypeVar("T")
@@ -152,3 +152,21 @@ def gather_objects(domain: Domain, own: T) -> list[T]:
     records: list[Any] = [None] * dist.get_world_size(domain.groups[0])
     dist.all_gather_object(records, own, group=domain.groups[0])
     return records
+
+
+def _device_for(group: ProcessGroup, device: torch.device) -> torch.device:
+    """The device from which a vector on ``device`` is reduced.
+
+    It is of the same kind on every rank, also if gradients are offloaded or missing: a group may have a backend for
+    each kind, and one backend cannot reduce with another.
+    """
+    backends = dict(entry.split(":") for entry in str(dist.get_backend_config(group)).split(",") if ":" in entry)
+    is_one = len(set(backends.values())) == 1
+    if not backends or (is_one and device.type in backends):
+        return device
+    accelerator = next((kind for kind in backends if kind != "cpu"), None)
+    if accelerator is None:
+        return torch.device("cpu")
+    if device.type == accelerator:
+        return device
+    return torch.device(accelerator, torch.accelerator.current_device_index())

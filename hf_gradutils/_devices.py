@@ -5,9 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 
@@ -36,24 +34,6 @@ def common_kind(tensors: Sequence[Tensor]) -> Kind:
 
 
 _get_dtype = operator.attrgetter("dtype")
-
-
-def _device_for(group: ProcessGroup, device: torch.device) -> torch.device:
-    """The device from which a vector on ``device`` is reduced.
-
-    It is of the same kind on every rank, also if gradients are offloaded or missing: a group may have a backend for
-    each kind, and one backend cannot reduce with another.
-    """
-    backends = dict(entry.split(":") for entry in str(dist.get_backend_config(group)).split(",") if ":" in entry)
-    is_one = len(set(backends.values())) == 1
-    if not backends or (is_one and device.type in backends):
-        return device
-    accelerator = next((kind for kind in backends if kind != "cpu"), None)
-    if accelerator is None:
-        return torch.device("cpu")
-    if device.type == accelerator:
-        return device
-    return torch.device(accelerator, torch.accelerator.current_device_index())
 
 
 def device_of(model: nn.Module) -> torch.device:

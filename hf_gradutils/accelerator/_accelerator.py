@@ -105,7 +105,7 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
         return FirstRankPerNode(scope="world")
 
     def prepare(self, *args: Any, **kwargs: Any) -> Any:
-        self.windows.prepared.forget()
+        self.windows.prepared.forget_wrappers()
         models = [arg for arg in args if isinstance(arg, nn.Module)]
         if self.windows.plugin.accumulate_in_float32 is True:
             for model in models:
@@ -147,7 +147,7 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
 
     def free_memory(self, *objects: Any) -> Any:
         self.windows.forget()
-        self.windows.prepared.forget_models()
+        self.windows.prepared.release()
         return super().free_memory(*objects)
 
     # ---- A micro-batch ----
@@ -234,7 +234,7 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
             Their norm before clipping, shape (), float64, on the device.
 
         Collectives: one all-reduce over all ranks; one more for some of a window's parameters, or other ones. Host
-            syncs: as :meth:`close_window`.
+            syncs: as :meth:`Windows.close`.
 
         Raises:
             InvalidArgumentError: the window goes on after this micro-batch.
@@ -245,7 +245,7 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
     def clip_grad_value_(self, parameters: Tensor | Iterable[Tensor], clip_value: float) -> None:
         """Make the gradients the exact mean, and limit every element of these to ±``clip_value``, sharded or not.
 
-        Collectives: one all-reduce over all ranks. Host syncs: as :meth:`close_window`.
+        Collectives: one all-reduce over all ranks. Host syncs: as :meth:`Windows.close`.
 
         Raises:
             InvalidArgumentError: as :meth:`clip_grad_norm_`; ``clip_value`` ≤ 0; or a gradient is not summed over its

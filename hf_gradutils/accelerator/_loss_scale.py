@@ -29,6 +29,11 @@ class LossScale:
         """Torch's GradScaler; None without fp16."""
         return self._accelerator.scaler
 
+    @property
+    def is_removed(self) -> bool:
+        """Whether any gradients have lost the scale in this step."""
+        return bool(self._unscaled)
+
     def unscale(self, optimizers: Sequence[Optimizer]) -> None:
         """Remove the scale from the gradients of these optimizers; repeated calls in one step change nothing."""
         if self.scaler is None:

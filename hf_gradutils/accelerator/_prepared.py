@@ -25,16 +25,19 @@ class PreparedModels:
         self._prepared: dict[nn.Module, nn.Module] = {}
         self._half: dict[nn.Module, HalfParameters] = {}
 
-    def forget(self) -> None:
-        """Clear the caches."""
-        self.round_gradients()
+    def forget_wrappers(self) -> None:
+        """Look for wrappers again: something is prepared, perhaps in the middle of a window."""
         self._wrappers.clear()
         self._prepared.clear()
+
+    def forget(self) -> None:
+        """Look for everything again, without gradients that are wider than their parameters."""
+        self.round_gradients()
+        self.forget_wrappers()
         self._half.clear()
 
-    def forget_models(self) -> None:
-        """Clear the caches, and release the models."""
-        self.forget()
+    def release(self) -> None:
+        """Hold no model any more."""
         self._outermost.clear()
 
     def add(self, wrapped: nn.Module) -> None:

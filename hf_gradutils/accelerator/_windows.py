@@ -129,7 +129,7 @@ class Windows:
     def weighted(self, window: ModelWindow, loss: Tensor, num_targets: Tensor, weight: Tensor) -> Tensor:
         """Return the loss to call ``backward`` on; the first one opens the window.
 
-        Collectives: under fp16 one all-reduce in the first call for a model. Host syncs: likewise.
+        Collectives: under fp16 one all-reduce in the first call for a model. Host syncs: two in that call.
         """
         if not window.is_open and not any(other.is_open for other in self.by_models):
             self.loss_scale.update()
@@ -139,7 +139,8 @@ class Windows:
         weighted = window.sums.weigh(loss, num_targets, weight)
         if self.loss_scale.scaler is None:
             return weighted
-        self.loss_scale.check_is_on(self.optimizers_of(window))
+        if self.loss_scale.is_removed:  # only then: the first backward must not find a window's optimizers
+            self.loss_scale.check_is_on(self.optimizers_of(window))
         scaled: Tensor = self.loss_scale.scaler.scale(weighted)
         return scaled
 
@@ -212,7 +213,7 @@ class Windows:
         self.raise_pending()
         folds = folds and self.plugin.fold_into_optimizer
         self._policy.window_closed()
-        self.loss_scale.unscale(optimizers)
+        self._accelerator.unscale_gradients(optimizers)
         self.report = report = window.sums.close(
             window.whole,
             max_norm,

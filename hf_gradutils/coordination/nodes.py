@@ -7,7 +7,7 @@ the process group. The wait here has none, and a failing node is reported to eve
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import cycle, islice
+from itertools import cycle
 
 from hf_gradutils.coordination import keys
 from hf_gradutils.coordination.channel import Channel
@@ -87,7 +87,7 @@ def wait_for_nodes(block: Block) -> None:
         nodes.duties,
         nodes.describe_wait,
         block.options,
-        contribute=nodes.claim_success,
+        contribute=nodes.claim_end,
     )
     if end != OK:
         raise FirstRankError(end)
@@ -101,12 +101,18 @@ class _NodesInBlock:
         self._nodes: list[Node] = []
         self._are_complete = False
         self._others: Iterator[Turn] = iter(())
+        self._watched: Turn | None = None
 
-    def claim_success(self) -> str | None:
-        """Claim the end of the block once all nodes have succeeded; None before."""
+    def claim_end(self) -> str | None:
+        """Claim the end of the block once all nodes have succeeded, or the one that is watched has not; None before."""
         channel = self._block.channel
         if not self._are_complete:
             self._read_nodes()
+        self._watched = next(self._others, None)
+        # Its own ranks claim the end too, but may all be killed before they do.
+        report = None if self._watched is None else channel.read(self._watched.report_key)
+        if report not in (None, OK):
+            return channel.claim(self._block.key(keys.BLOCK_END), report)
         # A node that has not come cannot be waited for if nothing says that there is another.
         may_conclude = self._are_complete or channel.ranks.local_size is None
         if not may_conclude or channel.count(self._block.key(keys.BLOCK_NUM_NODES_DONE)) < len(self._nodes):
@@ -115,7 +121,7 @@ class _NodesInBlock:
 
     def duties(self) -> list[Duty]:
         """The report of another node. A thousand ranks must not each look at a hundred nodes at every poll."""
-        return [turn.duty for turn in islice(self._others, 1)]
+        return [] if self._watched is None else [self._watched.duty]
 
     def describe_wait(self) -> str:
         channel = self._block.channel

@@ -215,16 +215,19 @@ def model_untouched(model: nn.Module) -> Iterator[None]:
 def accelerator_untouched(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
     """:func:`model_untouched`; the Accelerator is as before afterwards too."""
     before = accelerator.sync_gradients, accelerator.gradient_accumulation_steps, accelerator.step
+    windows = accelerator.windows if isinstance(accelerator, GradUtilsAccelerator) else None
+    kept = None if windows is None else (windows.by_models, windows.report)
+    orders = [(optimizer, optimizer.order) for optimizer in optimizers_of(accelerator)] if windows is not None else []
     with model_untouched(model):
         try:
             yield
         finally:
             accelerator.sync_gradients, accelerator.gradient_accumulation_steps, accelerator.step = before
-            if isinstance(accelerator, GradUtilsAccelerator):
-                accelerator.windows.forget()
-                accelerator.windows.report = None
-                for optimizer in optimizers_of(accelerator):
-                    optimizer.order = None
+            if windows is not None and kept is not None:
+                windows.forget()
+                windows.by_models, windows.report = kept
+            for optimizer, order in orders:
+                optimizer.order = order
 
 
 @contextlib.contextmanager

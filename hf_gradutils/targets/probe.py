@@ -24,9 +24,9 @@ from hf_gradutils.targets.rows import count_rows, is_divisible, take_rows
 LossOf: TypeAlias = Callable[[Mapping[str, Any]], Tensor]
 """Batch → its mean loss in training, shape ()."""
 
-_TOLERANCE = 2e-5
+TOLERANCE = 2e-5
 """Relative error of additivity in float32: right units stay below 6e-6 and wrong ones start at 2e-5 on 799 heads."""
-_TOLERANCE_REDUCED = 5e-3
+TOLERANCE_REDUCED = 5e-3
 """Relative error if a batch's composition changes its rounding (half precision, autocast, TF32), beyond the rounding of
 the loss itself."""
 _SMALLEST_LOSS = 1e-6
@@ -57,7 +57,7 @@ class Additivity:
         return difference / scale if scale > _SMALLEST_LOSS * self.num_targets else math.nan
 
 
-_UNCHECKED = Additivity(math.nan, (math.nan, math.nan), 0.0)
+UNCHECKED = Additivity(math.nan, (math.nan, math.nan), 0.0)
 
 
 def loss_ignores_first_position(loss_of: LossOf, batch: Mapping[str, Any]) -> bool:
@@ -110,7 +110,7 @@ def check_additivity(
         sums.append(loss * weight if weight else 0.0)
         rounding += 0.0 if exact_arithmetic else _rounding(loss) * weight
     if not cut:
-        return _UNCHECKED
+        return UNCHECKED
     return Additivity(sums[0], (sums[1], sums[2]), float(counter(batch)), rounding)
 
 

@@ -10,10 +10,10 @@ from hf_gradutils._collectives import add_up, world_domain
 from hf_gradutils.errors import LossUnitError, TargetCountError
 from hf_gradutils.targets.counter import TargetCounter, check_count
 from hf_gradutils.targets.probe import (
-    _TOLERANCE,
-    _TOLERANCE_REDUCED,
-    _UNCHECKED,
     HOW_TO_FIX,
+    TOLERANCE,
+    TOLERANCE_REDUCED,
+    UNCHECKED,
     LossOf,
     check_additivity,
     loss_ignores_first_position,
@@ -78,7 +78,7 @@ def settle_unit(
     may_shift = (TargetCounter() if smooths_labels else counter).depends_on_shift(batch)
     shifts = may_shift and loss_ignores_first_position(head_loss_of, batch)
     settled = replace(counter, head_shifts=shifts)
-    additivity = _UNCHECKED
+    additivity = UNCHECKED
     if check:
         additivity = check_additivity(
             lambda part: loss_of(part, settled),
@@ -87,7 +87,7 @@ def settle_unit(
             num_blocks=num_blocks,
             exact_arithmetic=exact_arithmetic,
         )
-    is_wrong = additivity.relative_error > (_TOLERANCE if exact_arithmetic else _TOLERANCE_REDUCED)
+    is_wrong = additivity.relative_error > (TOLERANCE if exact_arithmetic else TOLERANCE_REDUCED)
     ranks = add_up(domain, shifting=shifts, wrong=is_wrong, targets=float(settled(batch)))
     check_count(ranks["targets"])
 

@@ -29,10 +29,10 @@ class EvaluationLoss:
     def start(self) -> None:
         self._sums = []
 
-    def finish(self) -> float | None:
-        """Σ n·L / Σ n over all ranks; None if a subclass predicts without us. Collectives: one all-reduce."""
+    def finish(self, *, is_wanted: bool) -> float | None:
+        """Σ n·L / Σ n over all ranks; None if a subclass predicts without us. Collectives: one all-reduce if wanted."""
         sums, self._sums = self._sums, None
-        if not sums:
+        if not (sums and is_wanted):
             return None
         count, weighted_loss = all_reduce_(world_domain(), torch.stack(sums).sum(0)).tolist()
         check_count(count)

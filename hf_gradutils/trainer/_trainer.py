@@ -71,12 +71,16 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
         check_setup(self)
 
     def _start_over(self) -> None:
-        """Forget all batches, losses and steps so far."""
+        """Forget the unit of the loss, batches and steps: for a new Trainer, and for checks."""
         self._unit = LossUnit(self)
         self._evaluation = EvaluationLoss(self, self._unit)
         self._batches = TrainingBatches(self)
-        self._steps = OptimizerSteps(self, self._unit, self._batches)
         self._micro_batch: MicroBatch | None = None
+        self._start_steps()
+
+    def _start_steps(self) -> None:
+        """Forget the optimizer steps of an earlier training; its unit and padding still hold for an evaluation."""
+        self._steps = OptimizerSteps(self, self._unit, self._batches)
         self._operations_per_token: int | None = None
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -89,7 +93,7 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Like ``Trainer.train``; a non-finite loss is logged as it is, not replaced by an average of earlier ones."""
-        self._start_over()
+        self._start_steps()
         self.accelerator.windows.forget()
         if self.grad_plugin.fold_into_optimizer:
             check_nothing_reads_gradients(self)
@@ -126,7 +130,7 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
 
     def _update_auto_batch_size(self, batch_size: int) -> None:
         """Start over with a smaller batch: drop the micro-batches so far and their gradients."""
-        self._start_over()
+        self._start_steps()
         self.accelerator.windows.forget()
         discard_deferred(self.model)
         super()._update_auto_batch_size(batch_size)
@@ -244,8 +248,8 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
         """Like ``Trainer.evaluation_loop``, with the loss Σ n·L / Σ n over the evaluation set, each sample once."""
         self._evaluation.start()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        loss, name = self._evaluation.finish(), f"{metric_key_prefix}_loss"
-        if loss is not None and name in output.metrics:
+        name = f"{metric_key_prefix}_loss"
+        if (loss := self._evaluation.finish(is_wanted=name in output.metrics)) is not None:
             output.metrics[name] = loss
         return output
 

@@ -115,7 +115,7 @@ class AccumulationWindow:
         self._inverse_loss_scale = torch.full((), 1 / loss_scale, dtype=torch.float64, device=device)
         self._num_replicas = num_replicas
         self._is_sum = is_sum
-        self._device = device
+        self._device = self._inverse_loss_scale.device  # with an index: accelerate's "cuda" has none
         self._sums: Tensor | None = None
         """``_Totals``, in one tensor: it goes through one reduction."""
         self._losses: list[Tensor] = []

@@ -5,8 +5,11 @@ from torch.distributed import HashStore
 
 from hf_gradutils.coordination import keys
 from hf_gradutils.coordination.channel import Channel
+from hf_gradutils.coordination.nodes import claim_first_rank, wait_for_nodes
 from hf_gradutils.coordination.ranks import Ranks
+from hf_gradutils.coordination.turn import Block, Turn
 from hf_gradutils.coordination.waiting import OK, Duty, WaitOptions, await_verdict
+from hf_gradutils.errors import FirstRankError
 
 RANKS = Ranks(global_rank=0, world_size=2, local_rank=0, node="0", local_size=2)
 
@@ -28,3 +31,18 @@ def test_what_a_rank_writes_at_its_end_counts(key, last_words):
     )
     assert verdict == (last_words or channel.read("verdict"))
     assert last_words or "rank 1 of 2 on a host unknown so far has ended" in verdict
+
+
+def test_nodes_learn_of_a_failure_that_only_its_own_node_has_written_down():
+    """All of that node may be killed before one of its ranks has claimed the end for the others."""
+    here, there = (Ranks(global_rank=i, world_size=2, local_rank=0, node=str(i), local_size=1) for i in range(2))
+    store = HashStore()
+    channel, other = (Channel(store, ranks=r, origin="here", server=None, num_restarts="0") for r in (here, there))
+    for each in (channel, other):
+        each.write_identity()
+        claim_first_rank(each)
+    options = WaitOptions(poll_s=0.01, timeout_s=5)
+    block = Block(channel=channel, name="a block", count=0, options=options)
+    other.write(Turn(block, 1, "1").report_key, "rank 1 failed")
+    with pytest.raises(FirstRankError, match="rank 1 failed"):
+        wait_for_nodes(block)

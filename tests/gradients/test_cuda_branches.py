@@ -19,6 +19,7 @@ from hf_gradutils import clip_gradients, rescale_gradients
 from hf_gradutils._precision import is_exact_in_itself
 from hf_gradutils.accelerator._optimizer import GradUtilsOptimizer, StepOrder
 from hf_gradutils.gradients import power_sums as norms
+from hf_gradutils.gradients.of_model import gradients_of
 from hf_gradutils.gradients.power_sums import power_sums
 from hf_gradutils.gradients.scaling import scale_
 from hf_gradutils.upstream.torch import _unused_flag
@@ -261,3 +262,13 @@ def test_tf32_as_transformers_switches_it_on_is_seen_and_does_not_raise(monkeypa
     with pytest.raises(RuntimeError, match="mix of the legacy and new"):
         torch.get_float32_matmul_precision()
     assert not is_exact_in_itself(nn.Linear(2, 2), CUDA)
+
+
+def test_a_device_without_an_index_costs_nothing_anew_at_every_step():
+    model, window = fake_model([torch.float32]), AccumulationWindow(torch.device("cuda"))
+    slots = []
+    for _ in range(2):
+        weigh(window)
+        window.close(model, 1.0)
+        slots.append(gradients_of(model)._slots)
+    assert slots[0] is slots[1]
