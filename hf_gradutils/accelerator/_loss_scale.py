@@ -31,7 +31,7 @@ class LossScale:
 
     @property
     def is_removed(self) -> bool:
-        """Whether any gradients have lost the scale in this step."""
+        """True if any gradients have lost the scale in this step."""
         return bool(self._unscaled)
 
     def unscale(self, optimizers: Sequence[Optimizer]) -> None:
