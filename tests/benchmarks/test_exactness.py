@@ -65,6 +65,7 @@ def test_a_wrong_cell_or_a_crash_of_ours_is_a_fault():
     assert found["largest"]["loss"] == 2e-5
 
 
+@pytest.mark.slow
 def test_a_head_that_is_wrong_makes_the_script_fail(monkeypatch, capsys):
     monkeypatch.setattr(float32, "WRONG", 1e-12)
     assert main(["--part", "float32", "--heads", "bert choices", "--layouts", "one_rank", "--seed", "1"]) == 1

@@ -48,6 +48,8 @@ from hf_gradutils.errors import FirstRankError, LauncherError
 from tests.harness import first_rank_cases as cases
 from tests.harness.ranks import RankFailure, run_ranks
 
+pytestmark = pytest.mark.slow  # each launch starts processes of its own
+
 LAUNCHES = ["one agent with 4 ranks", "two agents with 2 ranks each", "4 plain processes"]
 ONE_AGENT, TWO_AGENTS, PLAIN = LAUNCHES
 
