@@ -188,7 +188,8 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
                 was prepared.
             **kwargs: As accelerate takes them.
 
-        Collectives: none of its own; under fp16 one all-reduce in the first call for a model. Host syncs: none.
+        Collectives: none of its own; under fp16 one all-reduce in the first call for a model. Host syncs: none; two in
+            that call.
 
         Raises:
             TargetCountError: the number of targets is missing.

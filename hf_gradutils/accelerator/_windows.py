@@ -139,7 +139,7 @@ class Windows:
         weighted = window.sums.weigh(loss, num_targets, weight)
         if self.loss_scale.scaler is None:
             return weighted
-        if self.loss_scale.is_removed:  # only then: the first backward must not find a window's optimizers
+        if self.loss_scale.is_removed:  # not before: optimizers_of keeps what it finds, and looks at gradients
             self.loss_scale.check_is_on(self.optimizers_of(window))
         scaled: Tensor = self.loss_scale.scaler.scale(weighted)
         return scaled

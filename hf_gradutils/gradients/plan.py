@@ -62,7 +62,7 @@ def plan_by_name(
         ownership: Declares plain parameters that are shards without placements (experts).
         norm_groups: Groups whose norms are reported beside the total; None is one group of all.
 
-    Collectives: one object gather over the domain. Host syncs: one per device, for the checksums of parameters.
+    Collectives: one object gather over the domain. Host syncs: two per device, for the checksums of parameters.
 
     Raises:
         ReplicaMismatchError: replicas hold different values, or a parameter is a DTensor on some ranks and a plain

@@ -141,12 +141,21 @@ def test_parameters_in_float32_are_no_matter_of_it():
     assert not half.averaged + half.sharded + half.others
 
 
-def test_a_loader_that_is_prepared_in_the_middle_of_a_window_does_not_round_its_gradients():
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model: torch.utils.data.DataLoader([1, 2]),
+        lambda model: nn.Linear(3, 1),
+        lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+    ],
+    ids=["loader", "model", "optimizer"],
+)
+def test_what_is_prepared_in_the_middle_of_a_window_does_not_round_its_gradients(make):
     reset_accelerate()
     plugin = GradUtilsPlugin(num_steps=2, accumulate_in_float32=True)
     accelerator = GradUtilsAccelerator(cpu=True, gradient_accumulation_plugin=plugin)
     model = accelerator.prepare(nn.Linear(3, 1).bfloat16())
     with accelerator.accumulate(model):
         accelerator.backward(model(torch.ones(2, 3, dtype=torch.bfloat16)).mean(), num_targets=2)
-    accelerator.prepare(torch.utils.data.DataLoader([1, 2]))
+    accelerator.prepare(make(model))
     assert model.weight.grad.dtype == torch.float32

@@ -18,7 +18,7 @@ SCRIPT = ROOT / "configs" / "slurm" / "finetune.sbatch"
 
 SRUN = """#!/bin/bash
 # Stands for srun on two nodes: runs the command once for each, with the node's own variables, prefixes what it says
-# with the node, and waits for both. Unlike srun it ends nobody, so that the launchers have to end by themselves.
+# with the node, and waits for both. Unlike srun it ends no launcher: they have to end by themselves.
 set -u
 while [ "${1:0:2}" = "--" ]; do echo "$1" >> "$STUBS/srun_options"; shift; done
 for node in 0 1; do
@@ -36,7 +36,7 @@ SCONTROL = """#!/bin/bash
 
 
 def free_job_id():
-    """One whose port (20000 + its last four digits) nobody listens on, another one in each run of the suite."""
+    """One whose port (20000 + its last four digits) is free; runs of the suite start at different ones."""
     for job_id in range(1000 + os.getpid() % 8000, 9999):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", 20000 + job_id)):

@@ -43,7 +43,7 @@ def ranks(
         deadline_s: From the start of the ranks to the end of the last; then they hang.
         grace_s: Time for the others to report after a first failure.
         init: Initialise the default gloo process group before the body.
-        agent: The parent hosts the store, as torchrun's agent does. Without, nobody listens at
+        agent: The parent hosts the store, as torchrun's agent does. Without, nothing listens at
             MASTER_PORT until rank 0 does, as with plain processes; the port is kept free.
         env: Variables to add, or to unset where None.
         **mesh_dims: Of the `DeviceMesh` that a parameter called `mesh` receives, outermost first.

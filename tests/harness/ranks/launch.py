@@ -66,7 +66,7 @@ class Plan:
 
 @contextmanager
 def meeting_point(agent: bool) -> Iterator[int]:
-    """A port on the loopback interface: our own store listens there, or nobody does.
+    """A port on the loopback interface: our own store listens there, or nothing.
 
     Without agent the port is bound, but not listened on, until the ranks are gone: no other
     process is given it, while rank 0 may listen there, since both sides set SO_REUSEADDR.

@@ -78,7 +78,7 @@ class Worker:
 
     def report_hang(self, why: str) -> RankReport:
         stacks = _without_harness_frames(self.stacks())
-        # Who waits in a collective waits for somebody else: that one is to be named first.
+        # A rank in a collective waits for another one, which must be named first.
         return self.report("hangs", f"hangs: {why}", details=stacks, is_echo="distributed_c10d.py" in stacks)
 
     def end(self) -> None:

@@ -161,7 +161,7 @@ def serve(packed_job: bytes, connection: Connection, output: FileHandle, stacks:
 def _end_with_pytest() -> None:
     """Let a killed pytest take the ranks along.
 
-    The forkserver ends when nobody holds its "alive" pipe any more, and every process it forks
+    The forkserver ends when no process holds its "alive" pipe any more, and every process it forks
     holds it too; once we do not, pytest's end is the forkserver's end, and that one is ours.
     """
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -175,7 +175,7 @@ def _answer(job: Job) -> Answer:
         _install_warning_filters(job.warning_filters)
         _rewrite_asserts()
         torch.set_num_threads(1)
-        tqdm.set_lock(threading.RLock())  # its own is a semaphore that nobody takes down at the end
+        tqdm.set_lock(threading.RLock())  # its own is a semaphore that is never released
         seed()
         function, args, kwargs = pickle.loads(job.body)
         if isinstance(function, FunctionName):
