@@ -1,7 +1,7 @@
 """The ranks of a sum, and the packed collectives that reduce over them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -92,6 +92,26 @@ def all_reduce_(domain: Domain, sums: Tensor) -> Tensor:
         if carried is not sums:
             sums.copy_(carried)
     return sums
+
+
+@torch.no_grad()
+def start_all_reduce(domain: Domain, sums: Tensor) -> Callable[[], Tensor]:
+    """Begin :func:`all_reduce_`; returns a function that waits for the sums, on the device's stream where it has one.
+
+    Collectives: one all-reduce per axis of the domain. Host syncs: as :func:`all_reduce_`.
+    """
+    if len(domain.groups) != 1:
+        reduced = all_reduce_(domain, sums)
+        return lambda: reduced
+    carried = on_device(sums, _device_for(domain.groups[0], sums.device))
+    work = dist.all_reduce(carried, group=domain.groups[0], async_op=True)
+
+    def wait() -> Tensor:
+        assert work is not None
+        work.wait()
+        return on_device(carried, sums.device)
+
+    return wait
 
 
 @torch.no_grad()

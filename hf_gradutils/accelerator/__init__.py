@@ -1,9 +1,21 @@
 """accelerate's Accelerator with exact gradients, and its settings."""
 
 from hf_gradutils.accelerator._accelerator import GradUtilsAccelerator
-from hf_gradutils.accelerator._micro_batch import MicroBatch
-from hf_gradutils.accelerator._padding import Padding
+from hf_gradutils.accelerator._micro_batch import Division, MicroBatch
+from hf_gradutils.accelerator._padding import another
 from hf_gradutils.accelerator._plugin import GradUtilsPlugin
+from hf_gradutils.accelerator._readers import check_weighted, reader_of_gradients
 from hf_gradutils.accelerator._rollback import Counters
+from hf_gradutils.accelerator._weighing import expect
 
-__all__ = ["Counters", "GradUtilsAccelerator", "GradUtilsPlugin", "MicroBatch", "Padding"]
+__all__ = [
+    "Counters",
+    "Division",
+    "GradUtilsAccelerator",
+    "GradUtilsPlugin",
+    "MicroBatch",
+    "another",
+    "check_weighted",
+    "expect",
+    "reader_of_gradients",
+]

@@ -1,10 +1,10 @@
 """accelerate's Accelerator on top of accumulation windows: its overrides."""
 
 import contextlib
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from torch import Tensor, nn
@@ -13,14 +13,16 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from hf_gradutils.accelerator._clipping import clip_by_norm, clip_by_value
+from hf_gradutils.accelerator._copies import CopyableAccelerator
 from hf_gradutils.accelerator._half_precision import reduce_in_float32, reduce_parameters_in_float32
 from hf_gradutils.accelerator._micro_batch import MicroBatch, as_number
-from hf_gradutils.accelerator._optimizer import GradUtilsOptimizer, check_can_scale, innermost
-from hf_gradutils.accelerator._padding import is_padding, padded_to_the_same_number
+from hf_gradutils.accelerator._optimizer import GradUtilsOptimizer, check_can_scale
+from hf_gradutils.accelerator._padding import padded_to_the_same_number
 from hf_gradutils.accelerator._plugin import GradUtilsPlugin
+from hf_gradutils.accelerator._weighing import expect, run_backward
 from hf_gradutils.accelerator._windows import Windows
 from hf_gradutils.coordination import FirstRankPerNode
-from hf_gradutils.errors import InvalidArgumentError, TargetCountError
+from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.gradients.partial_sums import sum_increments
 from hf_gradutils.upstream.accelerate import (
     dataloaders_of,
@@ -32,7 +34,7 @@ from hf_gradutils.upstream.fsdp import fsdp2_keep_losses
 from hf_gradutils.window import WindowReport
 
 
-class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
+class GradUtilsAccelerator(CopyableAccelerator):
     """``accelerate.Accelerator``, exact: the gradient of one process with the whole batch.
 
         accelerator = GradUtilsAccelerator(gradient_accumulation_plugin=GradUtilsPlugin(num_steps=4))
@@ -62,9 +64,6 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
             themselves.
     """
 
-    windows: Windows
-    """The windows of the models that are trained; for Trainers and checks."""
-
     def __init__(
         self,
         *args: Any,
@@ -93,7 +92,7 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
 
     def _add_windows(self, plugin: GradUtilsPlugin, num_micro_batches: int) -> None:
         self.windows = Windows(
-            self, plugin, num_micro_batches=num_micro_batches, widens_gradients=reduce_in_float32(self)
+            weakref.proxy(self), plugin, num_micro_batches=num_micro_batches, widens_gradients=reduce_in_float32(self)
         )
 
     def local_main_process_first(self) -> FirstRankPerNode:
@@ -131,15 +130,8 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
         """Like ``Accelerator.prepare_optimizer``; the optimizer applies the decision made when its windows closed.
 
         Raises:
-            InvalidArgumentError: the optimizer cannot scale gradients and ``fold_into_optimizer`` is set; or it steps
-                inside ``backward``, before the window has ended.
+            InvalidArgumentError: the optimizer cannot scale gradients and ``fold_into_optimizer`` is set.
         """
-        kind = type(innermost(optimizer))
-        if kind.__module__.partition(".")[0] == "lomo_optim":
-            raise InvalidArgumentError(
-                f"{kind.__name__} steps inside backward, before its window has ended; use an optimizer that steps "
-                "after it"
-            )
         if self.windows.plugin.fold_into_optimizer:
             check_can_scale([optimizer], self.scaler)
         prepared = super().prepare_optimizer(optimizer, device_placement)
@@ -148,6 +140,7 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
     def free_memory(self, *objects: Any) -> Any:
         self.windows.forget()
         self.windows.prepared.release()
+        self.windows.loss_scale.release()
         return super().free_memory(*objects)
 
     # ---- A micro-batch ----
@@ -169,6 +162,26 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
         """A micro-batch that does not end its window, whatever wraps the model; ``sync`` sets its communication."""
         with self.windows.training((model,)), self.windows.sync_context(model, is_last=False):
             yield
+
+    def start_window(self, num_targets: Tensor | int, *, model: nn.Module | Sequence[nn.Module] | None = None) -> None:
+        """Make gradients final in the backward, for hooks and optimizers that read them there.
+
+        Call it before the first ``backward`` of a window of several micro-batches; one of a single micro-batch does so
+        by itself where something reads gradients.
+
+        Args:
+            num_targets: Targets of all the window's micro-batches on this rank.
+            model: As in :meth:`backward`.
+
+        Collectives: one all-reduce of one number over all ranks, beside the first forward. Host syncs: none.
+
+        Raises:
+            InvalidArgumentError: ``num_targets`` is not one number; or the window has begun.
+        """
+        window = self.windows.of_loss(model)
+        if window.is_open:
+            raise InvalidArgumentError("start_window was called after the first backward of the window; call it before")
+        expect(self.windows, window, as_number(num_targets, self.device).double().reshape(1).clone())
 
     def backward(
         self,
@@ -196,23 +209,7 @@ class GradUtilsAccelerator(Accelerator):  # type: ignore[misc]
             InvalidArgumentError: ``num_targets`` is not one number; the loss may train any of several models; or their
                 window has ended in this micro-batch.
         """
-        micro_batch = self.windows.micro_batch or MicroBatch()
-        targets, weight = micro_batch.num_targets, micro_batch.weight
-        if num_targets is not None:
-            targets = weight = as_number(num_targets, loss.device)
-        if targets is None or weight is None:
-            raise TargetCountError(
-                "the number of targets of this micro-batch is missing; call "
-                "accelerator.backward(loss, num_targets=(labels != -100).sum())"
-            )
-        if micro_batch.is_padding or is_padding(self.gradient_state.active_dataloader):
-            targets = weight = torch.zeros_like(targets)
-        window = self.windows.of_loss(model)
-        micro_batch.check_one_loss(window, retains_graph=bool(kwargs.get("retain_graph")))
-        weighted = self.windows.weighted(window, loss, targets, weight)
-        with self.windows.reducing(window) if self.sync_gradients else contextlib.nullcontext():
-            # accelerate would divide by the number of micro-batches; its other branches are for engines refused here.
-            weighted.backward(**kwargs)  # type: ignore[no-untyped-call]
+        run_backward(self, self.windows, loss, num_targets, model, kwargs)
 
     # ---- The end of a window ----
 

@@ -60,6 +60,12 @@ class LossScale:
             for optimizer in stepped:
                 optimizer.awaits_update = False
 
+    def release(self) -> None:
+        """Hold no optimizer any more."""
+        self.update()
+        self._unscaled.clear()
+        self._found_inf.clear()
+
     def check_is_on(self, optimizers: Sequence[GradUtilsOptimizer]) -> None:
         """Raise InvalidArgumentError if a backward would add to gradients whose scale is already removed."""
         if any(self._is_unscaled(optimizer) and not optimizer.awaits_update for optimizer in optimizers):

@@ -3,6 +3,7 @@
 A GAN has two, each with its own targets; an encoder and a decoder trained by one loss share one.
 """
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -29,6 +30,14 @@ class ModelWindow:
     """The optimizer is still to multiply the gradients."""
     has_scale: bool = False
     """The scale of its sums has been chosen."""
+    reader: str | None = None
+    """What reads gradients in the backward, in words; empty if nothing does, None if not known yet."""
+    gradients: list[tuple[int, int]] | None = None
+    """After the latest backward of the first window."""
+    num_hooks: int = -1
+    """Of its parameters, when :attr:`reader` was looked for."""
+    num_changes: int = 0
+    """Of its parameters, when the latest micro-batch began; where something reads gradients."""
     whole: nn.Module = field(init=False)
     """All the models as one."""
 
@@ -55,10 +64,14 @@ OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
 
 
 class ModelWindows:
-    """Finds the windows of models, parameters and optimizers; a new loss gets a new window from ``make``."""
+    """Finds the windows of models, parameters and optimizers.
+
+    Args:
+        make: A method that makes the window of a new loss; of the object that holds this one, so held weakly.
+    """
 
     def __init__(self, make: Callable[[tuple[nn.Module, ...]], ModelWindow]):
-        self._make = make
+        self._make = weakref.WeakMethod(make)
         self._windows: dict[tuple[int, ...], ModelWindow] = {}
         self._optimizers: dict[tuple[int, ...], list[Any]] = {}
         self._holders: dict[tuple[int, ...], nn.Module] = {}
@@ -70,7 +83,9 @@ class ModelWindows:
         """The window of a loss that trains all of these."""
         key = (id(models[0]),) if len(models) == 1 else tuple(sorted({id(model): model for model in models}))
         if key not in self._windows:
-            self._windows[key] = self._make(tuple({id(model): model for model in models}.values()))
+            make = self._make()
+            assert make is not None
+            self._windows[key] = make(tuple({id(model): model for model in models}.values()))
             self._optimizers.clear()
         return self._windows[key]
 

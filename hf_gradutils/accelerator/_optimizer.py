@@ -1,6 +1,7 @@
 """An optimizer that applies the decision made when its window closed: take the step, skip it, or scale on the way."""
 
 import types
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,8 @@ class GradUtilsOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
     """It has stepped through fp16's scaler, whose scale has not been updated since."""
     scaler: Any
     _is_left_out: bool
-    _before_step: Callable[["GradUtilsOptimizer"], None]
+    _before_step: Callable[[], Callable[["GradUtilsOptimizer"], None] | None]
+    """A weak reference: the optimizer keeps neither its Accelerator alive nor the models."""
 
     @classmethod
     def adopt(
@@ -62,20 +64,20 @@ class GradUtilsOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
 
         Args:
             optimizer: Prepared by accelerate.
-            before_step: Called before each step that ends a window; closes the window if nothing has.
+            before_step: A method, called before each step that ends a window; closes the window if nothing has.
         """
         optimizer.__class__ = cls
         optimizer.order = None
         optimizer.awaits_update = False
         optimizer._is_left_out = False
-        optimizer._before_step = before_step
+        optimizer._before_step = weakref.WeakMethod(before_step)
         return optimizer
 
     def step(self, closure: object = None) -> None:
         """Take the step, or skip it, as :attr:`order` says.
 
         Raises:
-            InvalidArgumentError: a closure is passed.
+            InvalidArgumentError: a closure is passed; or no Accelerator knows this optimizer, whose window stays open.
         """
         if closure is not None:
             raise InvalidArgumentError(
@@ -85,7 +87,13 @@ class GradUtilsOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
         if not self.gradient_state.sync_gradients:
             super().step()
             return
-        self._before_step(self)
+        before_step = self._before_step()
+        if before_step is None:
+            raise InvalidArgumentError(
+                "no Accelerator knows this optimizer: its own is gone, or this is a copy; keep the Accelerator while "
+                "it is used, and prepare a copy again: optimizer = accelerator.prepare(optimizer)"
+            )
+        before_step(self)
         order, self.order = self.order or StepOrder(), None
         self._is_left_out = order.skip
         if order.skip:
@@ -123,7 +131,12 @@ class GradUtilsOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
         return self._is_left_out or super().step_was_skipped
 
     def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in super().__getstate__().items() if name != "_before_step"}
+        # A scheduler of torch puts a step in front of the class's, which steps the optimizer that it was made for.
+        return {name: v for name, v in super().__getstate__().items() if name not in ("_before_step", "step")}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        super().__setstate__(state)
+        self._before_step = lambda: None  # until an Accelerator prepares the copy
 
 
 def innermost(optimizer: Optimizer) -> Optimizer:

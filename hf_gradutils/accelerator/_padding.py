@@ -1,19 +1,24 @@
 """Padding: a rank with fewer batches than others repeats one, which counts for nothing.
 
 All ranks must run the same number of micro-batches, because layers communicate in them. A Trainer pads where it draws
-its batches; in other loops the loader pads, here. Either way the micro-batch is marked, and
+its batches (:func:`another`); in other loops the loader pads, here. Either way the micro-batch is marked, and
 ``GradUtilsAccelerator.backward`` gives it no targets and no weight.
 """
 
 import contextlib
+import copy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from accelerate.data_loader import BatchSamplerShard
 
 
-class Padding(dict[str, Any]):
-    """A batch that a Trainer runs in place of one that this rank lacks."""
+def another(batch: Any) -> Any:
+    """The same batch, of the same type, as an object of its own, by which padding is told from data."""
+    copied = copy.copy(batch)
+    if copied is not batch or not isinstance(batch, tuple):
+        return copied
+    return batch._make(batch) if hasattr(batch, "_make") else type(batch)(list(batch))
 
 
 class PaddedShard(BatchSamplerShard):  # type: ignore[misc]

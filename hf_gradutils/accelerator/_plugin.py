@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from accelerate.utils import GradientAccumulationPlugin
 
@@ -20,6 +20,15 @@ from hf_gradutils.window import OnNonfinite, StepGuard
 _SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
+Counts: TypeAlias = Literal["auto", "streamed", "first"]
+
+
+def check_counts(counts: object) -> None:
+    """Raise InvalidArgumentError for an unknown value."""
+    if counts not in get_args(Counts):
+        raise InvalidArgumentError(f"counts must be one of {get_args(Counts)}, got {counts!r}")
+
+
 def _switch(text: str) -> bool:
     return _SWITCH[text.lower()]
 
@@ -34,6 +43,7 @@ def _mapping(text: str) -> dict[str, str]:
 _FROM_TEXT: dict[str, tuple[Callable[[str], Any], str]] = {
     "loss_unit": (str, "a unit"),
     "check_loss_unit": (_switch, "true or false"),
+    "counts": (str, "streamed, first or auto"),
     "sync": (str, "a policy"),
     "accumulate_in_float32": (lambda text: "auto" if text.lower() == "auto" else _switch(text), "true, false or auto"),
     "norm_type": (float, "a number"),
@@ -51,6 +61,7 @@ _FROM_TEXT: dict[str, tuple[Callable[[str], Any], str]] = {
 _CHECKS: dict[str, Callable[[Any], object]] = {
     "loss_unit": TargetCounter,
     "count_targets": lambda count: TargetCounter(count=count),
+    "counts": check_counts,
     "sync": check_sync,
     "accumulate_in_float32": check_accumulate_in_float32,
     "norm_type": check_norm_type,
@@ -101,6 +112,10 @@ class GradUtilsPlugin(GradientAccumulationPlugin):  # type: ignore[misc]
     """Batch → number of targets, a 0-d tensor; overrides ``loss_unit``."""
     check_loss_unit: bool = field(default_factory=_setting("check_loss_unit", True))
     """Verify on the first batch, with three forwards, that the loss is a mean over what is counted."""
+    counts: Counts = field(default_factory=_setting("counts", "auto"))
+    """When the targets of a window are added up over its micro-batches and ranks: ``streamed``, at its end; ``first``,
+    before its first backward, as transformers does: gradients are final in the backward, and ``num_items_in_batch`` is
+    the Trainer's own; or ``auto``: streamed, but first where code of yours needs it. See ``docs/custom.md``."""
     sync: Sync | None = field(default_factory=_setting("sync", None))
     """When gradients are communicated: ``defer`` to the last micro-batch, ``every`` one, ``reduce_scatter`` shards in
     every one and replicas in the last, or ``auto``, by the free memory. None is ``defer``, but ``auto`` where FSDP2

@@ -5,11 +5,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from hf_gradutils._collectives import add_up, world_domain
 from hf_gradutils.accelerator._half_precision import accumulates_in_float32
 from hf_gradutils.accelerator._loss_scale import LossScale
 from hf_gradutils.accelerator._micro_batch import MicroBatch
@@ -23,6 +22,7 @@ from hf_gradutils.accelerator._optimizer import (
 )
 from hf_gradutils.accelerator._plugin import GradUtilsPlugin
 from hf_gradutils.accelerator._prepared import PreparedModels, without_wrappers
+from hf_gradutils.accelerator._readers import check_untouched, check_weighted, state_of_gradients
 from hf_gradutils.accelerator._rollback import Counters
 from hf_gradutils.errors import InvalidArgumentError, NonfiniteGradientError
 from hf_gradutils.sync import (
@@ -30,10 +30,10 @@ from hf_gradutils.sync import (
     SyncContext,
     communicates,
     discard_deferred,
-    reduces_in_one_dtype,
 )
 from hf_gradutils.upstream.accelerate import models_of, optimizers_of, schedulers_of
-from hf_gradutils.window import AccumulationWindow, WindowReport, loss_scale_for
+from hf_gradutils.upstream.torch import grads_of
+from hf_gradutils.window import AccumulationWindow, WindowReport
 
 
 class Windows:
@@ -58,6 +58,7 @@ class Windows:
                 "use_cpu=True to TrainingArguments"
             )
         self.plugin = plugin
+        self.num_micro_batches = num_micro_batches
         self.widens_gradients = widens_gradients
         self.report: WindowReport | None = None
         self.models: tuple[nn.Module, ...] | None = None
@@ -66,28 +67,28 @@ class Windows:
         """The micro-batch of ``accumulate`` or ``one_micro_batch``."""
         self.prepared = PreparedModels(accelerator, with_half_shards=plugin.accumulate_in_float32 is True)
         self.loss_scale = LossScale(accelerator)
-        self._accelerator = accelerator
-        self._accumulates_wide = accumulates_in_float32(plugin.accumulate_in_float32, num_micro_batches)
+        self.accelerator = accelerator
+        self.accumulates_wide = accumulates_in_float32(plugin.accumulate_in_float32, num_micro_batches)
         each_batch = accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         sync = plugin.effective_sync(each_batch=each_batch, widens_gradients=widens_gradients)
         self._policy = PolicyChoice(sync, accelerator.device)
-        self._counters: list[tuple[object, Counters]] = []
-        """Schedulers, and their state before a step that the device may have skipped."""
         self.forget()
 
     def forget(self) -> None:
         """Start over without windows; the caller drops the gradients."""
         self.prepared.forget()
         self.by_models = ModelWindows(self._make)
+        self._counters: list[tuple[object, Counters]] = []
+        """Schedulers, and their state before a step that the device may have skipped."""
 
     def _make(self, models: tuple[nn.Module, ...]) -> ModelWindow:
-        sums = AccumulationWindow(self._accelerator.device, num_replicas=self._num_replicas(models))
+        sums = AccumulationWindow(self.accelerator.device, num_replicas=self.num_replicas(models))
         return ModelWindow(models, sums, self.plugin.guard())
 
-    def _num_replicas(self, models: tuple[nn.Module, ...]) -> int:
+    def num_replicas(self, models: tuple[nn.Module, ...]) -> int:
         """Ranks that see the same batch: those of tensor parallelism, set up by transformers or accelerate."""
         sizes = [getattr(without_wrappers(model), "_tp_size", None) or 1 for model in models]
-        config = self._accelerator.parallelism_config
+        config = self.accelerator.parallelism_config
         return max(*sizes, config.tp_size if config is not None else 1)
 
     # ---- A micro-batch ----
@@ -106,7 +107,7 @@ class Windows:
         """The context of one micro-batch's forward and backward, with the communication of the policy."""
         policy = self._policy.policy(model, is_last=is_last)
         wrappers = self.prepared.wrappers(model)
-        if self._accumulates_wide:
+        if self.accumulates_wide:
             self.prepared.half_parameters(model).begin(communicates(policy, is_last=is_last), is_last=is_last)
         return SyncContext(model, policy, is_last=is_last, wrappers=wrappers) if wrappers else contextlib.nullcontext()
 
@@ -117,7 +118,7 @@ class Windows:
         elif self.models is not None:
             models = self.models
         else:
-            prepared = models_of(self._accelerator)
+            prepared = models_of(self.accelerator)
             models = tuple(m for m in prepared if any(p.requires_grad for p in m.parameters()))
             if len(models) != 1:
                 raise InvalidArgumentError(
@@ -126,61 +127,50 @@ class Windows:
                 )
         return self.by_models.of_models([self.prepared[m] for m in models])
 
-    def weighted(self, window: ModelWindow, loss: Tensor, num_targets: Tensor, weight: Tensor) -> Tensor:
-        """Return the loss to call ``backward`` on; the first one opens the window.
-
-        Collectives: under fp16 one all-reduce in the first call for a model. Host syncs: two in that call.
-        """
-        if not window.is_open and not any(other.is_open for other in self.by_models):
-            self.loss_scale.update()
-        if not window.has_scale:
-            self._choose_loss_scale(window, num_targets)
-        window.is_open = True
-        weighted = window.sums.weigh(loss, num_targets, weight)
-        if self.loss_scale.scaler is None:
-            return weighted
-        if self.loss_scale.is_removed:  # not before: optimizers_of keeps what it finds, and looks at gradients
-            self.loss_scale.check_is_on(self.optimizers_of(window))
-        scaled: Tensor = self.loss_scale.scaler.scale(weighted)
-        return scaled
-
-    def _choose_loss_scale(self, window: ModelWindow, num_targets: Tensor) -> None:
-        """Keep fp16 gradients at the magnitude of a mean; chosen once, the same on all ranks."""
-        window.has_scale = True
-        if self.loss_scale.scaler is None and all(p.dtype != torch.float16 for p in window.parameters()):
-            return
-        domain, device = world_domain(), self._accelerator.device
-        total = add_up(domain, device, num_targets=num_targets.item())["num_targets"]
-        scale = loss_scale_for(total / domain.num_ranks * self._accelerator.gradient_accumulation_steps)
-        window.sums = AccumulationWindow(device, loss_scale=scale, num_replicas=self._num_replicas(window.models))
-
-    @contextlib.contextmanager
-    def reducing(self, window: ModelWindow) -> Iterator[None]:
-        """The context of a backward that reduces: one of several in a micro-batch, or one outside any other context."""
-        with contextlib.ExitStack() as contexts:
-            for model in window.models:
-                if self.models is None and self._accumulates_wide:
-                    self.prepared.half_parameters(model).begin(communicates("defer", is_last=True), is_last=True)
-                contexts.enter_context(reduces_in_one_dtype(self.prepared.wrappers(model)))
-            yield
-
     @contextlib.contextmanager
     def one_micro_batch(self, model: nn.Module, micro_batch: MicroBatch) -> Iterator[None]:
         """Let every ``backward`` inside train this model on this micro-batch, which may end the window."""
         is_open = self.models == (model,)  # Trainer calls no_sync for all micro-batches but the last
-        is_last = self._accelerator.sync_gradients
+        is_last = self.accelerator.sync_gradients
         with (
             self.training((model,), micro_batch),
             contextlib.nullcontext() if is_open else self.sync_context(model, is_last=is_last),
         ):
             yield
 
+    def watch(self, window: ModelWindow) -> None:
+        """Remember the gradients after a backward of the first window, for :meth:`check_untouched`.
+
+        On one process only: DDP and FSDP move gradients themselves, and so does wider accumulation.
+        """
+        is_first = not (window.num_closed or window.sums.is_expected or self.accumulates_wide)
+        if is_first and not any(self.prepared.wrappers(model) for model in window.models):
+            window.gradients = state_of_gradients(window.parameters())
+
+    def check_untouched(self, window: ModelWindow) -> None:
+        """Raise TargetCountError if anything else has changed gradients that are sums still. In the first window."""
+        gradients, window.gradients = window.gradients, None
+        if window.is_open and gradients is not None:
+            check_untouched(gradients, window.parameters())
+
+    def forget_dropped(self, window: ModelWindow) -> None:
+        """Drop a window's sums if its gradients are gone, by ``zero_grad``: a bad micro-batch was left out.
+
+        FSDP may keep gradients elsewhere until the last micro-batch, and is not asked.
+        """
+        wrappers = [wrapper for model in window.models for _, wrapper in self.prepared.wrappers(model)]
+        if not window.is_open or not all(isinstance(wrapper, DistributedDataParallel) for wrapper in wrappers):
+            return
+        if all(gradient is None for gradient in grads_of(window.parameters())):
+            window.sums.discard()
+            window.is_open = False
+
     def discard(self, window: ModelWindow) -> None:
         """Drop a window's gradients, communicated or not, and its sums."""
         discard_deferred(window.whole)
         self.prepared.round_gradients(*window.models)
         window.sums.discard()
-        window.is_open = False
+        window.is_open, window.gradients = False, None
 
     # ---- The end of a window ----
 
@@ -207,13 +197,14 @@ class Windows:
         Raises:
             NonfiniteGradientError: the gradient of this step is not finite, or that of the step before was not.
         """
+        self.check_untouched(window)
         optimizers = self.optimizers_of(window)
         if self.plugin.fold_into_optimizer:
             check_can_scale(optimizers, self.loss_scale.scaler)  # again: a checkpoint may have changed ``fused``
         self.raise_pending()
         folds = folds and self.plugin.fold_into_optimizer
         self._policy.window_closed()
-        self._accelerator.unscale_gradients(optimizers)
+        self.accelerator.unscale_gradients(optimizers)
         self.report = report = window.sums.close(
             window.whole,
             max_norm,
@@ -243,21 +234,28 @@ class Windows:
             return StepOrder()  # the scaler skips the step and lowers its scale
         on_device = bool(optimizers) and all(why_not_on_device(optimizer) is None for optimizer in optimizers)
         if window.guard.on_nonfinite == "raise" and on_device:
-            schedulers = schedulers_of(self._accelerator)
+            schedulers = schedulers_of(self.accelerator)
             self._counters = [(s, Counters(0, s, s.optimizers[0])) for s in schedulers]
             return StepOrder(skip_flag=as_flag(window.guard.judge_later(report, step)))
         return StepOrder(skip=not window.guard.judge(report, step))
 
     def optimizers_of(self, window: ModelWindow) -> list[GradUtilsOptimizer]:
         """The prepared optimizers that step on gradients of a window."""
-        prepared = [o for o in optimizers_of(self._accelerator) if isinstance(o, GradUtilsOptimizer)]
+        prepared = [o for o in optimizers_of(self.accelerator) if isinstance(o, GradUtilsOptimizer)]
         return self.by_models.optimizers_of(window, prepared)
 
     def before_step(self, optimizer: GradUtilsOptimizer) -> None:
-        """Close the open windows whose gradients the optimizer steps on."""
+        """Close the open windows whose gradients the optimizer steps on.
+
+        Raises:
+            TargetCountError: there are gradients, but no window has ever had a loss.
+        """
         for window in self.by_models:
+            self.forget_dropped(window)
             if window.is_open and any(o is optimizer for o in self.optimizers_of(window)):
                 self.close(window)
+        if not (optimizer.order or any(window.num_closed for window in self.by_models)):
+            check_weighted(p for group in optimizer.param_groups for p in group["params"])
 
     def raise_pending(self) -> None:
         """Read the verdicts that are still on the device.

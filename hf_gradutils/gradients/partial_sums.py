@@ -4,6 +4,7 @@ transformers sums the *accumulated* gradient of a replicated norm (qk-norm) afte
 earlier ones by the group's size each time. Summing each increment is right for any number of micro-batches.
 """
 
+import functools
 from typing import Any
 
 import torch.distributed as dist
@@ -34,10 +35,12 @@ class _HookOnForward:
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and self._hooked.get(name) is not parameter:
-                parameter.register_hook(self._sum)  # type: ignore[no-untyped-call]
+                # Not a method: a parameter that holds this object is freed only by a garbage collection.
+                parameter.register_hook(functools.partial(_sum, self._group))  # type: ignore[no-untyped-call]
                 self._hooked[name] = parameter
 
-    def _sum(self, gradient: Tensor) -> Tensor:
-        gradient = gradient.clone()  # autograd may use its tensor elsewhere
-        dist.all_reduce(gradient, group=self._group)
-        return gradient
+
+def _sum(group: ProcessGroup, gradient: Tensor) -> Tensor:
+    gradient = gradient.clone()  # autograd may use its tensor elsewhere
+    dist.all_reduce(gradient, group=group)
+    return gradient

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -102,6 +102,54 @@ def grads_of(parameters: Sequence[Tensor]) -> list[Tensor | None]:
     """The gradient of each parameter."""
     with _without_overrides():
         return [parameter.grad for parameter in parameters]
+
+
+def backward_hooks(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name of its parameter or module, hook) of each hook of a user's that is called in a backward."""
+    for name, p in model.named_parameters():
+        for hook in (*_hooks(p._backward_hooks), *_hooks(getattr(p, "_post_accumulate_grad_hooks", None))):
+            yield name, hook
+    for name, module in model.named_modules():
+        for hook in (*_hooks(module._backward_hooks), *_hooks(module._backward_pre_hooks)):
+            yield name or type(module).__name__, hook
+
+
+def num_backward_hooks(parameters: Sequence[Tensor]) -> int:
+    """Hooks on parameters, anybody's. Called in every window."""
+    with _without_overrides():
+        hooks = [(p._backward_hooks, getattr(p, "_post_accumulate_grad_hooks", None)) for p in parameters]
+    return sum(len(found) for pair in hooks for found in pair if found)
+
+
+def copy_gradient_hooks(source: Tensor, target: Tensor) -> None:
+    """Register the hooks on a parameter's gradient, of users only, on a copy of it too."""
+    for hook in _hooks(source._backward_hooks):
+        target.register_hook(hook)  # type: ignore[no-untyped-call]
+    for hook in _hooks(getattr(source, "_post_accumulate_grad_hooks", None)):
+        target.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+
+
+def has_users_hook_after_accumulation(parameter: Tensor) -> bool:
+    """True if a user's hook runs when the gradient has been added: it may do anything, even step."""
+    return bool(_hooks(getattr(parameter, "_post_accumulate_grad_hooks", None)))
+
+
+_PLUMBING = (
+    *("hf_gradutils.", "accelerate.", "torch.distributed.", "torch.nn.parallel."),
+    *("transformers.distributed.", "transformers.integrations.", "transformers.trainer."),
+)
+"""Modules whose hooks sum or move gradients, whatever their scale."""
+
+
+def _hooks(hooks: dict[int, Any] | None) -> list[Any]:
+    """The hooks of users, and of libraries that read gradients."""
+    return [hook for hook in (hooks or {}).values() if not _module_of(hook).startswith(_PLUMBING)]
+
+
+def _module_of(hook: Any) -> str:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return f"{getattr(hook, '__module__', None) or ''}."
 
 
 def takes_a_scale(optimizer: torch.optim.Optimizer) -> bool:

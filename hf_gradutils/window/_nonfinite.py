@@ -49,17 +49,17 @@ class StepGuard:
         if self.on_nonfinite == "ignore" or report.is_finite:
             self._num_in_a_row = 0
             return True
-        error = _error(report, step)
         self.num_skipped += 1
         self._num_in_a_row += 1
+        # The error is kept in no variable: its traceback holds this frame, and through the callers' the model.
         if self.on_nonfinite == "raise":
-            raise error
+            raise _error(report, step)
         if self._num_in_a_row > self._max_skipped:
             raise NonfiniteGradientError(
                 f"{self._num_in_a_row} steps in a row had no finite gradient (max_skipped_steps={self._max_skipped}); "
-                f"the last: {error}"
+                f"the last: {_error(report, step)}"
             )
-        logger.warning("Skipped an optimizer step: %s", error)
+        logger.warning("Skipped an optimizer step: %s", _error(report, step))
         return False
 
     def judge_later(self, report: WindowReport, step: int) -> Tensor:

@@ -6,9 +6,13 @@
 Data-parallel wrappers average over D ranks, and T = R / D ranks see the same batch (tensor parallelism), so
 S = T·N and K·R/S = K·D/N with N the targets of the whole batch: the result is Σ n·∇L / N. K is a power of
 two that keeps the backward's magnitudes near those of a mean, which matters in fp16; it cancels exactly.
+
+If S is known first (`expect`), the factor moves into the backward: (L[m] · n[m] · R / S).backward(), and ``.grad`` is
+final as soon as it is there, for hooks and for optimizers that step in the backward.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -119,26 +123,93 @@ class AccumulationWindow:
         self._sums: Tensor | None = None
         """``_Totals``, in one tensor: it goes through one reduction."""
         self._losses: list[Tensor] = []
+        self._last_factor = self._inverse_loss_scale
+        self._expected: Callable[[], Tensor] | None = None
+        self._scale: Tensor | None = None
+        """K · R / S, once it is known first."""
+        self._has_shares = False
 
-    def weigh(self, loss: Tensor, num_targets: Tensor, weight: Tensor | None = None) -> Tensor:
+    @property
+    def is_empty(self) -> bool:
+        """True if no loss has been weighed since the last window ended."""
+        return self._sums is None
+
+    @property
+    def is_expected(self) -> bool:
+        """True if the window's number of targets is known first."""
+        return self._expected is not None
+
+    def expect(self, num_targets: Callable[[], Tensor], num_ranks: int) -> None:
+        """Make gradients final in the backward.
+
+        Args:
+            num_targets: Returns S, Σ n over the window's micro-batches and all ranks, shape (), on the sums' device.
+                Called once, before the first backward.
+            num_ranks: R.
+        """
+
+        def scale() -> Tensor:
+            if self._is_sum:
+                return torch.full_like(self._inverse_loss_scale, self._loss_scale * num_ranks / self._num_replicas)
+            return self._loss_scale * num_ranks / num_targets().clamp(min=_FEWEST)
+
+        self._expected, self._scale = scale, None
+
+    def share(self, weight: Tensor) -> Tensor:
+        """The factor from a micro-batch's own mean to its share of the window's mean, whose targets are expected."""
+        assert self._expected is not None
+        if self._scale is None:
+            self._scale = self._expected()
+        return self._over_loss_scale(weight) * self._scale
+
+    def weigh(
+        self,
+        loss: Tensor,
+        num_targets: Tensor,
+        weight: Tensor | None = None,
+        *,
+        is_share: bool = False,
+        is_reported: bool = True,
+    ) -> Tensor:
         """Return the weighted loss to call ``backward`` on, in at least float32 (bf16 would round n / K to 8 bits).
 
         Args:
             loss: Shape (), the micro-batch's own mean over its targets.
             num_targets: Shape (), any dtype: number of these targets. At 0 the loss counts for nothing.
             weight: Shape (), factor that turns the loss into the sum over its targets, if not their number.
+            is_share: The loss is divided by the targets of the whole window already, which must be expected; ``weight``
+                then only makes it the share of this rank.
+            is_reported: False leaves the report to :meth:`report_loss`.
 
         Collectives: none. Host syncs: none.
         """
         scaled = factor = self._over_loss_scale(num_targets)
         if weight is not None and weight is not num_targets:
             factor = self._over_loss_scale(weight)
-        own_mean = loss.detach().to(self._device, torch.float64)
-        added = torch.stack((scaled, (own_mean * factor).masked_fill_(factor == 0, 0.0)))
+        in_backward = factor
+        if is_share:
+            assert weight is not None
+            in_backward = on_device(weight, self._device)
+            factor = in_backward / self.share(torch.ones_like(in_backward)) * self._inverse_loss_scale
+            self._has_shares = True
+        elif self._expected is not None:
+            in_backward = self.share(num_targets if weight is None else weight)
+        self._last_factor = factor
+        added = torch.stack((scaled, self._sum_of(loss) if is_reported else torch.zeros_like(scaled)))
         self._sums = added if self._sums is None else self._sums.add_(added)
-        self._losses.append(own_mean)
         wide = loss if loss.dtype in (torch.float32, torch.float64) else loss.float()
-        return wide * factor.to(wide.device, wide.dtype)
+        return wide * in_backward.to(wide.device, wide.dtype)
+
+    def report_loss(self, loss: Tensor, scale: float = 1.0) -> None:
+        """Count a loss for the report, with the weight of the last one that was weighed, times ``scale``."""
+        assert self._sums is not None
+        self._sums[1] += self._sum_of(loss.detach() * scale)
+
+    def _sum_of(self, loss: Tensor) -> Tensor:
+        """The sum over the targets of a mean, over K; kept for messages."""
+        own_mean = loss.detach().to(self._device, torch.float64)
+        self._losses.append(own_mean)
+        return (own_mean * self._last_factor).masked_fill_(self._last_factor == 0, 0.0)
 
     def _over_loss_scale(self, number: Tensor) -> Tensor:
         number = number.detach() if number.requires_grad else number
@@ -146,7 +217,8 @@ class AccumulationWindow:
 
     def discard(self) -> None:
         """Drop the sums of the micro-batches so far; the caller drops their gradients."""
-        self._sums = None
+        self._sums = self._expected = self._scale = None
+        self._has_shares = False
         self._losses = []
 
     @torch.no_grad()
@@ -181,7 +253,7 @@ class AccumulationWindow:
             sums = torch.cat((sums, torch.full_like(sums[:1], float(has_data_left))))
         norms, sums = total_norm(gradients, norm_type, sums)
         totals = _Totals(*sums.unbind())
-        losses = self._losses
+        losses, in_backward, has_shares = self._losses, self._scale, self._has_shares
         self.discard()
 
         num_ranks = gradients.plan.domain.num_ranks
@@ -189,6 +261,9 @@ class AccumulationWindow:
             divisor = torch.full_like(norms.total, self._num_replicas / (self._loss_scale * num_ranks))
         else:
             divisor = (totals.num_targets / num_ranks).clamp(min=_FEWEST)
+        if in_backward is not None:
+            # 1, unless labels were changed or left out after they had been counted.
+            divisor = torch.ones_like(divisor) if has_shares else divisor * in_backward
         grad_norm = norms.total / divisor
         multiplier = (divisor * clip_divisor(grad_norm, max_norm)).reciprocal()
         if scales:

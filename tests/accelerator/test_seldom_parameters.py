@@ -149,9 +149,6 @@ def two_losses_in_each(loop):
         with loop.accelerator.accumulate(loop.model):
             loop.backward(batch, 0.25)
             loop.backward(batch | {"flag": batch["flag"].clone()}, 0.75)
-    for p in loop.model.parameters():
-        if p.grad is not None:
-            p.grad *= 2  # both losses are counted, so that a quarter and three quarters make half the gradient
 
 
 def with_the_model_inside(loop):

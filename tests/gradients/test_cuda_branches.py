@@ -189,11 +189,17 @@ class Recorder(torch.optim.SGD):
         self.devices = {name: getattr(self, name).device.type for name in ("found_inf", "grad_scale")}
 
 
+class Window:
+    def before_step(self, optimizer):
+        pass
+
+
 def test_an_optimizer_of_offloaded_parameters_gets_what_has_arrived(monkeypatch):
     reset_accelerate()
     with unset_fake_temporarily():
         optimizer = Accelerator(cpu=True).prepare_optimizer(Recorder([nn.Parameter(torch.zeros(1))]))
-    ours = GradUtilsOptimizer.adopt(optimizer, lambda _: None)
+    window = Window()
+    ours = GradUtilsOptimizer.adopt(optimizer, window.before_step)
     ours.order = StepOrder(skip_flag=torch.zeros((), device=CUDA), divisor=torch.ones((), device=CUDA))
     with Seen() as seen:
         ours.step()

@@ -1,0 +1,177 @@
+"""A micro-batch's loss on its way into `.grad`: weighted by its targets, counted once, and reduced."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_gradutils._collectives import add_up, start_all_reduce, world_domain
+from hf_gradutils._devices import on_device
+from hf_gradutils.accelerator._micro_batch import MicroBatch, as_number
+from hf_gradutils.accelerator._model_windows import ModelWindow
+from hf_gradutils.accelerator._padding import is_padding
+from hf_gradutils.accelerator._readers import reader_of_gradients
+from hf_gradutils.accelerator._windows import Windows
+from hf_gradutils.errors import InvalidArgumentError, TargetCountError
+from hf_gradutils.sync import communicates, reduces_in_one_dtype
+from hf_gradutils.upstream.accelerate import optimizers_of
+from hf_gradutils.upstream.torch import num_backward_hooks
+from hf_gradutils.window import AccumulationWindow, loss_scale_for
+
+
+def run_backward(
+    accelerator: Accelerator,
+    windows: Windows,
+    loss: Tensor,
+    num_targets: Tensor | int | None,
+    model: nn.Module | Sequence[nn.Module] | None,
+    kwargs: dict[str, Any],
+) -> None:
+    """:meth:`GradUtilsAccelerator.backward`."""
+    loss = loss.reshape(()) if loss.numel() == 1 else loss
+    micro_batch = windows.micro_batch or MicroBatch()
+    if micro_batch.count_late is not None and micro_batch.num_targets is None:
+        micro_batch.count_late()
+    targets, weight, is_share = micro_batch.num_targets, micro_batch.weight, micro_batch.is_share
+    if num_targets is not None:
+        targets = weight = as_number(num_targets, loss.device)
+        is_share = False
+    if targets is None or weight is None:
+        raise TargetCountError(
+            "the number of targets of this micro-batch is missing; call "
+            "accelerator.backward(loss, num_targets=(labels != -100).sum())"
+        )
+    if micro_batch.is_padding or is_padding(accelerator.gradient_state.active_dataloader):
+        targets = weight = torch.zeros_like(targets)
+    window = windows.of_loss(model)
+    is_last = bool(kwargs.get("retain_graph")) and _averages_once(windows, window)
+    targets = micro_batch.count_once(window, targets, is_last=is_last)
+    weight = micro_batch.undivided(loss, weight)
+    is_reported = micro_batch.division is None
+    weighted = _weigh(windows, window, loss, targets, weight, is_share=is_share, is_reported=is_reported)
+    learning_rate = kwargs.pop("learning_rate", None)  # of LOMO, which steps in the backward
+    with _reducing(windows, window) if accelerator.sync_gradients else contextlib.nullcontext():
+        # accelerate would divide by the number of micro-batches; its other branches are for engines refused here.
+        if learning_rate is not None and accelerator.has_lomo_optimizer:
+            accelerator.lomo_backward(weighted, learning_rate)
+        else:
+            weighted.backward(**kwargs)  # type: ignore[no-untyped-call]
+    windows.watch(window)
+
+
+def expect(windows: Windows, window: ModelWindow, numbers: Tensor) -> Callable[[], Tensor]:
+    """Begin to add up the targets of a whole window over all ranks, so that its gradients are final at once.
+
+    Args:
+        windows: Of the Accelerator.
+        window: Not open yet.
+        numbers: Targets of all its micro-batches on this rank, and other numbers to add up; shape (n,), float64.
+
+    Returns:
+        A function that waits for their sums.
+
+    Collectives: one all-reduce over all ranks, which the first backward waits for. Host syncs: none.
+    """
+    if not window.has_scale:
+        _choose_loss_scale(windows, window, numbers[0])
+    domain = world_domain()
+    reduced = start_all_reduce(domain, on_device(numbers, windows.accelerator.device))
+    window.sums.expect(lambda: reduced()[0], domain.num_ranks)
+    return reduced
+
+
+def _weigh(
+    windows: Windows, window: ModelWindow, loss: Tensor, num_targets: Tensor, weight: Tensor, **options: bool
+) -> Tensor:
+    """Return the loss to call ``backward`` on; the first one opens the window.
+
+    Collectives: under fp16 one all-reduce in the first call for a model. Host syncs: two in that call.
+
+    Raises:
+        InvalidArgumentError: gradients are read in the backward, but the targets of the window are not known.
+    """
+    if not window.reader:  # which may take gradients away
+        windows.forget_dropped(window)
+    if not window.is_open and not any(other.is_open for other in windows.by_models):
+        windows.loss_scale.update()
+    if not window.has_scale:
+        _choose_loss_scale(windows, window, num_targets)
+    if not window.is_open and window.num_hooks != (num_hooks := num_backward_hooks(window.parameters())):
+        window.reader = reader_of_gradients(window.whole, optimizers_of(windows.accelerator))
+        window.num_hooks = num_hooks
+    if not (window.is_open or window.sums.is_expected) and _needs_counts(windows, window):
+        expect(windows, window, num_targets.double().reshape(1).clone())
+    windows.check_untouched(window)
+    if window.reader:
+        _check_weights_wait(window)
+    window.is_open = True
+    weighted = window.sums.weigh(loss, num_targets, weight, **options)
+    if windows.loss_scale.scaler is None:
+        return weighted
+    if windows.loss_scale.is_removed:  # not before: optimizers_of keeps what it finds, and looks at gradients
+        windows.loss_scale.check_is_on(windows.optimizers_of(window))
+    scaled: Tensor = windows.loss_scale.scaler.scale(weighted)
+    return scaled
+
+
+def _check_weights_wait(window: ModelWindow) -> None:
+    """Raise InvalidArgumentError if what reads gradients in the backward has stepped on those of a part of the window.
+
+    Host syncs: none; torch counts the changes of each tensor.
+    """
+    num_changes = sum(p._version for p in window.parameters())
+    if window.is_open and num_changes != window.num_changes:
+        raise InvalidArgumentError(
+            f"{window.reader}, and weights have changed in the middle of a window: a step in the backward needs "
+            "gradient_accumulation_steps=1, or must wait for the last micro-batch (accelerator.sync_gradients)"
+        )
+    window.num_changes = num_changes
+
+
+def _needs_counts(windows: Windows, window: ModelWindow) -> bool:
+    """True if a window of one micro-batch must know its targets first. InvalidArgumentError for a longer one."""
+    is_first = windows.plugin.counts == "first" or (windows.plugin.counts == "auto" and window.reader != "")
+    if windows.plugin.counts == "streamed" and window.reader:
+        raise InvalidArgumentError(
+            f"{window.reader}, but with counts='streamed' gradients are weighted sums until the window ends; set "
+            "counts='auto'"
+        )
+    if is_first and max(windows.num_micro_batches, windows.accelerator.gradient_accumulation_steps) > 1:
+        raise InvalidArgumentError(
+            f"{window.reader or 'with counts=first'}: the targets of the window must be known before its first "
+            "backward; call accelerator.start_window(num_targets) with this rank's targets of all its micro-batches, "
+            "or set GradUtilsPlugin(counts='first') in a Trainer"
+        )
+    return is_first
+
+
+def _choose_loss_scale(windows: Windows, window: ModelWindow, num_targets: Tensor) -> None:
+    """Keep fp16 gradients at the magnitude of a mean; chosen once, the same on all ranks."""
+    window.has_scale = True
+    if windows.loss_scale.scaler is None and all(p.dtype != torch.float16 for p in window.parameters()):
+        return
+    domain, device = world_domain(), windows.accelerator.device
+    total = add_up(domain, device, num_targets=num_targets.item())["num_targets"]
+    scale = loss_scale_for(total / domain.num_ranks * windows.accelerator.gradient_accumulation_steps)
+    window.sums = AccumulationWindow(device, loss_scale=scale, num_replicas=windows.num_replicas(window.models))
+
+
+def _averages_once(windows: Windows, window: ModelWindow) -> bool:
+    """True if only the first backward of a forward is averaged now: by DDP, which the next forward makes ready."""
+    wrappers = [wrapper for model in window.models for _, wrapper in windows.prepared.wrappers(model)]
+    return any(isinstance(w, DistributedDataParallel) and w.require_backward_grad_sync for w in wrappers)
+
+
+@contextlib.contextmanager
+def _reducing(windows: Windows, window: ModelWindow) -> Iterator[None]:
+    """The context of a backward that reduces: one of several in a micro-batch, or one outside any other context."""
+    with contextlib.ExitStack() as contexts:
+        for model in window.models:
+            if windows.models is None and windows.accumulates_wide:
+                windows.prepared.half_parameters(model).begin(communicates("defer", is_last=True), is_last=True)
+            contexts.enter_context(reduces_in_one_dtype(windows.prepared.wrappers(model)))
+        yield
