@@ -1,6 +1,8 @@
-"""Contexts that restore a model's modes and torch's random states."""
+"""Contexts that restore a model's modes and all random states."""
 
 import contextlib
+import random
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -10,14 +12,31 @@ from hf_gradutils._devices import device_of
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; modes and random states are as before afterwards."""
-    with in_evaluation_mode(model), torch.no_grad():
+def random_states_kept(device: torch.device) -> Iterator[None]:
+    """The random states of Python, numpy and torch, on the CPU and on a device, are as before afterwards."""
+    numpy = sys.modules.get("numpy")
+    state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
+    try:
+        with _torchs_kept(device):
+            yield
+    finally:
+        random.setstate(state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
+
+
+@contextlib.contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """The same random numbers on every rank, for data made on the CPU; random states are as before afterwards."""
+    with random_states_kept(device):
+        random.seed(seed)
+        if numpy := sys.modules.get("numpy"):
+            numpy.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
         yield
 
 
-def random_states_kept(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Torch's random states, on the CPU and on a device, are as before afterwards."""
+def _torchs_kept(device: torch.device) -> contextlib.AbstractContextManager[None]:
     if device.type == "cpu":
         return torch.random.fork_rng(devices=[])  # looking for a GPU would start CUDA
     index = torch.accelerator.current_device_index() if device.index is None else device.index
@@ -26,7 +45,7 @@ def random_states_kept(device: torch.device) -> contextlib.AbstractContextManage
 
 @contextlib.contextmanager
 def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; modes and torch's random states are as before afterwards."""
+    """Evaluation mode; modes and random states are as before afterwards."""
     modes = {module: module.training for module in model.modules()}
     with random_states_kept(device_of(model)):
         model.eval()

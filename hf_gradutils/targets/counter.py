@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_gradutils._devices import on_device
 from hf_gradutils.errors import InvalidArgumentError, TargetCountError
-from hf_gradutils.targets.rows import count_rows, describe
+from hf_gradutils.targets.rows import count_rows, describe, entries_of, with_entries
 
 LossUnit: TypeAlias = Literal[
     "auto", "rows", "tokens", "shifted_tokens", "answers", "masked_patches", "attended_tokens", "boxes", "sum"
@@ -19,7 +19,8 @@ LossUnit: TypeAlias = Literal[
 
 - ``rows``: the samples of the batch;
 - ``tokens``: labels that are not -100 (or not the value that the head ignores: 255 in segmentation);
-- ``shifted_tokens``: the same without position 0 of each row, which causal heads never predict;
+- ``shifted_tokens``: the same without position 0 of each row, which causal heads never predict; one class a row (1-D
+  labels) is a target wherever it stands;
 - ``answers``: rows whose start and end position lie within the sequence;
 - ``masked_patches``: the patches that ``bool_masked_pos`` marks;
 - ``attended_tokens``: positions that the attention mask keeps;
@@ -29,7 +30,7 @@ LossUnit: TypeAlias = Literal[
   ``shifted_tokens`` for labels of two or more dimensions under a head that shifts, ``tokens`` otherwise.
 """
 
-CountTargets: TypeAlias = Callable[[Mapping[str, Any]], Tensor]
+CountTargets: TypeAlias = Callable[[Any], Tensor]
 """Batch → number of targets, shape ()."""
 
 IGNORE_INDEX = -100
@@ -45,8 +46,8 @@ class TargetCounter:
     loss_unit: LossUnit = "auto"
     count: CountTargets | None = None
     """The user's own count; replaces the unit."""
-    head_shifts: bool = False
-    """Under ``auto``: position 0 of each row is no target."""
+    head_shifts: bool | None = None
+    """Under ``auto``: position 0 of each row is no target. None: not asked, because no batch so far could tell."""
     ignore_index: int = IGNORE_INDEX
     """The label of ``tokens`` that is no target."""
 
@@ -56,8 +57,8 @@ class TargetCounter:
         if self.count is not None and not callable(self.count):
             raise InvalidArgumentError(f"count_targets must be a function of a batch, got {self.count!r}")
 
-    def __call__(self, batch: Mapping[str, Any]) -> Tensor:
-        """Targets of one micro-batch.
+    def __call__(self, batch: Any) -> Tensor:
+        """Targets of one micro-batch: a mapping, or what the user's count takes.
 
         Returns:
             Shape (), on the device of the counted tensor (CPU for rows). NaN if an answer has only one end in the
@@ -71,7 +72,10 @@ class TargetCounter:
             if num_targets.numel() != 1:
                 raise TargetCountError(f"count_targets must return one number, got shape {tuple(num_targets.shape)}")
             return num_targets.reshape(())
-        return self._count(batch, self._resolve(batch))
+        entries = entries_of(batch)
+        if not entries:
+            raise TargetCountError(f"nothing can be counted in {describe(batch)}; {_HOW_TO_COUNT}")
+        return self._count(entries, self._resolve(entries))
 
     def weight(self, num_targets: Tensor) -> Tensor:
         """Factor that turns the micro-batch's loss into the sum over its targets; mostly their number."""
@@ -90,9 +94,9 @@ class TargetCounter:
         """True if gradients of micro-batches add up to that of the whole batch."""
         return self.count is None and self.loss_unit == "sum"
 
-    def depends_on_shift(self, batch: Mapping[str, Any]) -> bool:
+    def depends_on_shift(self, batch: Any) -> bool:
         """True if ``head_shifts`` changes the count of such a batch."""
-        return self.is_default and _may_shift(batch)
+        return self.is_default and _may_shift(entries_of(batch))
 
     def _resolve(self, batch: Mapping[str, Any]) -> LossUnit:
         labels = batch.get("labels")
@@ -100,7 +104,7 @@ class TargetCounter:
             return self.loss_unit
         if labels is None and "shift_labels" not in batch:
             return "answers" if "start_positions" in batch and "end_positions" in batch else "rows"
-        if "shift_labels" in batch or _is_class_labels(labels):
+        if "shift_labels" in batch or is_class_labels(labels):
             return "shifted_tokens" if self.head_shifts and _may_shift(batch) else "tokens"
         if isinstance(labels, Tensor) and labels.is_floating_point() and labels.dim() > 0:
             return "rows"
@@ -119,16 +123,16 @@ class TargetCounter:
         if unit == "attended_tokens":
             mask = batch.get("attention_mask")
             return torch.tensor(_require(batch, "labels", unit).numel()) if mask is None else mask.sum()
-        labels = batch.get("shift_labels", batch.get("labels"))
+        labels = labels_of(batch)
         if unit == "boxes":
             if not isinstance(labels, list | tuple):
                 raise TargetCountError(f"boxes are counted in a list of dicts, got {describe({'labels': labels})}")
             return torch.tensor(sum(len(row["class_labels"]) for row in labels))
-        if not _is_class_labels(labels):
+        if not is_class_labels(labels):
             raise TargetCountError(
                 f"{unit} are counted in integer labels, got {describe({'labels': labels})}; {_HOW_TO_COUNT}"
             )
-        if unit == "shifted_tokens" and "shift_labels" not in batch:
+        if unit == "shifted_tokens" and _may_shift(batch):
             labels = labels[..., 1:]
         return labels.ne(self.ignore_index).sum()
 
@@ -145,7 +149,7 @@ def check_count(num_targets: float) -> None:
 
 def _may_shift(batch: Mapping[str, Any]) -> bool:
     labels = batch.get("labels")
-    return "shift_labels" not in batch and _is_class_labels(labels) and labels.dim() > 1
+    return "shift_labels" not in batch and is_class_labels(labels) and labels.dim() > 1
 
 
 def _count_answers(batch: Mapping[str, Any]) -> Tensor:
@@ -165,24 +169,31 @@ def _require(batch: Mapping[str, Any], name: str, unit: LossUnit) -> Tensor:
     return value
 
 
-def with_one_target(batch: Mapping[str, Any], num_targets: Tensor) -> Mapping[str, Any]:
-    """Return the batch, with one label of class 0 added if it has no target.
+def with_one_target(batch: Any, num_targets: Tensor) -> Any:
+    """Return the batch, with one label of class 0 added if it has no target; of the same type.
 
     A mean over nothing is 0/0, and its gradient stays NaN under a weight of zero. With one target the backward runs on
     every rank, and the weight 0 removes its gradient. Host syncs: none; the choice is made on the device.
     """
-    changed = {}
+    changed, entries = {}, entries_of(batch)
     for name in ("labels", "shift_labels"):
-        labels = batch.get(name)
-        if _is_class_labels(labels) and labels.numel():
+        labels = entries.get(name)
+        if is_class_labels(labels) and labels.numel():
             changed[name] = labels = labels.clone()
             # The last position of the first row: shifted or not, it is predicted from something.
             place = labels[(0,) + (-1,) * (labels.dim() - 1)]
             place.masked_fill_(on_device(num_targets == 0, labels.device), 0)
-    return {**batch, **changed}
+    return with_entries(batch, changed) if changed else batch
 
 
-def _is_class_labels(labels: object) -> TypeGuard[Tensor]:
+def labels_of(batch: Any) -> Any:
+    """The labels of a batch, shifted ones first; None if it has none."""
+    entries = entries_of(batch)
+    return entries.get("shift_labels", entries.get("labels"))
+
+
+def is_class_labels(labels: object) -> TypeGuard[Tensor]:
+    """True for integers of one dimension or more."""
     return (
         isinstance(labels, Tensor)
         and labels.dim() > 0

@@ -42,7 +42,7 @@ DPO_WITHOUT_UNIT = {
 
 def trl_name(trainer: object) -> str | None:
     """Name of the trl trainer that this one is or derives from, or None."""
-    for base in type(trainer).__mro__:
+    for base in trainer.__class__.__mro__:  # not its type: it may be a weak proxy
         if base.__module__.partition(".")[0] == "trl" and not base.__name__.startswith("_"):
             return base.__name__
     return None
