@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.trainer_utils import has_length
 
 from hf_gradutils._collectives import add_up, find_largest, world_domain
-from hf_gradutils.accelerator import Padding
+from hf_gradutils.accelerator import another
 from hf_gradutils.errors import InvalidArgumentError
 
 
@@ -28,6 +28,8 @@ class BatchStream:
         self._batches = batches
         self._is_last = is_last
         self._fetched: list[Any] = []
+        self.paddings: list[Any] = []
+        """Batches of the latest window that :meth:`take` has made up."""
         self._is_exhausted = self._looks_ahead = False
         self.padding = padding
         """Stands in for a missing batch; None if this rank never had any."""
@@ -37,10 +39,15 @@ class BatchStream:
         """True if there is another batch."""
         return bool(self._fetched) or not self._is_exhausted
 
+    def peek(self) -> Any:
+        """The batch that :meth:`take` returns next, where it is the first of the stream."""
+        return self._fetched[0] if self._fetched else self.padding
+
     def take(self) -> Any:
         """The next batch, or padding if there is none."""
         if not self.has_more():
-            return Padding(self.padding)
+            self.paddings.append(another(self.padding))
+            return self.paddings[-1]
         if not self._fetched:
             self._fetch()
         batch = self._fetched.pop()
@@ -88,6 +95,28 @@ class MicroBatches:
             yield batch
 
 
+class Draws:
+    """An epoch's iterator as a user's ``get_batch_samples`` sees it: as many batches as it takes, padded to a window's.
+
+    Args:
+        stream: Source of the batches.
+        num_padded: Batches that a rank without any is given all the same.
+    """
+
+    def __init__(self, stream: BatchStream, num_padded: int):
+        self._stream = stream
+        self._num_padded = num_padded
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        self._num_padded -= 1
+        if self._stream.has_more() or self._num_padded >= 0:
+            return self._stream.take()
+        raise StopIteration
+
+
 class TrainingBatches:
     """A rank's batches, window by window; ranks with fewer batches than others pad theirs."""
 
@@ -110,16 +139,52 @@ class TrainingBatches:
         self._pads = not self.has_length or most != least
         return _OfLength(dataloader, most) if most != least else dataloader
 
+    def trained_without_length(self, max_steps: int) -> tuple[int, int]:
+        """(epochs, batches of the next one) that a checkpoint has trained, by its epoch, of data without a length."""
+        state, args = self._trainer.state, self._trainer.args
+        num_epochs = int(state.epoch)
+        num_batches = round((state.epoch - num_epochs) * max_steps * args.gradient_accumulation_steps)
+        return num_epochs, 0 if args.ignore_data_skip else num_batches
+
     def window(self, epoch: Iterator[Any], num_batches: int) -> Sequence[Any] | MicroBatches:
         """The next window's batches; none at the end of the epoch.
 
         Collectives: where ranks pad, one all-reduce over all ranks at the start of an epoch.
         """
+        stream = self._stream_of(epoch)
+        return [] if self._is_over(stream) else MicroBatches(stream, num_batches, pads=self._pads)
+
+    def draws(self, epoch: Iterator[Any], num_batches: int) -> Iterator[Any]:
+        """The next batches for an override that draws them itself. Collectives: as :meth:`window`."""
+        stream = self._stream_of(epoch)
+        return iter(()) if self._is_over(stream) else Draws(stream, num_batches if self._pads else 0)
+
+    def _stream_of(self, epoch: Iterator[Any]) -> BatchStream:
         if self._stream is None or epoch is not self._epoch:
             self._stream, self._epoch = self._start_epoch(epoch), epoch
-        if self._pads and not self._stream.has_more() and not float(self.num_ranks_with_data):
-            return []
-        return MicroBatches(self._stream, num_batches, pads=self._pads)
+        self._stream.paddings.clear()
+        return self._stream
+
+    def _is_over(self, stream: BatchStream) -> bool:
+        return self._pads and not stream.has_more() and not float(self.num_ranks_with_data)
+
+    def first(self) -> Any:
+        """The first batch of the epoch, or padding."""
+        assert self._stream is not None
+        return self._stream.peek()
+
+    def is_padding(self, batch: Any) -> bool:
+        """True for a batch that stands in for one that this rank lacks."""
+        return self._stream is not None and any(batch is padding for padding in self._stream.paddings)
+
+    def check_padding(self, batches: Sequence[Any]) -> None:
+        """Raise InvalidArgumentError if an override has put other objects in the place of padding."""
+        num_kept = sum(map(self.is_padding, batches))
+        if self._stream is not None and num_kept < len(self._stream.paddings):
+            raise InvalidArgumentError(
+                "get_batch_samples must return the batches that it was given, or fewer: copies cannot be told from "
+                "data on a rank that has run out of it; change a batch in training_step or in the collator"
+            )
 
     @property
     def has_data_left(self) -> bool | None:
@@ -128,10 +193,11 @@ class TrainingBatches:
 
     def _start_epoch(self, epoch: Iterator[Any]) -> BatchStream:
         state = self._trainer.accelerator.gradient_state
+        left = id(state.active_dataloader)  # of a training that has stopped before the end of its epoch
         stream = BatchStream(
             epoch,
             # A loader that accelerate has not prepared does not say which batch is its last.
-            lambda: state.end_of_dataloader if state.in_dataloader else None,
+            lambda: state.end_of_dataloader if id(state.active_dataloader) != left else None,
             padding=self._stream.padding if self._stream is not None else None,
         )
         if self._pads:

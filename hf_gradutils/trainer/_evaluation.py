@@ -1,7 +1,8 @@
 """Evaluation loss as one mean over all targets, the same for every batch size and number of ranks."""
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from hf_gradutils.errors import TargetCountError
 from hf_gradutils.targets import trl
 from hf_gradutils.targets.counter import check_count
 from hf_gradutils.targets.rows import count_rows, is_divisible, take_rows
+from hf_gradutils.trainer._filled import FilledBatch, MarkedLoader, marking_filled_batches
 from hf_gradutils.trainer._loss import LossUnit
 
 
@@ -25,9 +27,17 @@ class EvaluationLoss:
         self._sums: list[Tensor] | None = None
         """(n, n·L) of each batch that this rank has evaluated, float64; None while it does not evaluate."""
         self._batch = MicroBatch()
+        self._loader: Any = None
 
-    def start(self) -> None:
-        self._sums = []
+    @contextlib.contextmanager
+    def over(self, loader: Any) -> Iterator[Any]:
+        """The context of an evaluation; gives the loader to evaluate, with the batches of this one."""
+        with marking_filled_batches(loader) as marked:
+            self._sums, self._loader = [], marked
+            try:
+                yield marked
+            finally:
+                self._loader = None
 
     def finish(self, *, is_wanted: bool) -> float | None:
         """Σ n·L / Σ n over all ranks; None if a subclass predicts without us. Collectives: one all-reduce if wanted."""
@@ -53,15 +63,16 @@ class EvaluationLoss:
         self._unit.settle_once(inputs)
         trainer, unit = self._trainer, self._unit
         num_rows = count_rows(inputs, num_blocks=trl.num_blocks(trainer))
+        filled = self._filled
         # Without padding, the samples follow each other in one row; a last batch that has copies is full.
         num_flattened = trainer.args.eval_batch_size if num_rows == 1 and "position_ids" in inputs else 1
-        num_real_rows = self._num_real_rows(max(num_rows, num_flattened))
+        num_real_rows = filled.num_real_rows if filled else self._num_real_rows(max(num_rows, num_flattened))
         if num_real_rows is not None:
             # The last batch is filled up with copies of samples: compute the loss without them.
             take = self._without_copies if num_flattened == 1 else self._without_flattened_copies
             inputs = trainer._prepare_inputs(take(inputs, num_real_rows))
-            num_items = unit.count(inputs).clamp(min=1)
-            with torch.no_grad(), trainer.compute_loss_context_manager(), trl.loss_only(trainer):
+            num_items = unit.count(inputs).clamp(min=1).float()
+            with torch.no_grad(), trainer.compute_loss_context_manager(), trl.loss_only(trainer), unit.alone():
                 loss = trainer.compute_loss(model, inputs, num_items_in_batch=num_items).detach().mean()
         num_targets = unit.count(inputs) if self._batch.num_targets is None else self._batch.num_targets
         if num_real_rows == 0:
@@ -70,8 +81,13 @@ class EvaluationLoss:
         assert loss is not None
         count = num_targets.to(torch.float64)
         # A loss that is a sum over rows is reported as their mean, which does not depend on the batch size.
-        weight = unit.counter.weight(count) * (count != 0)
+        weight = unit.counter.weight(count) * (count != 0) * unit.contract.factor
         self._sums.append(torch.stack((count, torch.where(weight == 0, 0.0, loss.to(torch.float64) * weight))))
+
+    @property
+    def _filled(self) -> FilledBatch | None:
+        """What is known about this batch of an iterable dataset, if it has copies on any rank."""
+        return self._loader.filled if isinstance(self._loader, MarkedLoader) else None
 
     def _num_real_rows(self, num_rows: int) -> int | None:
         """Rows of this rank's batch that are no copies; None on every rank if there are no copies on any."""
@@ -96,8 +112,11 @@ class EvaluationLoss:
         """Find where the copies start in a row that may be packed, by the samples of the evaluation set."""
         if num_real_rows in (0, self._trainer.args.eval_batch_size):
             return inputs
-        dataset = self._trainer.callback_handler.eval_dataloader.dataset
-        samples = [dataset[i].get("input_ids", ()) for i in range(len(dataset) - num_real_rows, len(dataset))]
+        if self._filled is not None:
+            samples = self._filled.real_input_ids
+        else:
+            dataset = self._trainer.callback_handler.eval_dataloader.dataset
+            samples = [dataset[i].get("input_ids", ()) for i in range(len(dataset) - num_real_rows, len(dataset))]
         real = torch.cat([torch.as_tensor(sample) for sample in samples]).to(inputs["input_ids"].device)
         if not len(real) or not torch.equal(real, inputs["input_ids"][0, : len(real)]):
             raise TargetCountError(

@@ -1,6 +1,9 @@
 """Sums over optimizer steps for a Trainer's log."""
 
+import contextlib
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,6 +11,16 @@ from torch import Tensor
 from hf_gradutils.errors import TargetCountError
 from hf_gradutils.targets.counter import check_count
 from hf_gradutils.window import WindowReport
+
+
+@contextlib.contextmanager
+def nan_filter(args: Any, value: bool) -> Iterator[None]:
+    """Let a Trainer replace losses that are not finite by a mean of earlier ones, or not."""
+    before, args.logging_nan_inf_filter = args.logging_nan_inf_filter, value
+    try:
+        yield
+    finally:
+        args.logging_nan_inf_filter = before
 
 
 class RunningLog:

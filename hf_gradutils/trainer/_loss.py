@@ -1,27 +1,27 @@
 """The loss of one micro-batch: its own mean over its own targets, for every model and loss function.
 
-:class:`LossUnit` also finds out, on the first batch, which targets these are.
+``_settle.py`` finds out, before the first step, which targets these are.
 """
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+import math
+import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_gradutils._collectives import add_up, world_domain
 from hf_gradutils._devices import on_device
-from hf_gradutils._precision import uses_exact_arithmetic
-from hf_gradutils._undisturbed import undisturbed
-from hf_gradutils.errors import LossUnitError, TargetCountError
-from hf_gradutils.targets import trl
-from hf_gradutils.targets.auxiliary_loss import auxiliary_coefficient
+from hf_gradutils.errors import TargetCountError
 from hf_gradutils.targets.counter import TargetCounter
-from hf_gradutils.targets.known_heads import known_head
-from hf_gradutils.targets.probe import HOW_TO_FIX
-from hf_gradutils.targets.unit import settle_unit
+from hf_gradutils.targets.rows import count_rows, is_divisible
+from hf_gradutils.trainer._contract import LossContract, as_if_alone, ask_loss
+from hf_gradutils.trainer._overrides import is_users
+from hf_gradutils.trainer._settle import UnitSettler
 from hf_gradutils.upstream.accelerate import without_accelerate_state
 
 
@@ -30,14 +30,50 @@ class LossUnit:
 
     def __init__(self, trainer: Any):
         self._trainer = trainer
-        self._forward: tuple[nn.Module, bool] | None = None
+        self._settler = UnitSettler(trainer, self)
+        self._forward: tuple[weakref.ref[nn.Module], bool] | None = None
+        self.is_split = False
+        """The losses of several micro-batches or ranks are combined to one mean, for which targets must be counted."""
         self.counter: TargetCounter | None = None
         """None until the first batch has been seen."""
+        self._num_tries = 16
+        self.hands_count = True
+        """Code of the user's is given ``num_items_in_batch``."""
+        self.model_divides = False
+        """The model divides by the count that transformers hands it, and code of the user's may see that."""
+        self.contract = LossContract()
+        """What the loss divides by."""
+        self.asked: Tensor | None = None
+        """Targets of the batch whose loss is asked for its contract now, whatever count it is given."""
 
-    def count(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Targets of one micro-batch, shape (), on this rank's device."""
+    def count(self, inputs: Any) -> Tensor:
+        """Targets of one micro-batch, shape (), on this rank's device.
+
+        Raises:
+            TargetCountError: they cannot be counted, and they are needed. Without need they count as rows, or as one.
+        """
         assert self.counter is not None
-        return on_device(self.counter(inputs), self._trainer.args.device)
+        if self.counter.head_shifts is None and self.counter.depends_on_shift(inputs):
+            self._ask_late(inputs)
+        try:
+            num_targets = self.counter(inputs)
+        except TargetCountError:
+            if self.is_split:
+                raise
+            num_targets = torch.tensor(count_rows(inputs) if is_divisible(inputs) else 1)
+        return on_device(num_targets, self._trainer.args.device)
+
+    def _ask_late(self, inputs: Any) -> None:
+        """Ask about the shift at the first labels that can tell; ranks with batches of their own may have none yet."""
+        assert self.counter is not None
+        if self._trainer.accelerator.num_processes > self._trainer.get_tp_size():
+            raise TargetCountError(
+                "these are the first labels of two or more dimensions, too late to ask the head on all ranks whether "
+                "it shifts them; set loss_unit='shifted_tokens' if it predicts the next token, else loss_unit='tokens' "
+                "(labels of one class a row are counted as rows by both)"
+            )
+        self.counter = replace(self.counter, head_shifts=False)  # while it is asked
+        self.counter = replace(self.counter, head_shifts=self._settler.ask_shift(inputs))
 
     @property
     def head(self) -> nn.Module:
@@ -49,9 +85,9 @@ class LossUnit:
     def forward_takes_count(self) -> bool:
         """True if the model's forward names ``num_items_in_batch``; cached per model."""
         model = self._trainer.model
-        if self._forward is None or self._forward[0] is not model:
+        if self._forward is None or self._forward[0]() is not model:
             names = inspect.signature(type(self.head).forward).parameters
-            self._forward = (model, "num_items_in_batch" in names)
+            self._forward = (weakref.ref(model), "num_items_in_batch" in names)
         return self._forward[1]
 
     @contextlib.contextmanager
@@ -74,7 +110,7 @@ class LossUnit:
             )
         if smoother is not None:
             trainer.label_smoother = lambda outputs, labels, *_, **__: smoother(
-                outputs, labels, shift_labels=counter.head_shifts
+                outputs, labels, shift_labels=bool(counter.head_shifts)
             )
         try:
             with without_accelerate_state() if counts_boxes else contextlib.nullcontext():
@@ -82,87 +118,97 @@ class LossUnit:
         finally:
             trainer.compute_loss_func, trainer.label_smoother = loss_func, smoother
 
-    def settle_once(self, inputs: Mapping[str, Any]) -> None:
+    def settle_once(self, inputs: Any) -> None:
         """:meth:`settle` on a batch of the evaluation, if it is the first."""
         if self.counter is None:
             self.settle(inputs, is_split=False)
 
-    def settle(self, inputs: Mapping[str, Any], *, is_split: bool) -> float:
+    def settle(self, inputs: Any, *, is_split: bool) -> float:
         """Find the unit of the loss; returns the mean number of targets in a rank's micro-batch.
+
+        The first batch is asked, and where it cannot tell, rows of the data set.
 
         Args:
             inputs: This rank's first batch.
             is_split: The losses of several micro-batches or ranks are combined to one mean.
 
+        Collectives: as ``LossExaminer.settle``; every rank must call.
+
         Raises:
             LossUnitError: the loss is not a mean over countable targets, and it is split.
             TargetCountError: the targets cannot be counted, and they are needed.
         """
-        trainer = self._trainer
-        batch = trainer._prepare_inputs(dict(inputs))
-        check = is_split and trainer.grad_plugin.check_loss_unit
-        counter = self._initial_counter(batch, is_split=is_split, check=check)
-        with undisturbed(trainer.model), trl.loss_only(trainer, with_auxiliary=False):
-            settled = settle_unit(
-                self._head_loss,
-                self._trained_loss,
-                batch,
-                counter,
-                check=check,
-                exact_arithmetic=uses_exact_arithmetic(trainer.accelerator, trainer.model),
-                smooths_labels=trainer.label_smoother is not None,
-                num_blocks=trl.num_blocks(trainer),
-            )
-        self.counter = replace(counter, head_shifts=settled.head_shifts)
-        return settled.targets_per_micro_batch
+        self.is_split = is_split
+        if self.may_be_asked_for_parts:  # without labels in their usual place transformers hands over no count
+            self.hands_count = self._trainer._steps.counts.stock_count([inputs]) is not None
+        self.model_divides = self.hands_count and self._ask_model(inputs)
+        targets_per_micro_batch = self._settler.settle(inputs, is_split=is_split)
+        self.contract = self._ask_contract(inputs)
+        return targets_per_micro_batch
 
-    def _initial_counter(self, batch: Mapping[str, Any], *, is_split: bool, check: bool) -> TargetCounter:
-        """The counter from the user, or from the tables of trainers and heads."""
+    def _ask_contract(self, inputs: Any) -> LossContract:
+        """Ask a loss of the user's own what it divides by. Collectives: as :func:`ask_loss`."""
         trainer = self._trainer
-        counter, why_not = trainer.grad_plugin.counter(), ""
-        if counter.is_default and trl.num_blocks(trainer) == 2:
-            counter, why_not = TargetCounter(count=trl.count_pairs), trl.why_without_unit(trainer)
-        elif counter.is_default and trainer.compute_loss_func is None and (head := known_head(self.head)) is not None:
-            if head.loss_unit is not None:
-                counter = TargetCounter(head.loss_unit, ignore_index=head.ignore_index)
-            else:
-                counter = TargetCounter("rows")
-            why_not = head.reason
-        if why_not and check:
-            raise LossUnitError(f"the loss cannot be split exactly: {why_not}; {HOW_TO_FIX}")
-        if is_split:
-            return counter
-        # One micro-batch on one process is the whole batch; the count is only reported.
-        try:
-            return counter if counter(batch).isfinite() else TargetCounter("rows")
-        except TargetCountError:
-            return TargetCounter("rows")
+        is_alone = trainer.args.gradient_accumulation_steps == 1 and trainer.accelerator.num_processes == 1
+        if is_alone or not (is_users(trainer, "compute_loss") or trainer.compute_loss_func):
+            return LossContract()
+        with self._settler.asking(inputs) as (batch, loss_of):
+            self.asked = self.count(batch).clamp(min=1).float()
+            try:
+                return ask_loss(
+                    trainer,
+                    loss_of,
+                    lambda: self._settler.losses.models_own(batch),
+                    self.asked,
+                    is_undivided=trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None,
+                )
+            finally:
+                self.asked = None
 
-    def _head_loss(self, batch: Mapping[str, Any]) -> Tensor:
-        """The loss of the head itself, without label smoothing around it."""
-        trainer = self._trainer
-        smoother, trainer.label_smoother = trainer.label_smoother, None
-        try:
-            with trainer.compute_loss_context_manager():
-                return trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(1))
-        finally:
-            trainer.label_smoother = smoother
+    def ask_again(self, inputs: Any) -> bool:
+        """Ask the loss for its contract if it was 0 so far, in the first windows; True if it has told now."""
+        if self.contract.is_known or not self._num_tries:
+            return False
+        self._num_tries -= 1
+        self.contract = self._ask_contract(inputs)
+        return self.contract.is_known
 
-    def _trained_loss(self, batch: Mapping[str, Any], counter: TargetCounter) -> Tensor:
-        """The loss that is trained, without the auxiliary term of a mixture of experts, which is no mean."""
+    @property
+    def may_be_asked_for_parts(self) -> bool:
+        """Code of the user's may ask for the loss of a part of a micro-batch."""
+        return is_users(self._trainer, "compute_loss") or is_users(self._trainer, "training_step")
+
+    def _ask_model(self, inputs: Any) -> bool:
+        """True if a user's code sees the model divide its loss by a count. Two forwards on every rank, and a sum."""
         trainer = self._trainer
-        self.counter = counter
-        num_targets = self.count(batch).clamp(min=1)
-        is_the_models_own = trainer.label_smoother is None and trainer.compute_loss_func is None
-        coefficient = auxiliary_coefficient(self.head) if is_the_models_own else 0.0
-        # trl's trainers add the auxiliary term themselves, which is off here; outputs would cost them a forward.
-        has_auxiliary = bool(coefficient) and trl.trl_name(trainer) is None
-        with trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(
-                trainer.model, dict(batch), return_outputs=has_auxiliary, num_items_in_batch=num_targets
-            )
-        if not has_auxiliary:
-            return loss
-        loss, outputs = loss
-        auxiliary = outputs.get("aux_loss") if isinstance(outputs, Mapping) else None
-        return loss - coefficient * auxiliary if isinstance(auxiliary, Tensor) else loss
+        if not self.may_be_asked_for_parts or trainer.compute_loss_func or not trainer.model_accepts_loss_kwargs:
+            return False
+        with self._settler.asking(inputs) as (batch, _):
+            counts = (torch.full((), count, device=trainer.args.device) for count in (8.0, 16.0))
+            once, twice = (float(self._settler.losses.models_own(batch, count).detach()) for count in counts)
+        ranks = add_up(world_domain(), divides=once != 0 and math.isclose(once, 2 * twice, rel_tol=1e-3))
+        return bool(ranks["divides"])
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """The context of a loss that is a mean only if it is told that its micro-batch is the whole batch."""
+        return (
+            as_if_alone(self._trainer, communicates=self.contract.communicates)
+            if self.contract.is_asked_alone
+            else contextlib.nullcontext()
+        )
+
+    def check_again(self, inputs: Any, step: int) -> None:
+        """Check the loss again at a window's first micro-batch, where the first batch does not speak for later ones.
+
+        Args:
+            inputs: This rank's batch.
+            step: Optimizer steps so far, the same on every rank.
+
+        Warns, once, if a loss that was a mean has stopped to be one. Collectives and host syncs: none, without a look
+        at the batch, except after 1, 10, 100 and 1,000 steps with a loss of the user's own, and in the first 16 windows
+        if no batch so far could tell.
+
+        Raises:
+            LossUnitError: this is the first batch that can tell, and the loss is no mean over the targets counted.
+        """
+        self._settler.check_again(inputs, step)

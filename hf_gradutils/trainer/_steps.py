@@ -1,13 +1,18 @@
 """The optimizer steps of a Trainer: their windows, their log, and the rollback of skipped ones."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from hf_gradutils.accelerator import Counters
+from hf_gradutils.accelerator import Counters, MicroBatch, check_weighted
 from hf_gradutils.errors import NonfiniteGradientError
-from hf_gradutils.trainer._batches import TrainingBatches
+from hf_gradutils.targets.counter import with_one_target
+from hf_gradutils.trainer._batches import MicroBatches, TrainingBatches
+from hf_gradutils.trainer._counts import WindowCounts
+from hf_gradutils.trainer._evaluation import num_data_ranks
 from hf_gradutils.trainer._log import RunningLog
 from hf_gradutils.trainer._loss import LossUnit
 from hf_gradutils.window import AccumulationWindow, loss_scale_for
@@ -20,11 +25,90 @@ class OptimizerSteps:
         self._trainer = trainer
         self._unit = unit
         self._batches = batches
+        self.counts = WindowCounts(trainer, unit, batches)
+        self.micro_batch: MicroBatch | None = None
+        self._is_preparing = False
+        self._num_closed = 0
+        """Windows that had been closed when the latest micro-batch began."""
+        self._num_losses = 0
+        """Calls of ``compute_loss`` that are under way, inside each other."""
         self._is_started = False
+        self._is_checked = True
         self._log: RunningLog | None = None
         self._counters: Counters | None = None
 
-    def start_once(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    def in_micro_batch(
+        self, step: Callable[..., Tensor], model: nn.Module, inputs: Any, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Run a step, ours or a user's around ours, in the micro-batch that it begins or belongs to."""
+        if self.micro_batch is not None:
+            return step(model, inputs, num_items_in_batch)
+        trainer, device = self._trainer, self._trainer.args.device
+        if self._batches.is_padding(inputs) and num_data_ranks(trainer) == 1:
+            return torch.zeros((), device=device)  # no other rank waits for this micro-batch
+        self._begin(model, inputs)
+        # A micro-batch's own mean is wanted: Trainer must not divide it by the number of micro-batches.
+        trainer.current_gradient_accumulation_steps = 1
+        self._num_closed = trainer.accelerator.windows.of_loss(model).num_closed
+        self.micro_batch = micro_batch = self.counts.micro_batch(inputs, num_items_in_batch)
+        windows = trainer.accelerator.windows
+        try:
+            with windows.one_micro_batch(model, micro_batch):
+                is_own = num_items_in_batch is None or self._unit.contract.is_asked_alone
+                count = micro_batch.divisor if is_own else num_items_in_batch
+                loss = step(model, inputs, count if self._unit.hands_count else None)
+            micro_batch.report(windows.of_loss(model), loss)
+            return loss
+        finally:
+            self.micro_batch = micro_batch.count_late = None  # which would keep the batch
+
+    def prepare(self, prepare_inputs: Callable[[Any], Any], inputs: Any) -> Any:
+        """Prepare inputs, by ours or a user's ``_prepare_inputs``; in training, count the targets that come out."""
+        if self.micro_batch is None or self._is_preparing:
+            return prepare_inputs(inputs)
+        self._is_preparing = True
+        try:
+            prepared = prepare_inputs(inputs)
+        finally:
+            self._is_preparing = False
+        return with_one_target(prepared, self.counts.count(self.micro_batch, prepared))
+
+    def outermost_loss(self, compute_loss: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Compute a loss by a user's ``compute_loss`` around ours."""
+        self.see_count(args[3] if len(args) > 3 else kwargs.get("num_items_in_batch"))
+        return self.in_loss(compute_loss, *args, **kwargs)
+
+    def see_count(self, count: Any) -> None:
+        """Weight the next loss by whether the outermost ``compute_loss`` was given a count."""
+        if self.micro_batch is not None and not self._num_losses:
+            self.counts.choose(self.micro_batch, has_count=count is not None)
+
+    def in_loss(self, compute_loss: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Compute a loss, by ours or a user's ``compute_loss``, and keep it."""
+        self._num_losses += 1
+        try:
+            with self._unit.alone():
+                result = compute_loss(*args, **kwargs)
+        finally:
+            self._num_losses -= 1
+        self.keep(result[0] if isinstance(result, tuple) else result)
+        return result
+
+    def keep(self, loss: Tensor) -> None:
+        """Keep a loss for ``backward`` to compare."""
+        if self.micro_batch is not None:
+            self.micro_batch.computed = loss
+
+    def _begin(self, model: nn.Module, inputs: Any) -> None:
+        """Begin a micro-batch: settle the loss on the first, and look at it again in each window's first."""
+        self._start_once(model, inputs)
+        if not self._is_checked:
+            self._is_checked = True
+            self._unit.check_again(inputs, self._trainer.state.global_step)
+            if self._unit.ask_again(inputs):
+                self.counts.decide(model)
+
+    def _start_once(self, model: nn.Module, inputs: Any) -> None:
         """Settle the unit of the loss on the first batch, and open the first window with a scale to match."""
         if self._is_started:
             return
@@ -40,16 +124,55 @@ class OptimizerSteps:
             is_sum=unit.counter.is_sum,
         )
         trainer.accelerator.windows.of_loss(model).start(sums)
+        self.counts.decide(model)
         self._is_started = True
+
+    def window(self, epoch: Iterator[Any], num_batches: int) -> tuple[Sequence[Any] | MicroBatches, Any]:
+        """The next window's batches; and their count, if it is known first."""
+        batches = self._batches.window(epoch, num_batches)
+        if not batches:
+            return [], None
+        if not self._is_started:
+            self._start_once(self._trainer.model_wrapped, self._batches.first())
+        if not self.counts.is_first:
+            return batches, None
+        batches = list(batches)
+        return batches, self.counts.expect(batches)
+
+    def window_of(
+        self, override: Callable[..., Any], epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[Sequence[Any], Any]:
+        """The next window's batches and their count by a user's ``get_batch_samples``."""
+        with self.counts.handing():
+            batches, count = override(self._batches.draws(epoch_iterator, num_batches), num_batches, device)
+        self._batches.check_padding(batches)
+        if len(batches):
+            self._start_once(self._trainer.model_wrapped, batches[0])
+            self.counts.check_handed(count)
+            window = self._trainer.accelerator.windows.of_loss(self._trainer.model_wrapped)
+            self.counts.check_length(batches, num_batches, is_open=window.is_open)
+            if not window.is_open:
+                self.counts.expect(batches, hands_count=False)
+        return batches, count
 
     def close_window(self, model: nn.Module, max_norm: float) -> Tensor:
         """Make the gradient the exact mean and clip it; returns its norm before. Collectives: as ``Windows.close``."""
         trainer, windows = self._trainer, self._trainer.accelerator.windows
         has_data_left = self._batches.has_data_left
         self.raise_pending()
-        report, is_taken = windows.close(
-            windows.of_loss(model), max_norm, step=trainer.state.global_step + 1, has_data_left=has_data_left
-        )
+        window = windows.of_loss(model)
+        if window.sums.is_empty and window.num_closed > self._num_closed and has_data_left is None:
+            # The user's own step has clipped; another norm is another clip.
+            if max_norm < math.inf:
+                trainer.accelerator.clip_grad_norm_(model.parameters(), max_norm)
+            report, is_taken = windows.report, True
+            assert report is not None
+        else:
+            if window.sums.is_empty:
+                check_weighted(model.parameters())
+            report, is_taken = windows.close(
+                window, max_norm, step=trainer.state.global_step + 1, has_data_left=has_data_left
+            )
         if windows.is_pending:
             self._counters = Counters(trainer.state.global_step, trainer.lr_scheduler, trainer.optimizer)
         if has_data_left is not None:
@@ -60,6 +183,7 @@ class OptimizerSteps:
         self._log.add(report, is_taken=is_taken, starts_anew=was_logged)
         # Trainer has added each micro-batch's own mean to this; the loss of the steps replaces that sum.
         trainer._tr_loss.copy_(self._log.loss)
+        self._is_checked = False
         return report.grad_norm
 
     def raise_pending(self) -> None:

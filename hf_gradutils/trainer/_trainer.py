@@ -14,7 +14,9 @@ parallelism has just cut the sequence to this rank's part; ``backward`` reads th
 """
 
 import contextlib
+import copy
 import math
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +25,17 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from hf_gradutils.accelerator import GradUtilsAccelerator, GradUtilsPlugin, MicroBatch, Padding
+from hf_gradutils.accelerator import GradUtilsAccelerator, GradUtilsPlugin
 from hf_gradutils.coordination.route import route_first_rank
 from hf_gradutils.gradients.partial_sums import sum_increments
 from hf_gradutils.invariance import CheckBeforeTraining
 from hf_gradutils.sync import discard_deferred
-from hf_gradutils.targets.counter import with_one_target
 from hf_gradutils.trainer._batches import MicroBatches, TrainingBatches
-from hf_gradutils.trainer._evaluation import EvaluationLoss, num_data_ranks
+from hf_gradutils.trainer._bookkeeping import Operations, without_rows
+from hf_gradutils.trainer._evaluation import EvaluationLoss
+from hf_gradutils.trainer._log import nan_filter
 from hf_gradutils.trainer._loss import LossUnit
+from hf_gradutils.trainer._overrides import is_transformers, wrapping_overrides
 from hf_gradutils.trainer._setup import check_nothing_reads_gradients, check_setup
 from hf_gradutils.trainer._steps import OptimizerSteps
 
@@ -39,6 +43,9 @@ if TYPE_CHECKING:
     TrainerBase = Any  # any Trainer class
 else:
     TrainerBase = object
+
+_HELPERS = ("_unit", "_evaluation", "_batches", "_steps", "_operations")
+"""Attributes that belong to one training and hold the Trainer weakly; a copy has its own."""
 
 
 class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
@@ -72,16 +79,23 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
 
     def _start_over(self) -> None:
         """Forget the unit of the loss, batches and steps: for a new Trainer, and for checks."""
-        self._unit = LossUnit(self)
-        self._evaluation = EvaluationLoss(self, self._unit)
-        self._batches = TrainingBatches(self)
-        self._micro_batch: MicroBatch | None = None
+        itself = weakref.proxy(self)  # these would keep it, and its model, until a garbage collection
+        self._unit = LossUnit(itself)
+        self._evaluation = EvaluationLoss(itself, self._unit)
+        self._batches = TrainingBatches(itself)
         self._start_steps()
 
     def _start_steps(self) -> None:
         """Forget the optimizer steps of an earlier training; its unit and padding still hold for an evaluation."""
-        self._steps = OptimizerSteps(self, self._unit, self._batches)
-        self._operations_per_token: int | None = None
+        self._steps = OptimizerSteps(weakref.proxy(self), self._unit, self._batches)
+        self._operations = Operations(weakref.proxy(self))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in _HELPERS}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start_over()
 
     def create_accelerator_and_postprocess(self) -> None:
         """Build the Accelerator as Trainer does, and turn it into a :class:`GradUtilsAccelerator`."""
@@ -97,36 +111,34 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
         self.accelerator.windows.forget()
         if self.grad_plugin.fold_into_optimizer:
             check_nothing_reads_gradients(self)
-        discard_deferred(self.model)
-        sum_increments(self.model)
+        if self.model is not None:  # a search for hyperparameters has dropped that of the trial before
+            discard_deferred(self.model)
+            sum_increments(self.model)
         # The filter costs two host syncs per micro-batch, and the loss it filters is not the one logged here.
         with contextlib.ExitStack() as at_end:
-            at_end.callback(self.accelerator.windows.prepared.round_gradients)
+            at_end.callback(lambda: self.accelerator.windows.prepared.round_gradients())  # a trial has its own
             if self._checks_invariance:
                 check = CheckBeforeTraining(self)
                 self.add_callback(check)
                 at_end.callback(self.remove_callback, check)
-            at_end.enter_context(self._nan_filter(False))
+            self._users_nan_filter = self.args.logging_nan_inf_filter
+            at_end.enter_context(nan_filter(self.args, False))
+            at_end.enter_context(wrapping_overrides(self, GradUtilsTrainerMixin))
             return super().train(*args, **kwargs)
+
+    def call_model_init(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Like ``Trainer.call_model_init``, which also makes the model of each trial."""
+        model = super().call_model_init(*args, **kwargs)
+        sum_increments(model)
+        return model
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Like ``Trainer.save_model``, after raising what the device found wrong with the last step."""
         self._steps.raise_pending()
-        with self._nan_filter(self._users_nan_filter):
+        with nan_filter(self.args, self._users_nan_filter):
             super().save_model(*args, **kwargs)
 
     _users_nan_filter = True
-
-    @contextlib.contextmanager
-    def _nan_filter(self, value: bool) -> Iterator[None]:
-        before = self.args.logging_nan_inf_filter
-        if not value:
-            self._users_nan_filter = before
-        self.args.logging_nan_inf_filter = value
-        try:
-            yield
-        finally:
-            self.args.logging_nan_inf_filter = before
 
     def _update_auto_batch_size(self, batch_size: int) -> None:
         """Start over with a smaller batch: drop the micro-batches so far and their gradients."""
@@ -148,72 +160,72 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
         trained = super()._init_training_state(max_steps, num_update_steps_per_epoch, *args, **kwargs)
         if self._batches.has_length or not self.state.global_step:
             return trained
-        num_epochs = int(self.state.epoch)
-        num_batches = round((self.state.epoch - num_epochs) * max_steps * self.args.gradient_accumulation_steps)
-        return num_epochs, 0 if self.args.ignore_data_skip else num_batches
+        return self._batches.trained_without_length(max_steps)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[Sequence[Any] | MicroBatches, None]:
-        """The window's micro-batches, without a count: each is fetched and counted when its turn comes."""
-        return self._batches.window(epoch_iterator, num_batches), None
+    ) -> tuple[Sequence[Any] | MicroBatches, Tensor | None]:
+        """The window's micro-batches.
+
+        Without a count, unless targets are counted first: each batch is fetched and counted when its turn comes.
+        """
+        get_batch_samples = super().get_batch_samples
+        if self._steps.counts.is_handing:  # an override of a user's calls ours
+            batches, self._steps.counts.handed = get_batch_samples(epoch_iterator, num_batches, device)
+            return batches, self._steps.counts.handed
+        if not is_transformers(get_batch_samples):
+            return self._steps.window_of(get_batch_samples, epoch_iterator, num_batches, device)
+        return self._steps.window(epoch_iterator, num_batches)
+
+    def _get_num_items_in_batch(self, batch_samples: Sequence[Any], device: torch.device) -> Tensor | None:
+        """The count that ``compute_loss`` is given: transformers' own of a window, and a batch's own in evaluation."""
+        if self._steps.counts.is_handing:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        self._unit.settle_once(batch_samples[0])
+        return self._unit.count(batch_samples[0]).clamp(min=1).float() if self._unit.hands_count else None
 
     # ---- Training: a micro-batch ----
 
-    def training_step(self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch; returns its own mean loss, detached."""
-        is_padding = isinstance(inputs, Padding)
-        if is_padding and num_data_ranks(self) == 1:
-            return torch.zeros((), device=self.args.device)  # no other rank waits for this micro-batch
-        self._steps.start_once(model, inputs)
-        # A micro-batch's own mean is wanted: Trainer must not divide it by the number of micro-batches.
-        self.current_gradient_accumulation_steps = 1
-        divisor = torch.ones((), dtype=torch.float64, device=self.args.device)
-        self._micro_batch = MicroBatch(is_padding=is_padding, divisor=divisor)
-        try:
-            with self.accelerator.windows.one_micro_batch(model, self._micro_batch):
-                return super().training_step(model, inputs, num_items_in_batch=divisor)
-        finally:
-            self._micro_batch = None
+        return self._steps.in_micro_batch(super().training_step, model, inputs, num_items_in_batch)
 
-    def _prepare_inputs(self, inputs: Mapping[str, Any]) -> Any:
+    def _prepare_inputs(self, inputs: Any) -> Any:
         """Like ``Trainer._prepare_inputs``; in training, also count the targets of the micro-batch."""
-        prepared = super()._prepare_inputs(inputs)
-        if self._micro_batch is None:
-            return prepared
-        assert self._unit.counter is not None
-        num_targets = self._unit.count(prepared)
-        self._micro_batch.count(num_targets, self._unit.counter.weight(num_targets))
-        return with_one_target(prepared, num_targets)
+        return self._steps.prepare(super()._prepare_inputs, inputs)
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: Mapping[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
     ) -> Any:
         """The micro-batch's own mean loss.
 
         A model gets ``num_items_in_batch`` only if its forward names it; without, it returns its mean. Loss functions
-        get the micro-batch's own count.
+        and a user's override inside get the count that this was given.
         """
         self._evaluation.see(inputs)
-        inputs = dict(inputs)
-        if num_items_in_batch is not None and self._unit.forward_takes_count:
-            inputs["num_items_in_batch"] = num_items_in_batch
-        with self._unit.own_mean(num_items_in_batch):
-            return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=None)
+        steps, count = self._steps, num_items_in_batch
+        steps.see_count(count)
+        with self._unit.own_mean(count):
+            if not is_transformers(super().compute_loss):
+                return steps.in_loss(super().compute_loss, model, inputs, return_outputs, num_items_in_batch=count)
+            given: Any = copy.copy(inputs) if isinstance(inputs, Mapping) else inputs  # Trainer takes labels out
+            if count is not None and self._unit.forward_takes_count:
+                given["num_items_in_batch"] = steps.counts.own_count(steps.micro_batch, inputs, count)
+            result = steps.in_loss(super().compute_loss, model, given, return_outputs, num_items_in_batch=None)
+        if count is None or not self._unit.model_divides:
+            return result
+        loss, *outputs = result if return_outputs else (result,)
+        loss = steps.counts.part(steps.micro_batch, inputs, loss, count)
+        steps.keep(loss)
+        return (loss, *outputs) if return_outputs else loss
 
-    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
-        """Like ``Trainer.floating_point_ops``, but count parameters once, not in every micro-batch."""
-        is_trainers = super().floating_point_ops.__func__ is Trainer.floating_point_ops
-        main_input = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
-        if not (is_trainers and isinstance(main_input, Tensor) and hasattr(self.model, "num_parameters")):
-            return int(super().floating_point_ops(inputs))
-        if self._operations_per_token is None:
-            self._operations_per_token = 6 * self.model.num_parameters(exclude_embeddings=True)
-        return main_input.numel() * self._operations_per_token
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Like ``Trainer.floating_point_ops``, but padding has none, and parameters are counted once."""
+        return 0 if self._batches.is_padding(inputs) else self._operations.of(inputs, super().floating_point_ops)
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """Like ``Trainer._track_num_input_tokens``, without padding. Collectives: its gather; every rank calls it."""
+        super()._track_num_input_tokens(without_rows(inputs) if self._batches.is_padding(inputs) else inputs)
 
     # ---- Training: the window's end ----
 
@@ -246,8 +258,8 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Like ``Trainer.evaluation_loop``, with the loss Σ n·L / Σ n over the evaluation set, each sample once."""
-        self._evaluation.start()
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        with self._evaluation.over(dataloader) as loader:
+            output = super().evaluation_loop(loader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         name = f"{metric_key_prefix}_loss"
         if (loss := self._evaluation.finish(is_wanted=name in output.metrics)) is not None:
             output.metrics[name] = loss
@@ -262,19 +274,15 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
         **kwargs: Any,
     ) -> tuple[Tensor | None, Any, Any]:
         """Like ``Trainer.prediction_step``; also add up the loss for :meth:`evaluation_loop`."""
-        if any(inputs.get(name) is not None for name in self.label_names):
+        if isinstance(inputs, Mapping) and any(inputs.get(name) is not None for name in self.label_names):
             self._unit.settle_once(inputs)
         self._evaluation.start_batch()
-        loss, logits, labels = super().prediction_step(
-            model, inputs, prediction_loss_only, ignore_keys=ignore_keys, **kwargs
-        )
+        with self._unit.alone():
+            loss, logits, labels = super().prediction_step(
+                model, inputs, prediction_loss_only, ignore_keys=ignore_keys, **kwargs
+            )
         self._evaluation.add(model, inputs, loss)
         return loss, logits, labels
-
-    def _get_num_items_in_batch(self, batch_samples: Sequence[Mapping[str, Any]], device: torch.device) -> Tensor:
-        """The count that ``prediction_step`` passes to ``compute_loss``: the batch's own."""
-        self._unit.settle_once(batch_samples[0])
-        return self._unit.count(batch_samples[0]).clamp(min=1)
 
 
 class GradUtilsTrainer(GradUtilsTrainerMixin, Trainer):  # type: ignore[misc]

@@ -20,6 +20,7 @@ TRAINER_METHODS = {
         "trial",
     ),
     "_prepare_inputs": ("self", "inputs"),
+    "_track_num_input_tokens": ("self", "inputs"),
     "_update_auto_batch_size": ("self", "batch_size"),
 }
 """Private methods of ``transformers.Trainer`` with the parameters that the overrides rely on."""

@@ -1,19 +1,24 @@
 """The evaluation loss: one mean over all targets, each sample once, whatever the batch size and the ranks."""
 
+import copy
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import DataCollatorWithFlattening, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 
 from hf_gradutils import GradUtilsSeq2SeqTrainer, GradUtilsTrainer
+from hf_gradutils.trainer._filled import marking_filled_batches
 from tests.harness.head_rows import VOCAB
 from tests.harness.heads import HEADS
 from tests.harness.layouts import on_layouts
 from tests.harness.ranks import ranks
 from tests.harness.trainer_cases import make_data, make_model, train, truth
 
+HEAD = "llama causal"
 STILL = {"learning_rate": 0.0}
 """The weights stay those of the truth."""
 
@@ -126,3 +131,113 @@ def test_a_prediction_step_of_the_users_own_keeps_trainers_mean():
         for c in (_EvaluatesPairs, Trainer)
     )
     assert ours == pytest.approx(stock, rel=1e-6)
+
+
+# ---- Data without a length ----
+
+
+class Stream(IterableDataset):
+    """Rows without a length; workers share them out."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        return iter(self.rows[first::step])
+
+
+class SizedStream(Stream):
+    def __len__(self):
+        return len(self.rows)
+
+
+SHARDED = {"dispatch_batches": False}
+SPLIT = {"split_batches": True}
+
+
+def evaluated(trainer_class, head, eval_data, *, layout=None, **options):
+    arguments = STILL | {"per_device_eval_batch_size": 2} | options.pop("arguments", {})
+    trainer, _ = train(head, 2, layout=layout, trainer_class=trainer_class, arguments=arguments, **options)
+    return trainer, trainer.evaluate(eval_data)["eval_loss"]
+
+
+@pytest.mark.parametrize("stream", [Stream, SizedStream])
+@pytest.mark.parametrize(
+    ("head", "config"),
+    [
+        *itertools.product(["llama causal", "bert classes"], [SHARDED, SHARDED | SPLIT]),
+        *itertools.product(
+            ["bert classes"], [{}, SPLIT]
+        ),  # dispatched, for which accelerate wants rows of equal length
+    ],
+)
+@on_layouts("ddp2")
+def test_each_sample_of_an_iterable_set_counts_once(head, stream, config, layout):
+    # Of 7 rows rank 1 has one and a copy, of 5 it has copies alone, 3 are less than a batch, and 8 need none.
+    for num_samples in (7, 5, 3, 8):
+        data = make_data(head, num_samples, seed=8)
+        _, loss = evaluated(GradUtilsTrainer, head, stream(data), arguments={"accelerator_config": config})
+        assert loss == pytest.approx(truth(head, data)[1], rel=1e-6), num_samples
+
+
+@pytest.mark.parametrize("num_samples", [7, 5])
+@on_layouts("one_rank", "fsdp2x2")
+def test_each_sample_of_an_iterable_set_counts_once_in_other_layouts(num_samples, layout):
+    data = make_data(HEAD, num_samples, seed=8)
+    arguments = {"accelerator_config": SHARDED}
+    _, loss = evaluated(GradUtilsTrainer, HEAD, Stream(data), layout=layout, arguments=arguments)
+    assert loss == pytest.approx(truth(HEAD, data)[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("split_batches", [False, True])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_every_worker_marks_its_own_last_batch(num_workers, split_batches):
+    real, num_filled = [], 0
+    for rank in range(2):
+        loader = DataLoader(Stream(list(range(11))), batch_size=4, num_workers=num_workers)
+        prepared = prepare_data_loader(
+            loader, num_processes=2, process_index=rank, split_batches=split_batches, dispatch_batches=False
+        )
+        with marking_filled_batches(prepared) as marked:
+            for batch in marked:
+                num_filled += marked.filled is not None
+                real += batch.tolist()[: marked.filled.num_real_rows if marked.filled else None]
+        assert all(isinstance(batch, torch.Tensor) for batch in prepared), "as it was"
+    assert sorted(real) == list(range(11))
+    assert num_filled == 2 * max(1, num_workers), "the same on both ranks"
+
+
+@ranks(2)
+def test_control_the_stock_trainer_counts_copies():
+    data = make_data(HEAD, 7, seed=8)
+    _, loss = evaluated(Trainer, HEAD, Stream(data), arguments={"accelerator_config": SHARDED})
+    assert abs(loss / truth(HEAD, data)[1] - 1) > 1e-4
+
+
+@ranks(2)
+def test_flattened_rows_of_an_iterable_set_count_once():
+    data = make_data(HEAD, 7, seed=8)
+    rows = [{name: row[name].tolist() for name in ("input_ids", "labels")} for row in data]
+    options = {"data_collator": DataCollatorWithFlattening(), "data": rows[:4]}
+    _, loss = evaluated(GradUtilsTrainer, HEAD, Stream(rows), arguments={"accelerator_config": SHARDED}, **options)
+    assert loss == pytest.approx(truth(HEAD, data)[1], rel=1e-6)
+
+
+@ranks(2)
+def test_predictions_and_batches_of_an_iterable_set_are_those_of_the_stock_trainer():
+    head = "bert classes"
+    data, seen = make_data(head, 7, seed=8), []
+    for trainer_class in (GradUtilsTrainer, Trainer):
+        trainer, _ = evaluated(trainer_class, head, Stream(data), arguments={"accelerator_config": SHARDED})
+        output = trainer.predict(Stream(data))
+        loader = trainer.get_eval_dataloader(Stream(data))
+        trainer.evaluation_loop(loader, "Evaluation")
+        batches = list(loader)
+        seen.append((output.predictions, output.label_ids, [batch["labels"].tolist() for batch in batches]))
+        copy.deepcopy(trainer.callback_handler.eval_dataloader)
+    (ours, our_labels, our_batches), (stock, stock_labels, stock_batches) = seen
+    assert np.array_equal(ours, stock)
+    assert np.array_equal(our_labels, stock_labels)
+    assert our_batches == stock_batches

@@ -1,0 +1,213 @@
+"""The counts of a window: streamed with its micro-batches, or first, before its first forward."""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_gradutils._devices import on_device
+from hf_gradutils.accelerator import Division, MicroBatch, expect, reader_of_gradients
+from hf_gradutils.errors import InvalidArgumentError, TargetCountError
+from hf_gradutils.targets.rows import count_rows
+from hf_gradutils.trainer._batches import TrainingBatches
+from hf_gradutils.trainer._loss import LossUnit
+from hf_gradutils.trainer._overrides import is_users, names_read
+
+logger = logging.getLogger("hf_gradutils.trainer")
+
+
+class WindowCounts:
+    """Decides when a window's targets are counted, and what ``num_items_in_batch`` and a micro-batch's weight are."""
+
+    def __init__(self, trainer: Any, unit: LossUnit, batches: TrainingBatches):
+        self._trainer = trainer
+        self._unit = unit
+        self._batches = batches
+        self._division: Division | None = None
+        self.is_first = False
+        """Targets are counted before the window's first forward."""
+        self.is_handing = False
+        """In :meth:`handing`."""
+        self.handed: Any = None
+        """The count that was handed to a user's ``get_batch_samples`` last."""
+
+    # ---- Once, on the first batch ----
+
+    def decide(self, model: nn.Module) -> None:
+        """Choose when to count, once the loss is settled. InvalidArgumentError if the plugin's choice cannot be met."""
+        trainer, setting = self._trainer, self._trainer.grad_plugin.counts
+        accumulation = trainer.args.gradient_accumulation_steps
+        if is_users(trainer, "training_step"):
+            may_divide = accumulation > 1 and "gradient_accumulation_steps" in names_read(trainer)
+            self._division = Division(accumulation, may_divide)
+        reason = self._reason(model)
+        if setting == "streamed" and reason:
+            raise InvalidArgumentError(f"{reason}, which counts='streamed' cannot give it; set counts='auto'")
+        if not reason and is_users(trainer, "training_step"):
+            reason = "training_step is overridden, and may add gradients of its own"
+        if not reason and self._unit.contract.divides and is_users(trainer, "compute_loss"):
+            reason = "compute_loss divides by num_items_in_batch, the count of the whole window"
+        if setting == "auto" and reason and trainer.is_world_process_zero():
+            logger.warning("counts='first': each window's targets are counted before its first forward: %s", reason)
+        self.is_first = setting == "first" or (setting == "auto" and bool(reason))
+
+    def _reason(self, model: nn.Module) -> str:
+        """What cannot do without counts that are known first, in words; empty if nothing is known to."""
+        trainer = self._trainer
+        if is_users(trainer, "get_batch_samples"):
+            return "get_batch_samples is overridden, and sees a list of batches and their count"
+        return reader_of_gradients(model, [trainer.optimizer])
+
+    # ---- At the start of a window ----
+
+    def expect(self, batches: Sequence[Any], *, hands_count: bool = True) -> Tensor | None:
+        """Begin to add up the targets of a window's batches over all ranks.
+
+        Returns:
+            ``num_items_in_batch`` as transformers has it, shape (), float32, or None if ``hands_count`` is False.
+
+        Collectives: one all-reduce of two numbers over all ranks; the first backward waits for it, and where user code
+            sees the count the first forward. Host syncs: none.
+        """
+        trainer = self._trainer
+        own = [batch for batch in batches if not self._batches.is_padding(batch)]
+        sharing = trainer.get_cp_size() * trainer.get_sp_size()
+        numbers = [sum((self._unit.count(batch).double() for batch in own), self._zero) / sharing]
+        local = self.stock_count(own) if hands_count else None
+        numbers.append(self._zero if local is None else on_device(local, self._zero.device).double())
+        window = trainer.accelerator.windows.of_loss(trainer.model_wrapped)
+        reduced = expect(trainer.accelerator.windows, window, torch.stack(numbers))
+        if not hands_count:
+            return None
+        if not (self._unit.may_be_asked_for_parts or trainer.compute_loss_func):
+            return None  # nobody looks: the forward need not wait
+        targets, stock = reduced().float()
+        return targets / trainer.get_tp_size() if local is None else stock
+
+    @property
+    def _zero(self) -> Tensor:
+        return torch.zeros((), dtype=torch.float64, device=self._trainer.args.device)
+
+    def stock_count(self, batches: Sequence[Any]) -> Any:
+        """The count by transformers of this rank's batches, without other ranks; None where it has none."""
+        trainer, args = self._trainer, self._trainer.args
+        average, args.average_tokens_across_devices = args.average_tokens_across_devices, False
+        try:
+            with self.handing():
+                return trainer._get_num_items_in_batch(list(batches), args.device)
+        finally:
+            args.average_tokens_across_devices = average
+
+    @contextlib.contextmanager
+    def handing(self) -> Iterator[None]:
+        """Inside, the Trainer's own methods draw a window's batches and count them as transformers does."""
+        self.is_handing = True
+        try:
+            yield
+        finally:
+            self.is_handing = False
+
+    def check_handed(self, count: Any) -> None:
+        """Raise InvalidArgumentError for a count of the user's own where nobody can tell which ranks it counts."""
+        if count is None or count is self.handed or not self._unit.contract.divides or self._share == 1:
+            return
+        raise InvalidArgumentError(
+            "get_batch_samples returns a count of its own, and compute_loss divides by it without multiplying by the "
+            "number of ranks, over which gradients are averaged; multiply by self.accelerator.num_processes and return "
+            "the count over all ranks, or return the count of super().get_batch_samples"
+        )
+
+    def check_length(self, batches: Sequence[Any], num_batches: int, *, is_open: bool) -> None:
+        """Raise InvalidArgumentError if an override's batches are not one window's, and their count matters."""
+        if len(batches) <= num_batches and not is_open:
+            return
+        if self._unit.contract.divides or reader_of_gradients(self._trainer.model, [self._trainer.optimizer]):
+            raise InvalidArgumentError(
+                f"get_batch_samples returned {len(batches)} batches where {num_batches} make an optimizer step, so "
+                "their count is not the count of a step; return that many (fewer at the end of an epoch), or let "
+                "compute_loss return the mean of its micro-batch"
+            )
+
+    @property
+    def _share(self) -> float:
+        """What a loss that is divided by the count of the whole window is multiplied by."""
+        return self._unit.contract.factor * (self._trainer.accelerator.num_processes // self._trainer.get_tp_size())
+
+    # ---- In a micro-batch ----
+
+    def micro_batch(self, inputs: Any, count: Any) -> MicroBatch:
+        """The record of a micro-batch that begins, with ``num_items_in_batch`` as the Trainer's loop hands it over."""
+        trainer = self._trainer
+        micro_batch = MicroBatch(
+            is_padding=self._batches.is_padding(inputs),
+            is_given_share=self.is_first and count is not None,
+            divisor=torch.ones((), device=trainer.args.device),
+            division=self._division,
+        )
+        if is_users(trainer, "training_step"):  # it may call backward for parts of these inputs, or prepare them itself
+            micro_batch.drawn = inputs
+            micro_batch.count_late = lambda: self.count_drawn(micro_batch)
+        return micro_batch
+
+    def count_drawn(self, micro_batch: MicroBatch) -> None:
+        """Count the targets of the batch as it was drawn, where a user's step has not prepared it."""
+        if micro_batch.num_targets is None and micro_batch.drawn is not None:
+            self._set(micro_batch, self._unit.count(micro_batch.drawn))
+
+    def count(self, micro_batch: MicroBatch, inputs: Any) -> Tensor:
+        """Count the targets of inputs: the micro-batch's own, unless they are a part of it."""
+        num_targets = self._unit.count(inputs)
+        if micro_batch.num_targets is None:
+            if micro_batch.drawn is not None and _num_rows(inputs) != _num_rows(micro_batch.drawn):
+                self.count_drawn(micro_batch)
+            else:
+                self._set(micro_batch, num_targets)
+        return num_targets
+
+    def _set(self, micro_batch: MicroBatch, num_targets: Tensor) -> None:
+        assert self._unit.counter is not None
+        micro_batch.count(num_targets, self._unit.counter.weight(num_targets))
+        self.choose(micro_batch, has_count=True)
+
+    def choose(self, micro_batch: MicroBatch, *, has_count: bool) -> None:
+        """Choose the weight of a loss that was given a count or not: without, one that divides by it is a mean."""
+        contract, own = self._unit.contract, micro_batch.own_weight
+        if own is None:
+            return
+        divides = contract.divides and has_count
+        micro_batch.is_divided = has_count and (contract.divides or self._unit.model_divides)
+        micro_batch.is_share = divides and micro_batch.is_given_share
+        if micro_batch.is_share:
+            micro_batch.weight = torch.full_like(self._zero, self._share)
+        else:
+            factor = contract.factor if divides or not contract.divides else 1.0
+            micro_batch.weight = own if factor == 1 else own * factor
+
+    def own_count(self, micro_batch: MicroBatch | None, inputs: Any, given: Tensor) -> Tensor:
+        """The count with which a model that takes one returns the mean over these inputs' own targets."""
+        if micro_batch is not None and not self._unit.may_be_asked_for_parts:
+            assert micro_batch.divisor is not None
+            return micro_batch.divisor
+        return given if self._unit.counter is None else self._unit.count(inputs).clamp(min=1)
+
+    def part(self, micro_batch: MicroBatch | None, inputs: Any, loss: Tensor, given: Tensor) -> Tensor:
+        """Turn the mean over these inputs into their part of the micro-batch's, as a division by its count would.
+
+        A user's override may call ours for parts of a micro-batch, with its count; ``given`` is that outside of
+        training.
+        """
+        if self._unit.counter is None:
+            return loss
+        whole = self._unit.asked if micro_batch is None else micro_batch.divisor
+        own = self._unit.count(inputs).clamp(min=1)
+        return loss * on_device(own / (given if whole is None else whole), loss.device).to(loss.dtype)
+
+
+def _num_rows(inputs: Any) -> int | None:
+    try:
+        return count_rows(inputs)
+    except TargetCountError:
+        return None

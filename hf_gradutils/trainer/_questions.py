@@ -1,0 +1,139 @@
+"""The losses that a Trainer is asked for besides training: on any batch, for any count, without a trace."""
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_gradutils._precision import uses_exact_arithmetic
+from hf_gradutils._undisturbed import in_evaluation_mode
+from hf_gradutils.targets import trl
+from hf_gradutils.targets.auxiliary_loss import auxiliary_coefficient
+from hf_gradutils.targets.counter import TargetCounter
+from hf_gradutils.targets.rows import with_own_tensors
+from hf_gradutils.targets.sample import DatasetRows
+from hf_gradutils.trainer._no_trace import Snapshot, without_trace
+from hf_gradutils.trainer._overrides import is_transformers, is_users
+
+if TYPE_CHECKING:
+    from hf_gradutils.trainer._loss import LossUnit
+
+
+class TrainerLosses:
+    """Losses of a Trainer's batches, computed inside :meth:`asked`."""
+
+    def __init__(self, trainer: Any, unit: "LossUnit"):
+        self._trainer, self._unit = trainer, weakref.proxy(unit)
+        self._snapshot: Snapshot | None = None
+
+    @property
+    def is_the_users(self) -> bool:
+        """True if code outside transformers and trl computes the loss."""
+        trainer, head = self._trainer, self._unit.head
+        if trainer.compute_loss_func is not None or is_users(trainer, "compute_loss"):
+            return True
+        places = [next((cls for cls in type(head).__mro__ if "forward" in vars(cls)), type(head))]
+        loss_function = vars(head).get("_loss_function")
+        return not all(is_transformers(place) for place in (*places, loss_function) if place is not None)
+
+    @contextlib.contextmanager
+    def asked(self) -> Iterator[Any]:
+        """Evaluation mode without gradients and without a trace. Yields the function that prepares a batch."""
+        trainer = self._trainer
+        with (
+            in_evaluation_mode(self._model),
+            torch.no_grad(),
+            trl.loss_only(trainer, with_auxiliary=False),
+            without_trace(trainer, self._model) as self._snapshot,
+        ):
+            # A copy, because a subclass may take entries out.
+            try:
+                yield lambda inputs: trainer._prepare_inputs(with_own_tensors(inputs))
+            finally:
+                self._snapshot = None
+
+    def dataset_rows(self) -> DatasetRows:
+        trainer = self._trainer
+        loader = trainer.callback_handler.train_dataloader
+        if loader is None:  # a check before training
+            try:
+                loader = trainer.get_train_dataloader()
+            except Exception:  # a Trainer that makes its batches itself
+                return DatasetRows(None, list, list, trainer.args.device)
+        prepare = lambda batch: trainer._prepare_inputs(batch)  # noqa: E731 - a bound method would hold the Trainer
+        return DatasetRows(loader.dataset, loader.collate_fn, prepare, trainer.args.device)
+
+    def of_head(self, batch: Any) -> Tensor:
+        """The loss of the head itself, without label smoothing around it."""
+        trainer = self._trainer
+        smoother, trainer.label_smoother = trainer.label_smoother, None
+        try:
+            return self.given(batch, torch.tensor(1))
+        finally:
+            trainer.label_smoother = smoother
+
+    def trained(self, batch: Any, counter: TargetCounter) -> Tensor:
+        """The loss that is trained, without the auxiliary term of a mixture of experts, which is no mean."""
+        trainer, unit = self._trainer, self._unit
+        unit.counter = counter
+        num_targets = unit.count(batch).clamp(min=1)
+        is_the_models_own = trainer.label_smoother is None and trainer.compute_loss_func is None
+        coefficient = auxiliary_coefficient(unit.head) if is_the_models_own else 0.0
+        # trl's trainers add the auxiliary term themselves, which is off here; outputs would cost them a forward.
+        has_auxiliary = bool(coefficient) and trl.trl_name(trainer) is None
+        loss = self.given(batch, num_targets, return_outputs=has_auxiliary)
+        if not has_auxiliary:
+            return loss
+        loss, outputs = loss
+        auxiliary = outputs.get("aux_loss") if isinstance(outputs, Mapping) else None
+        return loss - coefficient * auxiliary if isinstance(auxiliary, Tensor) else loss
+
+    @property
+    def _model(self) -> Any:
+        """The model as ``compute_loss`` is given it in training, with DDP around it, but not compiled."""
+        wrapped = getattr(self._trainer.model_wrapped, "_orig_mod", self._trainer.model_wrapped)
+        return wrapped if isinstance(wrapped, DistributedDataParallel) else self._trainer.model
+
+    def models_own(self, batch: Any, count: Tensor | None = None) -> Tensor:
+        """The loss that the model computes for a batch with labels, given a count or not."""
+        assert self._snapshot is not None
+        try:
+            with self._trainer.compute_loss_context_manager():
+                options = {} if count is None else {"num_items_in_batch": count}
+                outputs = self._trainer.model(**with_own_tensors(batch), **options)
+            return outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
+        finally:
+            self._snapshot.restore()
+
+    def given(self, batch: Any, num_targets: Tensor, *, return_outputs: bool = False) -> Any:
+        trainer = self._trainer
+        assert self._snapshot is not None
+        options = {"return_outputs": True} if return_outputs else {}
+        model = self._model
+        # A loss that needs autograd must not start DDP's reduction of gradients.
+        is_held = torch.is_grad_enabled() and isinstance(model, DistributedDataParallel)
+        try:
+            with model.no_sync() if is_held else contextlib.nullcontext(), trainer.compute_loss_context_manager():
+                loss = trainer.compute_loss(model, with_own_tensors(batch), num_items_in_batch=num_targets, **options)
+            self._snapshot.has_gradients |= torch.is_grad_enabled()
+            return loss
+        finally:
+            self._snapshot.restore()
+
+
+def rounding_of(trainer: Any) -> float:
+    """The distance from 1 to the next number of the coarsest dtype that the model computes in; 0 from float32 on."""
+    if uses_exact_arithmetic(trainer.accelerator, trainer.model):
+        return 0.0
+    is_bf16 = trainer.accelerator.mixed_precision == "bf16" or any(
+        parameter.dtype == torch.bfloat16 for parameter in _floating(trainer.model)
+    )
+    return torch.finfo(torch.bfloat16 if is_bf16 else torch.float16).eps  # TF32 rounds like float16
+
+
+def _floating(model: nn.Module) -> Iterator[Tensor]:
+    return (parameter for parameter in model.parameters() if parameter.is_floating_point())
