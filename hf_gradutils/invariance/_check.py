@@ -1,8 +1,8 @@
 """Checks, on the user's own samples, that the gradient does not depend on how the batch is cut up and spread.
 
 1 against many          the same samples as one micro-batch and as one per sample, in the layout that trains
-layout against 1 rank   the latter on rank 0, with the whole model and, if memory allows, in float64
-targets                 L(AB)·n(AB) = L(A)·n(A) + L(B)·n(B): the loss is a mean over the targets counted
+layout against 1 rank   the latter against one process of the stock Trainer with all samples as one micro-batch; on
+                        rank 0, with the whole model and, if memory allows, in float64
 copies                  parameters that ranks hold copies of are the same
 """
 
@@ -21,8 +21,16 @@ from hf_gradutils.errors import GradUtilsError, InvalidArgumentError, Invariance
 from hf_gradutils.gradients.names import unwrapped_name
 from hf_gradutils.gradients.of_model import in_layout_of
 from hf_gradutils.gradients.plan import plan_by_name
-from hf_gradutils.invariance._reference import Measured, compare_with_one_process, difference
-from hf_gradutils.invariance._report import Comparison, InvarianceReport, compare_gradients
+from hf_gradutils.invariance._as_before import attributes_kept
+from hf_gradutils.invariance._reference import Measured, differences_from, from_first_rank, one_process
+from hf_gradutils.invariance._report import (
+    NOTHING_IS_TRAINED,
+    Comparison,
+    Difference,
+    InvarianceReport,
+    compare_gradients,
+    relative_error,
+)
 from hf_gradutils.invariance._subjects import (
     AcceleratorLoop,
     LossAndTargets,
@@ -79,16 +87,15 @@ def check_invariance(
     if trainer.is_in_train:
         return check()
     probe = _Probe(check)
-    attributes, callbacks = dict(vars(trainer)), trainer.callback_handler.callbacks
+    callbacks = trainer.callback_handler.callbacks
     trainer.callback_handler.callbacks = [probe]
     try:
-        with random_states_kept(trainer.args.device):
+        with attributes_kept(trainer, trainer.args), random_states_kept(trainer.args.device):
             trainer.train()
     except _CheckIsDone:
         pass
     finally:
         trainer.callback_handler.callbacks = callbacks
-        trainer.__dict__ = attributes
         trainer.accelerator.free_memory()
     assert probe.report is not None
     return probe.report
@@ -174,8 +181,8 @@ class CheckBeforeTraining(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         report = check_invariance(self._trainer)
         if self._trainer.is_world_process_zero():
-            logger.info("%s", report)
-        if not report.passed:
+            logger.log(logging.INFO if report.passed else logging.WARNING, "%s", report)
+        if report.verdict == "FAILED":  # a loss that cannot be compared may be right
             raise InvarianceError(str(report), report=report)
 
 
@@ -189,31 +196,48 @@ def _check(subject: Subject, num_samples: int, tolerance: float, make_model: Mak
     per_rank = max(2, -(-num_samples // subject.num_data_ranks))
     rows = subject.rows(per_rank * subject.num_data_ranks)
     own = rows[subject.data_rank * per_rank : (subject.data_rank + 1) * per_rank]
-    what = describe(subject, len(rows))
     with subject.as_it_was():
-        comparisons = [_compare_copies(subject.model)]
-        try:
-            one = _measure(subject, [own])
-            many = _measure(subject, [[row] for row in own])
-        except GradUtilsError as error:
-            comparisons.append(Comparison(name="training step", problem=str(error)))
-            return InvarianceReport(tuple(comparisons), tolerance, what)
-        comparisons.append(
-            compare_gradients(
-                f"{len(own)} micro-batches against 1",
-                {name: difference(one.gradients[name], gradient) for name, gradient in many.gradients.items()},
-                loss=(one.loss, many.loss),
-                grad_norm=(one.norm, many.norm),
-                tolerance=tolerance,
-                advice=subject.advice,
-            )
+        comparisons = _compare(subject, rows, own, tolerance, make_model)
+    return from_first_rank(InvarianceReport(tuple(comparisons), tolerance, describe(subject, len(rows))))
+
+
+def _compare(
+    subject: Subject, rows: Rows, own: Rows, tolerance: float, make_model: MakeModel | None
+) -> list[Comparison]:
+    """All comparisons; those of rank 0 are complete."""
+    comparisons = [_compare_copies(subject.model)]
+    try:
+        one = _measure(subject, [own], seed=0)
+        again = _measure(subject, [own], seed=1)
+        many = _measure(subject, [[row] for row in own], seed=0)
+    except (GradUtilsError, RuntimeError) as error:
+        if not isinstance(error, GradUtilsError) and "does not require grad" not in str(error):
+            raise
+        problem = str(error) if isinstance(error, GradUtilsError) else f"{NOTHING_IS_TRAINED}: {error}"
+        return [*comparisons, Comparison(name="training step", problem=problem)]
+    parts, varies_by = one.differences(many), relative_error(one.differences(again))
+    truth = one_process(subject, rows, seed=0, make_model=make_model)
+
+    def compare(name: str, differences: dict[str, Difference], want: Measured, got: Measured) -> Comparison:
+        return compare_gradients(
+            name,
+            differences,
+            loss=(want.loss, got.loss),
+            grad_norm=(want.norm, got.norm),
+            tolerance=tolerance,
+            advice=subject.advice,
+            varies_by=varies_by,
         )
-        comparisons += compare_with_one_process(subject, rows, many, tolerance, make_model)
-    return InvarianceReport(tuple(comparisons), tolerance, what)
+
+    comparisons.append(compare(f"{len(own)} micro-batches against 1", parts, one, many))
+    name = "this layout against one process"
+    if isinstance(truth, str):
+        return [*comparisons, Comparison(name=name, not_compared=truth)]
+    return [*comparisons, compare(name, differences_from(truth, many), truth, many)]
 
 
-def _measure(subject: Subject, parts: list[Rows]) -> Measured:
-    loss = subject.run(parts)
+def _measure(subject: Subject, parts: list[Rows], seed: int) -> Measured:
+    loss = subject.run(parts, seed)
     gradients = {}
     for name, p in subject.model.named_parameters():
         if p.requires_grad:

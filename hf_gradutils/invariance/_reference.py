@@ -2,24 +2,23 @@
 
 import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
 from hf_gradutils._undisturbed import in_evaluation_mode
 from hf_gradutils.errors import InvalidArgumentError
-from hf_gradutils.invariance._report import Comparison, Difference, compare_gradients
+from hf_gradutils.invariance._as_before import staying_in_mode
+from hf_gradutils.invariance._report import Difference
 from hf_gradutils.invariance._subjects import Rows, Subject
 from hf_gradutils.invariance._whole_model import MakeModel, whole_model, whole_tensor
 from hf_gradutils.sync import free_bytes
 from hf_gradutils.targets.auxiliary_loss import without_auxiliary
-from hf_gradutils.targets.known_heads import known_head
-from hf_gradutils.targets.probe import check_additivity
-from hf_gradutils.upstream.accelerate import without_accelerate_state
+from hf_gradutils.upstream.accelerate import as_single_process
 
 T = TypeVar("T")
 
@@ -46,53 +45,43 @@ class Measured:
         """Take the norm of the gradients. Collectives: as :func:`difference`."""
         return cls(loss, math.sqrt(math.fsum(difference(g, g).want for g in gradients.values())), gradients)
 
+    def differences(self, other: "Measured") -> dict[str, Difference]:
+        """Name → how the other gradient differs. Collectives: as :func:`difference`."""
+        return {name: difference(self.gradients[name], gradient) for name, gradient in other.gradients.items()}
 
-def compare_with_one_process(
-    subject: Subject, rows: Rows, many: Measured, tolerance: float, make_model: MakeModel | None
-) -> list[Comparison]:
-    """Compare the gradient of many micro-batches with one process, and the loss with the targets counted.
 
-    Collectives: one broadcast and one gather per parameter; every rank must call.
+def one_process(subject: Subject, rows: Rows, seed: int, make_model: MakeModel | None) -> Measured | str:
+    """Loss and gradient of one process and one batch, on rank 0; the reason, on all ranks, if there is none.
+
+    Collectives: one gather per sharded parameter, and one broadcast; every rank must call.
     """
-    name = "this layout against one process"
     try:
         whole = whole_model(subject.model, make_model=make_model)
     except InvalidArgumentError as error:
-        return [Comparison(name=name, not_compared=str(error))]
-    truth: Measured | None = None
-    outcome: tuple[float, float, Comparison] | Exception | None = None
-    if whole is not None:
-        try:
-            truth, targets = _alone(subject, whole, rows, tolerance)
-            outcome = truth.loss, truth.norm, targets
-        except Exception as error:  # raised on all ranks, which wait for the outcome
-            outcome = error
-    outcome = _from_first_rank(outcome)
-    if isinstance(outcome, Exception):
-        raise outcome
-    assert outcome is not None
-    loss, norm, targets = outcome
-    differences: dict[str, Difference] = {}
-    for parameter, gradient in many.gradients.items():
-        full = whole_tensor(gradient)
-        if truth is not None:
-            want = truth.gradients.get(parameter)
-            if want is not None and want.shape == full.shape:
-                differences[parameter] = difference(want.to(full.device), full)
-            else:  # a shard without placements
-                differences[parameter] = Difference(1.0, 1.0, 0.0)
-    layout = compare_gradients(
-        name,
-        _from_first_rank(differences),
-        loss=(loss, many.loss),
-        grad_norm=(norm, many.norm),
-        tolerance=tolerance,
-        advice=subject.advice,
-    )
-    return [layout, targets]
+        return str(error)
+    truth, reason = Measured(math.nan, math.nan, {}), ""
+    with _world_of_one_rank() as is_first:
+        if is_first and whole is not None:
+            try:
+                truth = _alone(subject, whole, rows, seed)
+            except Exception as error:
+                reason = f"the step cannot run on one process with the whole batch: {type(error).__name__}: {error}"
+    return from_first_rank(reason) or truth
 
 
-def _from_first_rank(value: T) -> T:
+def differences_from(truth: Measured, measured: Measured) -> dict[str, Difference]:
+    """Name → how a gradient differs from that of one process; complete on rank 0. One gather per parameter."""
+    differences = {}
+    for name, gradient in measured.gradients.items():
+        full, want = whole_tensor(gradient), truth.gradients.get(name)
+        if want is not None and want.shape == full.shape:
+            differences[name] = difference(want.to(full.device), full)
+        else:  # a shard without placements
+            differences[name] = Difference(1.0, 1.0, 0.0)
+    return differences
+
+
+def from_first_rank(value: T) -> T:
     """The value of rank 0. Collectives: one broadcast of objects."""
     values = [value]
     if dist.is_initialized():
@@ -100,49 +89,41 @@ def _from_first_rank(value: T) -> T:
     return values[0]
 
 
-def _alone(subject: Subject, whole: nn.Module, rows: Rows, tolerance: float) -> tuple[Measured, Comparison]:
-    """Gradient and loss of one process and one batch, and the comparison of the loss with the targets counted."""
-    batch = subject.batch(rows)
-    head = known_head(whole)
-    # Detection losses average their boxes over accelerate's ranks, of which none takes part here.
-    without_ranks = head is not None and head.loss_unit == "boxes"
-    with (
-        in_evaluation_mode(whole),
-        without_auxiliary(whole),
-        without_accelerate_state() if without_ranks else contextlib.nullcontext(),
-    ):
-        counter = subject.counter(whole)
-        with torch.no_grad():
-            additivity = check_additivity(lambda part: subject.own_mean(whole, part), batch, counter)
-        num_bytes = 2 * 16 * sum(p.numel() for p in whole.parameters())  # weights, gradients; as much for activations
-        if num_bytes < free_bytes(next(whole.parameters()).device):
-            try:
-                wide = recursively_apply(lambda t: t.double() if t.is_floating_point() else t, batch)
-                loss = _backward(subject, whole.double(), wide)
-            except RuntimeError:  # an attention kernel without float64
-                loss = _backward(subject, whole.to(next(subject.model.parameters()).dtype), batch)
-        else:
-            loss = _backward(subject, whole, batch)
-    gradients = {
-        n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in whole.named_parameters() if p.requires_grad
-    }
-    problem = ""
-    if additivity.relative_error > max(20 * tolerance, 2e-4):  # three forwards of different shapes round differently
-        problem = (
-            f"L(AB)·n(AB) = {additivity.whole:.7g} but L(A)·n(A) + L(B)·n(B) = {sum(additivity.parts):.7g}, so that "
-            f"the loss is no mean over the {additivity.num_targets:.0f} targets counted; {subject.advice}"
-        )
-    targets = Comparison(
-        name="targets counted against the loss",
-        loss=(additivity.whole, sum(additivity.parts)),
-        problem=problem,
-        not_compared="the samples cannot be cut in two" if math.isnan(additivity.relative_error) else "",
-    )
-    return Measured.of(loss, gradients), targets
+@contextlib.contextmanager
+def _world_of_one_rank() -> Iterator[bool]:
+    """On rank 0, yield True in a world without other ranks, whose collectives wait for nobody; else False.
+
+    Collectives: one new group; every rank must call.
+    """
+    world = dist.group.WORLD if dist.is_initialized() else None
+    if world is None:
+        with as_single_process():
+            yield True
+        return
+    alone = dist.new_group([0])
+    if dist.get_rank() != 0:
+        yield False
+        return
+    dist.group.WORLD = alone
+    try:
+        with as_single_process():
+            yield True
+    finally:
+        dist.group.WORLD = world
+        dist.destroy_process_group(alone)
 
 
-def _backward(subject: Subject, model: nn.Module, batch: Any) -> float:
-    model.zero_grad()
-    loss = subject.own_mean(model, batch)
-    loss.backward()  # type: ignore[no-untyped-call]
-    return float(loss.detach())
+def _alone(subject: Subject, whole: nn.Module, rows: Rows, seed: int) -> Measured:
+    def run(model: nn.Module, *, wide: bool) -> Measured:
+        model.zero_grad()
+        with in_evaluation_mode(model), without_auxiliary(model), staying_in_mode(model):
+            loss = subject.alone(model, rows, seed, wide=wide)
+        trained: Any = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        return Measured.of(loss, {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trained})
+
+    num_bytes = 2 * 16 * sum(p.numel() for p in whole.parameters())  # weights, gradients; as much for activations
+    if num_bytes < free_bytes(next(whole.parameters()).device):
+        with contextlib.suppress(Exception):  # an attention kernel without float64, user code that names a dtype
+            return run(whole.double(), wide=True)
+        whole.to(next(subject.model.parameters()).dtype)
+    return run(whole, wide=False)

@@ -1,7 +1,7 @@
 """The report of a check of invariance, as a table and in words."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +11,10 @@ _FEW_ARE_WRONG = (
     "part of them (experts: pass ownership={'<name pattern>': 'sharded'}); GradUtilsTrainer takes such hooks out"
 )
 """Advice if the gradients of a few parameters are wrong."""
+NOTHING_IS_TRAINED = (
+    "nothing is trained: no parameter gets a gradient. The loss is detached, no parameter that requires a gradient "
+    "takes part in it, or every label of these samples is -100"
+)
 
 
 class Difference(NamedTuple):
@@ -57,8 +61,15 @@ class InvarianceReport:
 
     @property
     def passed(self) -> bool:
-        """True if every comparison has passed."""
-        return all(row.passed for row in self.comparisons)
+        """True if nothing is wrong, and some gradients were compared."""
+        return self.verdict == "passed"
+
+    @property
+    def verdict(self) -> str:
+        """``passed``, ``FAILED``, or ``NOT COMPARED`` if no gradient could be compared: that proves nothing."""
+        if not all(row.passed for row in self.comparisons):
+            return "FAILED"
+        return "NOT COMPARED" if all(math.isnan(row.gradient_error) for row in self.comparisons) else "passed"
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("", "loss", "", "gradient norm", "", "gradient", "")]
@@ -79,7 +90,7 @@ class InvarianceReport:
                 lines.append(f"WRONG: {row.name}: {row.problem}")
             if row.problem and row.worst:
                 lines.append("  most wrong: " + ", ".join(f"{name} ({error:.1e})" for name, error in row.worst))
-        return "\n".join([*lines, "passed" if self.passed else "FAILED"])
+        return "\n".join([*lines, self.verdict])
 
 
 def compare_gradients(
@@ -89,14 +100,24 @@ def compare_gradients(
     loss: tuple[float, float],
     grad_norm: tuple[float, float],
     tolerance: float,
-    advice: str,
+    advice: Callable[[float | None], str],
+    varies_by: float = 0.0,
 ) -> Comparison:
     """Make a row of the differences of parameters' gradients, and of (reference, actual) loss and norm.
 
-    ``advice`` is the fix if the whole gradient is wrong.
+    Args:
+        name: Of the row.
+        differences: Parameter → difference of its gradient.
+        loss: Reference and actual one.
+        grad_norm: Likewise.
+        tolerance: Largest relative error.
+        advice: The fix if the whole gradient is wrong: for one that is so many times too large, 1 if only the loss is
+            wrong, None if it is no multiple.
+        varies_by: Relative error of the gradient between two equal runs. If the loss is such that it varies, only an
+            error that is a factor says something.
     """
     total = math.fsum(d.want for d in differences.values())
-    error = _root(math.fsum(d.error for d in differences.values()) / total) if total else math.nan
+    error = relative_error(differences)
     errors = {n: _root(d.error / d.want) if d.want else (math.inf if d.error else 0.0) for n, d in differences.items()}
     # Errors that are tiny beside the whole gradient are mostly rounding.
     wrong = {
@@ -105,10 +126,17 @@ def compare_gradients(
     worst = sorted(wrong.items(), key=lambda item: -item[1])[:_MOST_NAMES]
     loss_error = abs(loss[1] - loss[0]) / max(abs(loss[0]), 1e-12)
     problem = ""
-    if error > tolerance or math.isnan(error) or not math.isfinite(error):
-        problem = _in_words(differences, len(wrong), error, advice)
+    factor = _factor(differences, error)
+    if varies_by > tolerance and factor is None and (error > tolerance or loss_error > tolerance):
+        return Comparison(
+            name=name,
+            not_compared=f"the loss differs between two equal runs (the gradient by {varies_by:.1e}), perhaps because "
+            "it draws random numbers for each row; to compare, let it take them from the row or draw once for all rows",
+        )
+    if error > tolerance or not math.isfinite(error):
+        problem = _in_words(differences, len(wrong), error, factor, advice)
     elif loss_error > tolerance:
-        problem = f"the gradient is right, but the loss is off by {loss_error:.1e}; {advice}"
+        problem = f"the gradient is right, but the loss is off by {loss_error:.1e}; {advice(1.0)}"
     return Comparison(
         name=name,
         loss=loss,
@@ -119,22 +147,44 @@ def compare_gradients(
     )
 
 
-def _in_words(differences: Mapping[str, Difference], num_wrong: int, error: float, advice: str) -> str:
+def relative_error(differences: Mapping[str, Difference]) -> float:
+    """‖b − a‖ / ‖a‖ over all parameters; NaN if a is zero."""
+    total = math.fsum(d.want for d in differences.values())
+    return _root(math.fsum(d.error for d in differences.values()) / total) if total else math.nan
+
+
+def _factor(differences: Mapping[str, Difference], error: float) -> float | None:
+    """The number by which the reference is to be multiplied to give the gradient; None if it is 1 or there is none."""
+    if not math.isfinite(error):
+        return None
+    total = math.fsum(d.want for d in differences.values())
+    factor = math.fsum(d.product for d in differences.values()) / total
+    residue = _root(max(0.0, error**2 - (factor - 1.0) ** 2))
+    return factor if residue < 1e-3 * max(1.0, abs(factor)) and abs(factor - 1.0) > 1e-3 else None
+
+
+def _in_words(
+    differences: Mapping[str, Difference],
+    num_wrong: int,
+    error: float,
+    factor: float | None,
+    advice: Callable[[float | None], str],
+) -> str:
     total = math.fsum(d.want for d in differences.values())
     if not total:
-        return f"the reference gradient is zero, so there is nothing to compare; {advice}"
+        if not any(d.error for d in differences.values()):
+            return NOTHING_IS_TRAINED
+        return f"the gradient should be zero; {advice(None)}"
     if not math.isfinite(error):
-        return "the gradient is inf or NaN on these samples; look at their labels and at the loss"
-    scale = math.fsum(d.product for d in differences.values()) / total
-    residue = _root(max(0.0, error**2 - (scale - 1.0) ** 2))
-    if residue < 1e-3 < abs(scale - 1.0):
-        return f"the gradient is {scale:.4g} times what it should be; {advice}"
+        return "the gradient is inf or NaN on these samples; look at their labels (are all -100?) and at the loss"
+    if factor is not None:
+        return f"the gradient is {factor:.4g} times what it should be; {advice(factor)}"
     if num_wrong <= len(differences) / 2:
         return (
             f"the gradients of {num_wrong} of {len(differences)} parameters are wrong, the others are right; "
             f"{_FEW_ARE_WRONG}"
         )
-    return f"the gradient is off by {error:.1e}; {advice}"
+    return f"the gradient is off by {error:.1e}; {advice(None)}"
 
 
 def _root(square: float) -> float:

@@ -1,27 +1,23 @@
 """The subjects of a check of invariance: loops with an Accelerator, ours or not, and loops of plain torch."""
 
 import contextlib
-import random
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import recursively_apply, send_to_device
 from torch import Tensor, nn
 
 from hf_gradutils._collectives import add_up, world_domain
 from hf_gradutils._devices import device_of
 from hf_gradutils._precision import is_exact_in_itself, uses_exact_arithmetic
-from hf_gradutils._undisturbed import in_evaluation_mode
 from hf_gradutils.accelerator import GradUtilsAccelerator
 from hf_gradutils.errors import InvalidArgumentError
+from hf_gradutils.invariance._as_before import accelerator_untouched, model_untouched, seed_all
 from hf_gradutils.sync import discard_deferred
-from hf_gradutils.targets.auxiliary_loss import without_auxiliary
-from hf_gradutils.targets.counter import TargetCounter
 from hf_gradutils.upstream.accelerate import optimizers_of
 
 Rows: TypeAlias = list[Any]
@@ -41,23 +37,27 @@ class Subject(Protocol):
     data_rank: int
     is_exact: bool
     """float32 or better, without autocast or TF32."""
-    advice: str
-    """The fix if gradients are wrong."""
 
     def rows(self, num_rows: int) -> Rows:
         """The first samples of the dataset, the same on all ranks."""
 
-    def run(self, parts: Sequence[Rows]) -> float:
-        """Leave the gradient of a step with these micro-batches of this rank in ``.grad``; returns the logged loss."""
+    def run(self, parts: Sequence[Rows], seed: int) -> float:
+        """Leave the gradient of a step with these micro-batches of this rank in ``.grad``; returns the logged loss.
 
-    def batch(self, rows: Rows) -> Any:
-        """Collate the rows, on this rank's device."""
+        Random numbers are those of ``seed`` in every micro-batch, as far as the subject runs them itself.
+        """
 
-    def own_mean(self, model: nn.Module, batch: Any) -> Tensor:
-        """The loss of one batch on one process, without wrappers and other ranks."""
+    def alone(self, model: nn.Module, rows: Rows, seed: int, *, wide: bool) -> float:
+        """The same with one process, all rows as one micro-batch and this model, without wrappers and other ranks.
 
-    def counter(self, model: nn.Module) -> TargetCounter:
-        """The counter of targets in training."""
+        ``wide``: the model is in float64.
+        """
+
+    def advice(self, factor: float | None) -> str:
+        """The fix if gradients are wrong, which are ``factor`` times what they should be, or no multiple.
+
+        Of the rank that has run :meth:`alone`.
+        """
 
     def as_it_was(self) -> contextlib.AbstractContextManager[None]:
         """The context of a check; restores everything."""
@@ -82,11 +82,12 @@ class _Loop:
     def batch(self, rows: Rows) -> Any:
         return send_to_device(self.collate(rows), self.device)
 
-    def own_mean(self, model: nn.Module, batch: Any) -> Tensor:
-        return self.loss_and_targets(model, batch)[0]
-
-    def counter(self, model: nn.Module) -> TargetCounter:
-        return TargetCounter(count=lambda batch: torch.as_tensor(self.loss_and_targets(model, batch)[1]))
+    def alone(self, model: nn.Module, rows: Rows, seed: int, *, wide: bool) -> float:
+        batch = self.batch(rows)
+        seed_all(seed)
+        loss = self.loss_and_targets(model, in_float64(batch) if wide else batch)[0]
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
 
 
 @dataclass
@@ -103,18 +104,16 @@ class AcceleratorLoop(_Loop):
         num_sharers = 1 if config is None else config.tp_size * config.cp_size * getattr(config, "sp_size", 1)
         self.num_data_ranks = self.num_ranks // num_sharers
         self.data_rank = accelerator.process_index // num_sharers
-        self.advice = (
-            "num_targets is not the number of targets that the loss is a mean over"
-            if isinstance(accelerator, GradUtilsAccelerator)
-            else "accelerate's Accelerator does not weight micro-batches by their targets; use "
+
+    def advice(self, factor: float | None) -> str:
+        if isinstance(self.accelerator, GradUtilsAccelerator):
+            return "num_targets is not the number of targets that the loss is a mean over"
+        return (
+            "accelerate's Accelerator does not weight micro-batches by their targets; use "
             "hf_gradutils.GradUtilsAccelerator and backward(loss, num_targets=…)"
         )
 
-    @property
-    def device(self) -> torch.device:
-        return self.accelerator.device  # type: ignore[no-any-return]
-
-    def run(self, parts: Sequence[Rows]) -> float:
+    def run(self, parts: Sequence[Rows], seed: int) -> float:
         accelerator, model = self.accelerator, self.model
         discard_deferred(model)
         if isinstance(accelerator, GradUtilsAccelerator):
@@ -125,6 +124,7 @@ class AcceleratorLoop(_Loop):
             is_last = index == len(parts) - 1
             accelerator.sync_gradients = is_last
             batch = self.batch(part)
+            seed_all(seed)
             with self._sync_context(is_last):
                 loss, num_targets = self.loss_and_targets(model, batch)
                 if isinstance(accelerator, GradUtilsAccelerator):
@@ -158,10 +158,13 @@ class TorchLoop(_Loop):
         self.num_ranks = self.num_data_ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.data_rank = dist.get_rank() if dist.is_initialized() else 0
         self.is_exact = is_exact_in_itself(self.model, self.device)
-        self.advice = "divide gradients at the window's end by the targets that the losses are means over"
 
-    def run(self, parts: Sequence[Rows]) -> float:
+    def advice(self, factor: float | None) -> str:
+        return "divide gradients at the window's end by the targets that the losses are means over"
+
+    def run(self, parts: Sequence[Rows], seed: int) -> float:
         discard_deferred(self.model)
+        seed_all(seed)
         return float(self.run_window([self.batch(part) for part in parts]))
 
     def as_it_was(self) -> contextlib.AbstractContextManager[None]:
@@ -182,62 +185,14 @@ def finish_step(accelerator: GradUtilsAccelerator, model: nn.Module) -> float:
     return float(report.loss)
 
 
+def in_float64(batch: Any) -> Any:
+    """The batch with its floating-point tensors in float64; an object of another type as it is."""
+    return recursively_apply(lambda t: t.double() if t.is_floating_point() else t, batch)
+
+
 def mean_over_ranks(loss: Tensor) -> float:
     domain = world_domain()
     return add_up(domain, loss.device, loss=float(loss))["loss"] / domain.num_ranks
-
-
-@contextlib.contextmanager
-def model_untouched(model: nn.Module) -> Iterator[None]:
-    """No dropout inside; gradients, buffers, modes and random states are as before afterwards."""
-    gradients = [(p, p.grad) for p in model.parameters()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    numpy = sys.modules.get("numpy")
-    state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
-    for p, _ in gradients:
-        p.grad = None
-    try:
-        with in_evaluation_mode(model), without_auxiliary(model), _staying_in_its_mode(model):
-            yield
-    finally:
-        random.setstate(state)
-        if numpy:
-            numpy.random.set_state(numpy_state)
-        discard_deferred(model)
-        with torch.no_grad():
-            for b, value in buffers:
-                b.copy_(value)
-        for p, gradient in gradients:
-            p.grad = gradient
-
-
-@contextlib.contextmanager
-def accelerator_untouched(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
-    """:func:`model_untouched`; the Accelerator is as before afterwards too."""
-    before = accelerator.sync_gradients, accelerator.gradient_accumulation_steps, accelerator.step
-    windows = accelerator.windows if isinstance(accelerator, GradUtilsAccelerator) else None
-    kept = None if windows is None else (windows.by_models, windows.report)
-    orders = [(optimizer, optimizer.order) for optimizer in optimizers_of(accelerator)] if windows is not None else []
-    with model_untouched(model):
-        try:
-            yield
-        finally:
-            accelerator.sync_gradients, accelerator.gradient_accumulation_steps, accelerator.step = before
-            if windows is not None and kept is not None:
-                windows.forget()
-                windows.by_models, windows.report = kept
-            for optimizer, order in orders:
-                optimizer.order = order
-
-
-@contextlib.contextmanager
-def _staying_in_its_mode(model: nn.Module) -> Iterator[None]:
-    """Ignore ``model.train()``, which a Trainer calls in every micro-batch."""
-    vars(model)["train"] = lambda mode=True: model
-    try:
-        yield
-    finally:
-        del vars(model)["train"]
 
 
 def describe(subject: Subject, num_rows: int) -> str:

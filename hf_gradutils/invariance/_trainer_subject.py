@@ -1,30 +1,34 @@
 """A Trainer as the subject of a check of invariance."""
 
 import contextlib
-import copy
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hf_gradutils._precision import uses_exact_arithmetic
 from hf_gradutils.accelerator import GradUtilsAccelerator
 from hf_gradutils.errors import InvalidArgumentError
-from hf_gradutils.invariance._subjects import Rows, accelerator_untouched, finish_step, mean_over_ranks
+from hf_gradutils.invariance._advice import advice_for_ours, advice_for_stock
+from hf_gradutils.invariance._as_before import accelerator_untouched, attributes_kept, seed_all
+from hf_gradutils.invariance._stock import Backwards, as_stock
+from hf_gradutils.invariance._subjects import Rows, finish_step, in_float64, mean_over_ranks
 from hf_gradutils.sync import discard_deferred
-from hf_gradutils.targets import trl
-from hf_gradutils.targets.counter import TargetCounter
-from hf_gradutils.targets.rows import count_rows
 from hf_gradutils.upstream.transformers import trainer_no_sync
-from hf_gradutils.upstream.trl import TRL_METRICS
+from hf_gradutils.upstream.trl import TRL_AUXILIARY
 
 
 class TrainerSubject:
     """A Trainer that is about to train."""
 
     def __init__(self, trainer: Any):
+        if any(kind in trainer.args.optim for kind in ("lomo", "layerwise")):
+            raise InvalidArgumentError(
+                f"optim={trainer.args.optim!s} steps inside backward, so no gradient is left to compare; check with "
+                "another optimizer"
+            )
         self.trainer = trainer
         self.model = trainer.model_wrapped
         self.accelerator = trainer.accelerator
@@ -34,13 +38,8 @@ class TrainerSubject:
         num_sharers = _size(trainer, "get_tp_size") * _size(trainer, "get_cp_size") * _size(trainer, "get_sp_size")
         self.num_data_ranks = self.num_ranks // num_sharers
         self.data_rank = self.accelerator.process_index // num_sharers
-        self.advice = (
-            "set GradUtilsPlugin(loss_unit=… or count_targets=…) to what the loss is a mean over"
-            if self._is_ours
-            else f"{type(trainer).__name__} does not divide by the targets of all micro-batches and ranks here; use "
-            "hf_gradutils.GradUtilsTrainer, or GradUtilsTrainerMixin in front of it"
-        )
         self._loader = trainer.get_train_dataloader()
+        self._backwards = Backwards()
 
     def rows(self, num_rows: int) -> Rows:
         rows = list(itertools.islice(iter(self._loader.dataset), num_rows))
@@ -51,16 +50,38 @@ class TrainerSubject:
             )
         return rows
 
-    def batch(self, rows: Rows) -> Any:
-        return self.trainer._prepare_inputs(self._loader.collate_fn(rows))
-
-    def run(self, parts: Sequence[Rows]) -> float:
-        trainer, model = self.trainer, self.model
-        discard_deferred(model)
+    def run(self, parts: Sequence[Rows], seed: int) -> float:
+        discard_deferred(self.model)
         if self._is_ours:
             self.accelerator.windows.forget()
-            trainer._start_over()
-        batches = [self._loader.collate_fn(rows) for rows in parts]
+            self.trainer._start_over()
+        loss = self._run_micro_batches(self.model, [self._collate(rows, seed) for rows in parts], seed)
+        if not self._is_ours:
+            return mean_over_ranks(loss)
+        self.trainer._get_grad_norm(self.model)
+        return finish_step(self.accelerator, self.model)
+
+    def alone(self, model: nn.Module, rows: Rows, seed: int, *, wide: bool) -> float:
+        batch = self._collate(rows, seed)
+        if wide:
+            batch = in_float64(batch)
+        with attributes_kept(self.trainer), as_stock(self.trainer, model, self._own_count(batch)) as self._backwards:
+            return float(self._run_micro_batches(model, [batch], seed))
+
+    def _own_count(self, batch: Any) -> torch.Tensor | None:
+        """The count that our Trainers hand to a loss function: it knows whether the head shifts."""
+        if not self._is_ours or self.trainer.compute_loss_func is None:
+            return None
+        count: torch.Tensor = self.trainer._unit.counter(batch)
+        return count.clamp(min=1)
+
+    def _collate(self, rows: Rows, seed: int) -> Any:
+        seed_all(seed)  # collators may draw too
+        return self._loader.collate_fn(rows)
+
+    def _run_micro_batches(self, model: nn.Module, batches: list[Any], seed: int) -> torch.Tensor:
+        """Forward and backward of each, as Trainer's loop runs them; returns the sum of this rank's losses."""
+        trainer = self.trainer
         trainer.args.gradient_accumulation_steps = trainer.current_gradient_accumulation_steps = len(batches)
         samples, num_items = trainer.get_batch_samples(iter(batches), len(batches), trainer.args.device)
         total = torch.zeros((), dtype=torch.float64, device=trainer.args.device)
@@ -68,59 +89,30 @@ class TrainerSubject:
             is_last = index == len(batches) - 1
             self.accelerator.sync_gradients = is_last
             defers = not is_last and not self._is_ours
+            seed_all(seed)
             with trainer_no_sync(trainer, model) if defers else contextlib.nullcontext():
                 total += trainer.training_step(model, inputs, num_items)
-        trainer._get_grad_norm(model)
-        if self._is_ours:
-            return finish_step(self.accelerator, model)
-        return mean_over_ranks(total)
+        return total
 
-    def own_mean(self, model: nn.Module, batch: Any) -> Tensor:
-        trainer = self.trainer
-        count = self.counter(model)(batch).clamp(min=1) if trainer.compute_loss_func is not None else None
-        # Only this rank computes the loss, so nothing may be gathered.
-        with (
-            self._averaging_no_tokens(),
-            trl.loss_only(trainer, with_auxiliary=False),
-            trainer.compute_loss_context_manager(),
-        ):
-            loss: Tensor = trainer.compute_loss(model, dict(batch), num_items_in_batch=count)
-        return loss
-
-    def counter(self, model: nn.Module) -> TargetCounter:
-        if self._is_ours:
-            return self.trainer._unit.counter  # type: ignore[no-any-return] # settled by the first run
-        return TargetCounter(count=self._stock_count)
-
-    def _stock_count(self, batch: Mapping[str, Any]) -> Tensor:
-        with self._averaging_no_tokens():
-            count = self.trainer._get_num_items_in_batch([batch], self.trainer.args.device)
-        return torch.as_tensor(count_rows(batch) if count is None else count)
-
-    @contextlib.contextmanager
-    def _averaging_no_tokens(self) -> Iterator[None]:
-        args = self.trainer.args
-        before, args.average_tokens_across_devices = args.average_tokens_across_devices, False
-        try:
-            yield
-        finally:
-            args.average_tokens_across_devices = before
+    def advice(self, factor: float | None) -> str:
+        advise = advice_for_ours if self._is_ours else advice_for_stock
+        return advise(self.trainer, factor, self._backwards)
 
     @contextlib.contextmanager
     def as_it_was(self) -> Iterator[None]:
         trainer = self.trainer
-        attributes = dict(vars(trainer))
-        running_loss = trainer._tr_loss.clone() if hasattr(trainer, "_tr_loss") else None
-        logged = {name: copy.deepcopy(attributes[name]) for name in TRL_METRICS if name in attributes}
-        steps = trainer.args.gradient_accumulation_steps
-        try:
-            with accelerator_untouched(self.accelerator, self.model):
+        callbacks = trainer.callback_handler.callbacks
+        with (
+            attributes_kept(trainer, trainer.state, trainer.control, trainer.args),
+            accelerator_untouched(self.accelerator, self.model),
+        ):
+            trainer.callback_handler.callbacks = []
+            vars(trainer)["log"] = lambda *args, **kwargs: None
+            vars(trainer).update({name: False for name in TRL_AUXILIARY if name in vars(trainer)})
+            try:
                 yield
-        finally:
-            trainer.args.gradient_accumulation_steps = steps
-            trainer.__dict__ = attributes | logged
-            if running_loss is not None:
-                trainer._tr_loss.copy_(running_loss)
+            finally:
+                trainer.callback_handler.callbacks = callbacks
 
 
 def _size(trainer: Any, name: str) -> int:

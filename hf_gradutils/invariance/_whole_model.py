@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from hf_gradutils._devices import device_of
 from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.gradients.names import unwrapped_name
+from hf_gradutils.upstream.torch import copy_gradient_hooks
 
 MakeModel: TypeAlias = Callable[[], nn.Module]
 """Makes the whole model if it cannot be built from a configuration."""
@@ -66,7 +67,10 @@ def _copy(model: nn.Module) -> nn.Module:
     for p in gradients:
         p.grad = None
     try:
-        return copy.deepcopy(model)
+        copied = copy.deepcopy(model)
+        for old, new in zip(model.parameters(), copied.parameters(), strict=True):
+            copy_gradient_hooks(old, new)
+        return copied
     finally:
         for p, gradient in gradients.items():
             p.grad = gradient

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from torch import nn
 
 ACCELERATOR_ATTRIBUTES = ("_models", "_optimizers", "_schedulers", "_dataloaders")
@@ -47,13 +48,25 @@ def without_accelerate_state() -> Iterator[None]:
 
     They average the number over the ranks of accelerate's state, which divides once too often.
     """
-    from accelerate import PartialState
-
     state, PartialState._shared_state = PartialState._shared_state, {}
     try:
         yield
     finally:
         PartialState._shared_state = state
+
+
+@contextlib.contextmanager
+def as_single_process() -> Iterator[None]:
+    """Let accelerate's state be that of one process: it gathers, reduces and waits for nobody."""
+    alone = {"num_processes": 1, "process_index": 0, "local_process_index": 0, "distributed_type": DistributedType.NO}
+    alone_prepared = alone | {"parallelism_config": None, "device_mesh": None}
+    with contextlib.ExitStack() as stack:
+        for state, values in ((PartialState, alone), (AcceleratorState, alone_prepared)):
+            shared = state._shared_state
+            if shared:
+                stack.callback(shared.update, {name: shared[name] for name in values if name in shared})
+                shared.update(values)
+        yield
 
 
 def models_of(accelerator: Any) -> list[nn.Module]:

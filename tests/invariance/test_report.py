@@ -23,3 +23,11 @@ def test_the_report_is_a_table():
     assert "not compared: c: no way to" in lines
     assert lines[-1] == "FAILED"
     assert math.isnan(rows[2].gradient_error)
+
+
+def test_a_report_without_any_comparison_has_not_passed():
+    copies, gradient = Comparison(name="copies"), Comparison(name="a", not_compared="the loss draws")
+    report = InvarianceReport((copies, gradient), 1e-5, "2 samples")
+    assert not report.passed
+    assert str(report).splitlines()[-1] == report.verdict == "NOT COMPARED"
+    assert InvarianceReport((copies, gradient, Comparison(name="b", gradient_error=1e-7)), 1e-5, "").passed

@@ -1,0 +1,98 @@
+"""A Trainer as one process of the stock Trainer: the user's overrides without this package and without other ranks."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+
+@dataclass
+class Backwards:
+    """The backwards of one micro-batch."""
+
+    by_accelerator: int = 0
+    plain: int = 0
+    """Called on the loss itself, past ``accelerator.backward``."""
+
+
+@contextlib.contextmanager
+def as_stock(trainer: Any, model: nn.Module, num_targets: Tensor | None = None) -> Iterator[Backwards]:
+    """Let the trainer's steps be those of the stock Trainer with this model; the caller restores its attributes.
+
+    ``accelerator.backward`` is a plain backward inside: several in one micro-batch add up. Model and label smoothing
+    return their own mean: they get no count, which Trainer takes wrongly for some heads.
+
+    Args:
+        trainer: Ours or not.
+        model: A copy for this alone.
+        num_targets: For the loss function in place of Trainer's count.
+    """
+    smoother, loss_func = trainer.label_smoother, trainer.compute_loss_func
+    accelerator, seen = trainer.accelerator, Backwards()
+    kinds = [(trainer, type(trainer)), (accelerator, type(accelerator))]
+    for name in [name for name, value in vars(trainer).items() if _is_ours(value)]:
+        users = getattr(vars(trainer).pop(name), "instead_of", None)
+        vars(trainer).update({} if users is None else {name: users})
+    trainer.model = trainer.model_wrapped = model
+    model.register_forward_pre_hook(_without_count, with_kwargs=True)
+    if smoother is not None:
+        trainer.label_smoother = lambda *args, num_items_in_batch=None, **kwargs: smoother(*args, **kwargs)
+    if num_targets is not None:
+        trainer.compute_loss_func = lambda outputs, labels, **_: loss_func(
+            outputs, labels, num_items_in_batch=num_targets
+        )
+    go_back = torch.autograd.backward
+    is_inside = False
+
+    def counted(*args: Any, **kwargs: Any) -> None:
+        nonlocal is_inside
+        if is_inside:  # of a checkpoint, within another backward
+            return go_back(*args, **kwargs)
+        seen.plain, is_inside = seen.plain + 1, True
+        try:
+            go_back(*args, **kwargs)
+        finally:
+            is_inside = False
+
+    def backward(loss: Tensor, num_targets: object = None, *, model: object = None, **kwargs: Any) -> None:
+        seen.by_accelerator, seen.plain = seen.by_accelerator + 1, seen.plain - 1
+        loss.backward(**kwargs)  # type: ignore[no-untyped-call]
+
+    trainer.__class__, accelerator.__class__ = _without_ours(type(trainer)), Accelerator
+    vars(accelerator)["backward"] = backward
+    torch.autograd.backward = counted
+    try:
+        yield seen
+    finally:
+        torch.autograd.backward = go_back
+        del vars(accelerator)["backward"]
+        for one, kind in kinds:
+            one.__class__ = kind
+
+
+def _without_count(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
+
+
+def _without_ours(kind: type) -> type:
+    """A class in whose hierarchy ``super()`` passes over the classes of this package."""
+
+    def mro(cls: Any) -> list[type]:
+        return [c for c in type.mro(cls) if c is cls or not _is_ours(c)]
+
+    meta = type("Stock", (type(kind),), {"mro": mro})
+    stock: type = meta(kind.__name__, (kind,), {"__module__": kind.__module__})
+    return stock
+
+
+def _is_ours(thing: Any) -> bool:
+    """Whether a class or function is defined in this package; one that wraps a user's has taken over the other name."""
+    code = getattr(thing, "__code__", None)
+    module = thing.__globals__["__name__"] if code is not None else getattr(thing, "__module__", None)
+    return callable(thing) and str(module).startswith("hf_gradutils.") and not isinstance(thing, nn.Module)
