@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=41, help="of every call of a window's end")
     parser.add_argument("--pairs", type=int, default=15, help="of runs of the Trainer")
     parser.add_argument("--no-trainer", action="store_true", help="leave out the step of the Trainer")
+    parser.add_argument("--only-trainer", action="store_true", help="measure that, and leave the rest of the page")
     parser.add_argument("--only-cuda", action="store_true", help="measure the GPU, and leave the rest of the page")
     page.add_arguments(parser)
     options = parser.parse_args(arguments)
@@ -40,20 +41,26 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.render:
         measured = page.provenance(MODULE, options)
         if not options.only_cuda:
-            faults = _on_cpu(data, options)
-            data |= {"measured": measured, "repeats": options.repeats, "pairs": options.pairs}
+            if not options.only_trainer:
+                faults = _windows(data, options)
+                data |= {"measured": measured, "repeats": options.repeats}
+            if not options.no_trainer:
+                faults += _steps(data, options)
+                data |= {"steps_measured": measured, "pairs": options.pairs}
+            targets = judge.window_targets(data.get("windows", {})) + judge.step_targets(data.get("steps", {}))
+            print("\n".join(" ".join(row) for row in targets))
         faults += gpu.measure_into(data, measured) if gpu.is_here() else []
     page.publish(options.out, data, render)
     print("\n".join([f"{time.monotonic() - started:.0f} s, {len(faults)} faults", *faults]))
     return 1 if faults else 0
 
 
-def _on_cpu(data: dict[str, Any], options: argparse.Namespace) -> list[str]:
-    """Measure windows and steps into ``data``; what is not as promised."""
+def _windows(data: dict[str, Any], options: argparse.Namespace) -> list[str]:
+    """Measure the ends of windows into ``data``; what is not as promised."""
     layouts = [name for name in window.LAYOUTS_MEASURED if not options.layouts or name in options.layouts.split(",")]
     sizes = [int(size) for size in options.sizes.split(",")] if options.sizes else window.SIZES
     data["automodel"] = importlib.metadata.version("nemo-automodel") if HAS_AUTOMODEL else None
-    data["windows"], data["steps"] = {layout: {} for layout in layouts}, {}
+    data["windows"] = {layout: {} for layout in layouts}
     faults = []
     for layout in layouts:
         for size in sizes:
@@ -62,7 +69,13 @@ def _on_cpu(data: dict[str, Any], options: argparse.Namespace) -> list[str]:
             found = data["windows"][layout][str(size)] = window.record(costs)
             print("\n".join(f"{layout:22}{size:5} {name:13}{_line(cost)}" for name, cost in found.items()), flush=True)
             faults += judge.window_faults({(layout, size): costs})
-    for layout in step.LAYOUTS_MEASURED if not options.no_trainer else ():
+    return faults
+
+
+def _steps(data: dict[str, Any], options: argparse.Namespace) -> list[str]:
+    """The same of the Trainer's steps."""
+    faults, data["steps"] = [], {}
+    for layout in step.LAYOUTS_MEASURED:
         with silence():
             counts = step.count(layout)
         print("\n".join(f"{layout:22}{name:6}{of}" for name, of in counts.items()), flush=True)
@@ -73,7 +86,6 @@ def _on_cpu(data: dict[str, Any], options: argparse.Namespace) -> list[str]:
                 times = step.record(step.time_steps(layout, accumulation, options.pairs))
             found["times"][str(accumulation)] = times
             print(f"{layout:22}accumulation {accumulation}: {times}", flush=True)
-    print("\n".join(" ".join(row) for row in judge.window_targets(data["windows"]) + judge.step_targets(data["steps"])))
     return faults
 
 

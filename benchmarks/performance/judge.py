@@ -3,7 +3,7 @@
 from typing import Any
 
 from benchmarks.performance.methods import AUTOMODEL, FOLDED, OURS, TORCH, TRAINER
-from benchmarks.performance.step import StepCounts
+from benchmarks.performance.step import FIRST, StepCounts
 from benchmarks.performance.window import Outcome
 
 MOST_CALLS = 20
@@ -61,6 +61,15 @@ def step_faults(steps: dict[str, dict[str, StepCounts]]) -> list[str]:
     found = []
     for layout, counts in steps.items():
         ours, stock = counts["ours"], counts["stock"]
+        first = counts.get(FIRST)
+        if first is not None and (first.syncs_per_micro_batch or first.syncs_per_step):
+            found.append(f"Trainer, {layout}: expected no host syncs of counts first")
+        for accumulation, collectives in first.collectives.items() if first is not None else ():
+            most = sum(ours.collectives[accumulation].values()) + 1
+            if sum(collectives.values()) > most:
+                found.append(
+                    f"Trainer, {layout}, accumulation {accumulation}: counts first cost more than one all-reduce"
+                )
         if ours.look_ahead > 1:
             found.append(f"Trainer, {layout}: expected 1 batch fetched ahead, got {ours.look_ahead}")
         for name in ("syncs_per_micro_batch", "syncs_per_step"):

@@ -25,6 +25,7 @@ def render(data: dict[str, Any]) -> str:
     return page.fill(
         Path(__file__).with_name("page.md"),
         measured=page.provenance_text(data.get("measured", {})),
+        steps_measured=page.provenance_text(data.get("steps_measured", {})),
         num_repeats=data.get("repeats"),
         num_pairs=data.get("pairs"),
         automodel=data.get("automodel") or "(not installed here, so not measured)",
@@ -85,9 +86,10 @@ def _step_counts(steps: dict[str, Any]) -> Iterable[Sequence[Any]]:
 
 
 def _step_times(steps: dict[str, Any]) -> Iterable[Sequence[Any]]:
-    yield ("layout", "accumulation", "ours, CPU", "stock, CPU", "CPU time, ours / stock", "wall time, ours / stock", "")
+    ratios = ("CPU time, ours / stock", "counts first / stock", "wall time, ours / stock")
+    yield ("layout", "accumulation", "ours, CPU", "stock, CPU", *ratios, "")
     for layout, found in steps.items():
         for accumulation, times in found["times"].items():
             medians = (f"{times['cpu_ms'][name]:.1f} ms" for name in ("ours", "stock"))
-            spreads = (_spread(times["cpu"]), _spread(times["wall"]))
+            spreads = (_spread(times[of]) if of in times else "" for of in ("cpu", "first", "wall"))
             yield (f"`{layout}`", accumulation, *medians, *spreads, judge.step_verdict(times))

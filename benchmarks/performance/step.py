@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from benchmarks.performance.window import on_ranks, ratios, spread
 from benchmarks.trainings import SETTINGS, TRAINERS
+from hf_gradutils import GradUtilsPlugin, GradUtilsTrainer
 from tests.harness.counting import collectives, events_of, num_host_syncs
 from tests.harness.heads import collate
 from tests.harness.layouts import LAYOUTS
@@ -28,6 +29,19 @@ LAYOUTS_MEASURED = ("one_rank", "ddp2", "fsdp2x2")
 ACCUMULATIONS = (1, 8)
 NUM_TIMED = {1: 24, 8: 5}
 """Accumulation → timed steps of one run."""
+
+FIRST = "ours, counts first"
+
+
+class CountsFirst(GradUtilsTrainer):
+    """Ours, with the targets of each window counted before its first forward, as the stock Trainer does."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, grad_plugin=GradUtilsPlugin(counts="first"), **kwargs)
+
+
+MEASURED: dict[str, type[Trainer]] = {**TRAINERS, FIRST: CountsFirst}
+"""By name."""
 
 BATCH, LENGTH, VOCAB = 8, 32, 256
 
@@ -129,7 +143,7 @@ def count(layout: str) -> dict[str, StepCounts]:
 
 def _count_on_rank(layout: str) -> dict[str, StepCounts]:
     logging.disable(logging.WARNING)
-    return {name: _counts(trainer_class, layout) for name, trainer_class in TRAINERS.items()}
+    return {name: _counts(trainer_class, layout) for name, trainer_class in MEASURED.items()}
 
 
 def _counts(trainer_class: type[Trainer], layout: str) -> StepCounts:
@@ -195,8 +209,11 @@ def _batches_held(trainer_class: type[Trainer], layout: str) -> tuple[int, int]:
             return super().training_step(*args, **kwargs)
 
     most = max(ACCUMULATIONS)
+    # An own step, as that of the watching class, would have the targets counted first.
+    options = {"grad_plugin": GradUtilsPlugin(counts="streamed")} if trainer_class is GradUtilsTrainer else {}
+    rows = make_rows(3 * rows_per_step(layout, most))
     with unittest.mock.patch("accelerate.data_loader.send_to_device", watched_send):
-        train(Watched, layout, most, 3, make_rows(3 * rows_per_step(layout, most)), data_collator=watched_collate)
+        train(Watched, layout, most, 3, rows, data_collator=watched_collate, **options)
     return ahead, num_bytes
 
 
@@ -221,7 +238,7 @@ def time_steps(layout: str, accumulation: int, num_pairs: int) -> dict[str, Step
     """Trainer → times."""
     results = on_ranks(_time_on_rank, layout, accumulation, num_pairs)
     times = {}
-    for name in TRAINERS:
+    for name in MEASURED:
         runs = list(zip(*(result[name] for result in results), strict=True))
         times[name] = StepTimes(
             cpu_s=tuple(sum(cpu for cpu, _ in ranks) for ranks in runs),
@@ -234,11 +251,11 @@ def _time_on_rank(layout: str, accumulation: int, num_pairs: int) -> dict[str, l
     logging.disable(logging.WARNING)
     num_steps = 1 + NUM_TIMED[accumulation]
     rows = make_rows(num_steps * rows_per_step(layout, accumulation))
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in TRAINERS}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in MEASURED}
     for pair in range(-1, num_pairs):
-        for name in TRAINERS if pair % 2 else reversed(TRAINERS):
+        for name in MEASURED if pair % 2 else reversed(MEASURED):
             clock = _Clock()
-            train(TRAINERS[name], layout, accumulation, num_steps, rows, callbacks=[clock])
+            train(MEASURED[name], layout, accumulation, num_steps, rows, callbacks=[clock])
             if pair >= 0:  # the very first pair also loads modules
                 times[name].append(clock.per_step())
     return times
@@ -246,8 +263,9 @@ def _time_on_rank(layout: str, accumulation: int, num_pairs: int) -> dict[str, l
 
 def record(times: dict[str, StepTimes]) -> dict[str, Any]:
     """Medians in milliseconds, and times of ours over those of the stock Trainer."""
-    ours, stock = times["ours"], times["stock"]
+    ours, stock, first = times["ours"], times["stock"], times.get(FIRST)
     return {
+        **({"first": spread(ratios(first.cpu_s, stock.cpu_s))} if first is not None else {}),
         "cpu_ms": {name: statistics.median(of.cpu_s) * 1e3 for name, of in times.items()},
         "cpu": spread(ratios(ours.cpu_s, stock.cpu_s)),
         "wall": spread(ratios(ours.wall_s, stock.wall_s)),
