@@ -75,6 +75,7 @@ LOGGERS = {
     "hf_gradutils.dist_utils",
     "hf_gradutils.first_rank",
     "hf_gradutils.invariance",
+    "hf_gradutils.accelerator",
     "hf_gradutils.loss_unit",
     "hf_gradutils.trainer",
     "hf_gradutils.nonfinite",

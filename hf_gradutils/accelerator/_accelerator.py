@@ -19,6 +19,7 @@ from hf_gradutils.accelerator._micro_batch import MicroBatch, as_number
 from hf_gradutils.accelerator._optimizer import GradUtilsOptimizer, check_can_scale
 from hf_gradutils.accelerator._padding import padded_to_the_same_number
 from hf_gradutils.accelerator._plugin import GradUtilsPlugin
+from hf_gradutils.accelerator._readers import reader_of_gradients
 from hf_gradutils.accelerator._weighing import expect, run_backward
 from hf_gradutils.accelerator._windows import Windows
 from hf_gradutils.coordination import FirstRankPerNode
@@ -181,6 +182,8 @@ class GradUtilsAccelerator(CopyableAccelerator):
         window = self.windows.of_loss(model)
         if window.is_open:
             raise InvalidArgumentError("start_window was called after the first backward of the window; call it before")
+        if window.needs_counts is None:
+            window.needs_counts, window.reader = False, reader_of_gradients(window.whole, optimizers_of(self))
         expect(self.windows, window, as_number(num_targets, self.device).double().reshape(1).clone())
 
     def backward(

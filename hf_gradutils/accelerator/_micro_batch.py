@@ -63,6 +63,8 @@ class MicroBatch:
     """:attr:`weight`, of a mean."""
     is_given_share: bool = False
     """The Trainer's loop hands over the count of the whole window."""
+    has_count: bool = True
+    """The latest loss was given a count."""
     is_divided: bool = False
     """The latest loss is one that transformers divides by the count it was given."""
     is_share: bool = False

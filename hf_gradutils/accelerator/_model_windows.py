@@ -34,8 +34,8 @@ class ModelWindow:
     """What reads gradients in the backward, in words; empty if nothing does, None if not known yet."""
     gradients: list[tuple[int, int]] | None = None
     """After the latest backward of the first window."""
-    num_hooks: int = -1
-    """Of its parameters, when :attr:`reader` was looked for."""
+    needs_counts: bool | None = None
+    """Each of its windows begins with its counts; None until all ranks have agreed on it."""
     num_changes: int = 0
     """Of its parameters, when the latest micro-batch began; where something reads gradients."""
     whole: nn.Module = field(init=False)

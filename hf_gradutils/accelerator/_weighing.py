@@ -1,6 +1,7 @@
 """A micro-batch's loss on its way into `.grad`: weighted by its targets, counted once, and reduced."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,14 +14,16 @@ from hf_gradutils._collectives import add_up, start_all_reduce, world_domain
 from hf_gradutils._devices import on_device
 from hf_gradutils.accelerator._micro_batch import MicroBatch, as_number
 from hf_gradutils.accelerator._model_windows import ModelWindow
+from hf_gradutils.accelerator._optimizer import innermost
 from hf_gradutils.accelerator._padding import is_padding
 from hf_gradutils.accelerator._readers import reader_of_gradients
 from hf_gradutils.accelerator._windows import Windows
 from hf_gradutils.errors import InvalidArgumentError, TargetCountError
 from hf_gradutils.sync import communicates, reduces_in_one_dtype
 from hf_gradutils.upstream.accelerate import optimizers_of
-from hf_gradutils.upstream.torch import num_backward_hooks
 from hf_gradutils.window import AccumulationWindow, loss_scale_for
+
+logger = logging.getLogger("hf_gradutils.accelerator")
 
 
 def run_backward(
@@ -100,10 +103,10 @@ def _weigh(
         windows.loss_scale.update()
     if not window.has_scale:
         _choose_loss_scale(windows, window, num_targets)
-    if not window.is_open and window.num_hooks != (num_hooks := num_backward_hooks(window.parameters())):
+    if window.needs_counts is None:
         window.reader = reader_of_gradients(window.whole, optimizers_of(windows.accelerator))
-        window.num_hooks = num_hooks
-    if not (window.is_open or window.sums.is_expected) and _needs_counts(windows, window):
+        window.needs_counts = _needs_counts(windows, window)
+    if window.needs_counts and not (window.is_open or window.sums.is_expected):
         expect(windows, window, num_targets.double().reshape(1).clone())
     windows.check_untouched(window)
     if window.reader:
@@ -133,20 +136,33 @@ def _check_weights_wait(window: ModelWindow) -> None:
 
 
 def _needs_counts(windows: Windows, window: ModelWindow) -> bool:
-    """True if a window of one micro-batch must know its targets first. InvalidArgumentError for a longer one."""
-    is_first = windows.plugin.counts == "first" or (windows.plugin.counts == "auto" and window.reader != "")
-    if windows.plugin.counts == "streamed" and window.reader:
+    """True if windows of one micro-batch must know their targets first; agreed on by all ranks, once for a model.
+
+    Collectives: one all-reduce over all ranks. Host syncs: one.
+
+    Raises:
+        InvalidArgumentError: they must, but a window has several micro-batches, or the plugin says otherwise.
+    """
+    setting = windows.plugin.counts
+    steps = any(hasattr(innermost(optimizer), "fused_backward") for optimizer in optimizers_of(windows.accelerator))
+    ranks = add_up(world_domain(), windows.accelerator.device, reading=bool(window.reader), stepping=steps)
+    if setting != "first" and not ranks["reading"]:
+        return False
+    reader = window.reader or "a hook on another rank reads gradients in the backward"
+    if setting == "streamed":
         raise InvalidArgumentError(
-            f"{window.reader}, but with counts='streamed' gradients are weighted sums until the window ends; set "
-            "counts='auto'"
+            f"{reader}, but with counts='streamed' gradients are weighted sums until the window ends; set counts='auto'"
         )
-    if is_first and max(windows.num_micro_batches, windows.accelerator.gradient_accumulation_steps) > 1:
-        raise InvalidArgumentError(
-            f"{window.reader or 'with counts=first'}: the targets of the window must be known before its first "
-            "backward; call accelerator.start_window(num_targets) with this rank's targets of all its micro-batches, "
-            "or set GradUtilsPlugin(counts='first') in a Trainer"
-        )
-    return is_first
+    if max(windows.num_micro_batches, windows.accelerator.gradient_accumulation_steps) == 1:
+        return True
+    how = (
+        "call accelerator.start_window(num_targets) before the first backward of each window, with this rank's targets "
+        "of all its micro-batches"
+    )
+    if setting == "first" or ranks["stepping"]:
+        raise InvalidArgumentError(f"{reader if ranks['reading'] else 'counts=first'}: {how}")
+    logger.warning("%s, and sees sums over targets until a window ends; for true gradients %s", reader, how)
+    return False
 
 
 def _choose_loss_scale(windows: Windows, window: ModelWindow, num_targets: Tensor) -> None:

@@ -198,6 +198,10 @@ class Windows:
             NonfiniteGradientError: the gradient of this step is not finite, or that of the step before was not.
         """
         self.check_untouched(window)
+        if self.micro_batch is not None and self.micro_batch.computed is not None:
+            self.micro_batch.report(
+                window, self.micro_batch.computed
+            )  # a step that clips has not returned its loss yet
         optimizers = self.optimizers_of(window)
         if self.plugin.fold_into_optimizer:
             check_can_scale(optimizers, self.loss_scale.scaler)  # again: a checkpoint may have changed ``fused``

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_gradutils._collectives import add_up, world_domain
 from hf_gradutils._devices import on_device
 from hf_gradutils.accelerator import Division, MicroBatch, expect, reader_of_gradients
 from hf_gradutils.errors import InvalidArgumentError, TargetCountError
@@ -50,9 +51,14 @@ class WindowCounts:
             reason = "training_step is overridden, and may add gradients of its own"
         if not reason and self._unit.contract.divides and is_users(trainer, "compute_loss"):
             reason = "compute_loss divides by num_items_in_batch, the count of the whole window"
-        if setting == "auto" and reason and trainer.is_world_process_zero():
-            logger.warning("counts='first': each window's targets are counted before its first forward: %s", reason)
-        self.is_first = setting == "first" or (setting == "auto" and bool(reason))
+        # A hook may be on one rank only (wandb.watch): all ranks must begin windows alike.
+        num_ranks = add_up(world_domain(), first=setting == "auto" and bool(reason))["first"]
+        self.is_first = setting == "first" or bool(num_ranks)
+        window = trainer.accelerator.windows.of_loss(model)
+        window.needs_counts, window.reader = False, reader_of_gradients(model, [trainer.optimizer])
+        if setting == "auto" and num_ranks and trainer.is_world_process_zero():
+            why = reason or f"code of yours on {num_ranks:.0f} ranks needs it"
+            logger.warning("counts='first': each window's targets are counted before its first forward: %s", why)
 
     def _reason(self, model: nn.Module) -> str:
         """What cannot do without counts that are known first, in words; empty if nothing is known to."""
@@ -170,11 +176,11 @@ class WindowCounts:
     def _set(self, micro_batch: MicroBatch, num_targets: Tensor) -> None:
         assert self._unit.counter is not None
         micro_batch.count(num_targets, self._unit.counter.weight(num_targets))
-        self.choose(micro_batch, has_count=True)
+        self.choose(micro_batch, has_count=micro_batch.has_count)
 
     def choose(self, micro_batch: MicroBatch, *, has_count: bool) -> None:
         """Choose the weight of a loss that was given a count or not: without, one that divides by it is a mean."""
-        contract, own = self._unit.contract, micro_batch.own_weight
+        contract, own, micro_batch.has_count = self._unit.contract, micro_batch.own_weight, has_count
         if own is None:
             return
         divides = contract.divides and has_count

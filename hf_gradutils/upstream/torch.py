@@ -114,13 +114,6 @@ def backward_hooks(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name or type(module).__name__, hook
 
 
-def num_backward_hooks(parameters: Sequence[Tensor]) -> int:
-    """Hooks on parameters, anybody's. Called in every window."""
-    with _without_overrides():
-        hooks = [(p._backward_hooks, getattr(p, "_post_accumulate_grad_hooks", None)) for p in parameters]
-    return sum(len(found) for pair in hooks for found in pair if found)
-
-
 def copy_gradient_hooks(source: Tensor, target: Tensor) -> None:
     """Register the hooks on a parameter's gradient, of users only, on a copy of it too."""
     for hook in _hooks(source._backward_hooks):

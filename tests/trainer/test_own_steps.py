@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from hf_gradutils import GradUtilsPlugin
 from hf_gradutils.errors import InvalidArgumentError, TargetCountError
@@ -356,6 +356,21 @@ def test_hooks_see_the_true_gradients(layout, accumulation, kind):
         torch.distributed.all_reduce(got)
         got /= 2
     assert relative_error({"w": got}, {"w": want["lm_head.weight"]}) < TOLERANCE
+
+
+class HooksOnOneRank(TrainerCallback):
+    """As wandb.watch does."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if state.is_world_process_zero:
+            model.lm_head.weight.register_hook(lambda gradient: None)
+
+
+@on_layouts("ddp2")
+def test_a_hook_on_one_rank_begins_windows_alike_on_all(layout):
+    want, _ = truth(CAUSAL, make_data(CAUSAL))
+    _, tap = train(CAUSAL, 4, layout=layout, callback=HooksOnOneRank())
+    assert relative_error(tap.steps[0], want) < TOLERANCE
 
 
 def test_hooks_are_refused_with_streamed_counts():

@@ -261,8 +261,57 @@ def clips_itself(base):
 @PLACES
 @pytest.mark.parametrize("clips", [0.0, 1e9])
 def test_a_step_that_clips_by_itself(place, clips):
+    want, want_loss = truth(CAUSAL, make_data(CAUSAL))
+    trainer, tap = train(CAUSAL, 4, trainer_class=placed(clips_itself, place), arguments={"max_grad_norm": clips})
+    assert relative_error(tap.steps[0], want) < TOLERANCE
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(want_loss, rel=1e-5)
+
+
+def unlike_the_models(base):
+    """A loss of columns that the model's own head cannot take."""
+
+    class Unlike(base):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+            return outputs.logits[:, 0].float().square().mean()
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    return Unlike
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_labels_that_the_models_own_head_cannot_take(accumulation):
+    def collate(rows):
+        batch = HEADS[TOKENS].collate(rows)
+        return {**batch, "labels": torch.ones(len(rows), 3)}
+
+    trainer, _ = train(TOKENS, accumulation, trainer_class=placed(unlike_the_models, "around"), data_collator=collate)
+    assert trainer.state.global_step == 1
+
+
+def counts_late(base):
+    class Late(base):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(**inputs)
+            if num_items_in_batch is None:
+                return outputs.loss
+            return summed(outputs, inputs["labels"]) / num_items_in_batch * self.accelerator.num_processes
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = self.compute_loss(model, inputs)
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+    return Late
+
+
+@ON_LAYOUTS_AND_PLACES
+@on_layouts()
+def test_a_mean_of_a_batch_that_is_counted_late(layout, place):
     want, _ = truth(CAUSAL, make_data(CAUSAL))
-    _, tap = train(CAUSAL, 4, trainer_class=placed(clips_itself, place), arguments={"max_grad_norm": clips})
+    _, tap = train(CAUSAL, 4, layout=layout, trainer_class=placed(counts_late, place))
     assert relative_error(tap.steps[0], want) < TOLERANCE
 
 
