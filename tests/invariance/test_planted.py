@@ -116,12 +116,6 @@ def _hooked(hook):
 
 REPAIRS = {
     # fault: (layout, as it is, what the advice says, after that)
-    "times ranks, ours": (
-        "ddp2",
-        lambda: _ours(planted.MeanTimesRanks),
-        "let compute_loss return the micro-batch's own mean",
-        lambda: _ours(planted.OwnMean),
-    ),
     "ranks forgotten, stock": (
         "ddp2",
         lambda: _stock(planted.RanksForgotten),
@@ -198,6 +192,12 @@ REPAIRS = {
 }
 REPAIRED_NOW = {
     # What the package may make exact itself, and what its advice says as long as it does not.
+    "times ranks": (
+        "ddp2",
+        lambda: _ours(planted.MeanTimesRanks),
+        "let compute_loss return the micro-batch's own mean",
+        lambda: _ours(planted.OwnMean),
+    ),
     "a factor of ranks": (
         "ddp2",
         lambda: _ours(planted.CountedLoss),
