@@ -197,15 +197,15 @@ class GradUtilsAccelerator(CopyableAccelerator):
         """Backward of a micro-batch's own mean loss, weighted by its targets.
 
         Args:
-            loss: Shape (). Add several terms first.
+            loss: Shape (). Several in one micro-batch add up, and must be means over the same targets.
             num_targets: Targets that the loss is a mean over, on this rank: a whole number, or a tensor of one
                 element. A tensor on the device costs no host sync.
             model: The model or models that the loss trains; default: those of ``accumulate``, else the only one that
                 was prepared.
             **kwargs: As accelerate takes them.
 
-        Collectives: none of its own; under fp16 one all-reduce in the first call for a model. Host syncs: none; two in
-            that call.
+        Collectives: in the first call for a model one all-reduce, and under fp16 another; then none, but one in each
+            window of one micro-batch whose targets are counted first. Host syncs: none, but in that first call.
 
         Raises:
             TargetCountError: the number of targets is missing.

@@ -91,7 +91,7 @@ def from_first_rank(value: T) -> T:
 
 @contextlib.contextmanager
 def _world_of_one_rank() -> Iterator[bool]:
-    """On rank 0, yield True in a world without other ranks, whose collectives wait for nobody; else False.
+    """On rank 0, yield True in a world without other ranks, whose collectives are local; else False.
 
     Collectives: one new group; every rank must call.
     """

@@ -1,7 +1,7 @@
 """The micro-batches of an epoch, each fetched when it is needed.
 
-A list of a window's batches would sit on the device before the first forward. Only whether a batch is the last one must
-be known early, and that takes a look-ahead of one.
+A list of a window's batches would sit on the device before the first forward, as it does with counts first. Else only
+whether a batch is the last one must be known early, and that takes a look-ahead of one.
 """
 
 from collections.abc import Callable, Iterator, Sequence

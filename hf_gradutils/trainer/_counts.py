@@ -89,7 +89,7 @@ class WindowCounts:
         if not hands_count:
             return None
         if not (self._unit.may_be_asked_for_parts or trainer.compute_loss_func):
-            return None  # nobody looks: the forward need not wait
+            return None  # no code of the user's sees it: the forward need not wait
         targets, stock = reduced().float()
         return targets / trainer.get_tp_size() if local is None else stock
 
@@ -117,7 +117,7 @@ class WindowCounts:
             self.is_handing = False
 
     def check_handed(self, count: Any) -> None:
-        """Raise InvalidArgumentError for a count of the user's own where nobody can tell which ranks it counts."""
+        """Raise InvalidArgumentError for a count of the user's own if it is unknown which ranks it counts."""
         if count is None or count is self.handed or not self._unit.contract.divides or self._share == 1:
             return
         raise InvalidArgumentError(

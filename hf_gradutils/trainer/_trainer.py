@@ -3,14 +3,15 @@
 The order in which transformers calls the overrides:
 
     train → set_initial_training_values
-        each window:       get_batch_samples → its micro-batches, drawn one by one
+        each window:       get_batch_samples → its micro-batches, drawn one by one or, with counts first, at once
         each micro-batch:  training_step → _prepare_inputs → compute_loss → accelerator.backward
         window's end:      _clip_grad_norm (if it clips) → _get_grad_norm → optimizer.step → log
     evaluate → evaluation_loop
         each batch:        prediction_step → _prepare_inputs → compute_loss
 
-``training_step`` makes the :class:`MicroBatch`. Only in ``_prepare_inputs`` can its targets be counted, because context
-parallelism has just cut the sequence to this rank's part; ``backward`` reads the record.
+``OptimizerSteps.in_micro_batch`` makes the :class:`MicroBatch` around ``training_step``, a user's or ours. Its targets
+are counted in ``_prepare_inputs``, because context parallelism has just cut the sequence to this rank's part, or
+later if a user's step prepares nothing; ``backward`` reads the record.
 """
 
 import contextlib

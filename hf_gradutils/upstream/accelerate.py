@@ -57,7 +57,7 @@ def without_accelerate_state() -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_single_process() -> Iterator[None]:
-    """Let accelerate's state be that of one process: it gathers, reduces and waits for nobody."""
+    """Let accelerate's state be that of one process: it does not communicate."""
     alone = {"num_processes": 1, "process_index": 0, "local_process_index": 0, "distributed_type": DistributedType.NO}
     alone_prepared = alone | {"parallelism_config": None, "device_mesh": None}
     with contextlib.ExitStack() as stack:
