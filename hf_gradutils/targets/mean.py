@@ -28,8 +28,10 @@ _LARGEST_SCATTER = 10.0
 class Verdict:
     """What the check has found, the same on every rank."""
 
-    kind: Literal["mean", "alike", "random", "unchecked", "wrong"]
-    """``alike``: the equation holds, for parts that do not differ. ``random``: equal forwards do."""
+    kind: Literal["mean", "alike", "apart", "random", "single", "unchecked", "wrong"]
+    """``alike``: the equation holds, for parts that do not differ. ``apart``: it fails for rows that the order of the
+    data set may keep apart. ``random``: equal forwards differ. ``single``: only the first row counts, and batches have
+    one."""
     numbers: str = ""
     """Both sides of the equation if it does not hold, added up over the ranks on which it does not."""
 
@@ -75,7 +77,7 @@ class MeanCheck:
             only_if_it_tells: ``unchecked`` without a forward if the batch cannot tell.
 
         Collectives: up to ten small all-reduces over all ranks, and those of three forwards, or of up to 18 for a loss
-        that fails. Host syncs: one for each of these, and up to three per row.
+        that fails. Host syncs: one for each of these, and a few per row.
         """
         self._counter = counter
         first, contrast = self._cut(batch)
@@ -99,6 +101,29 @@ class MeanCheck:
         if kind == "wrong":
             return Verdict("random") if self._is_random(first, additivity) else Verdict("wrong", numbers)
         return Verdict("alike" if kind == "right" else "unchecked")
+
+    def verify_mixed(self, batch: Any, counter: TargetCounter) -> Verdict:
+        """Check the loss on rows of the data set of two kinds, in other proportions than a batch may have them.
+
+        Args:
+            batch: This rank's first one.
+            counter: Batch → targets.
+
+        Returns:
+            ``unchecked`` without a forward if the rows are of one kind, or if batches may never mix them so.
+
+        Collectives: up to nine small ones over all ranks, and those of three forwards, of six where rows of a batch
+        belong together, or of up to 15 for a loss that fails. Host syncs: as :meth:`verify`.
+        """
+        if self._dataset is None:
+            return Verdict("unchecked")
+        self._counter = counter
+        self._agreed_sample()  # while the rows are there: later steps may need it
+        own = self._dataset().mix(batch, counter, batch_size=self._batch_size, num_blocks=self._num_blocks)
+        sample = self._if_on_all_ranks(own)
+        verdict = Verdict("unchecked") if sample is None else self._verify_on(sample)
+        keeps_apart = verdict.kind == "wrong" and not self._dataset().is_shuffled
+        return Verdict("apart", verdict.numbers) if keeps_apart else verdict
 
     @property
     def _least_contrast(self) -> float:
@@ -124,27 +149,49 @@ class MeanCheck:
         """Rows of the data set, as many on every rank; None if some rank has none."""
         if not self._is_sampled:
             sample = self._dataset().choose(self._counter, batch_size=self._batch_size) if self._dataset else None
-            size, contrast = (0, 0.0) if sample is None else (len(sample.first), sample.contrast)
-            ranks = find_largest(self._domain, most=size, minus_least=-size, minus_contrast=-contrast)
-            is_same = size and ranks["most"] == -ranks["minus_least"]
-            self._sample = replace(sample, contrast=-ranks["minus_contrast"]) if sample and is_same else None
+            self._sample = self._if_on_all_ranks(sample)
             self._is_sampled = True
         return self._sample
 
+    def _if_on_all_ranks(self, sample: Sample | None) -> Sample | None:
+        """The sample, with the least contrast, if every rank has one with parts of as many rows. One all-gather."""
+        first, second = (0, 0) if sample is None else (len(sample.first), len(sample.second))
+        contrast = 0.0 if sample is None else sample.contrast
+        ranks = find_largest(
+            self._domain,
+            first=first,
+            second=second,
+            minus_first=-first,
+            minus_second=-second,
+            minus_contrast=-contrast,
+        )
+        is_same = ranks["first"] == -ranks["minus_first"] and ranks["second"] == -ranks["minus_second"]
+        return replace(sample, contrast=-ranks["minus_contrast"]) if sample and is_same else None
+
     def _verify_on(self, sample: Sample) -> Verdict:
         """The cut first: it pads all parts alike. Rows that belong together in a batch only stand the collator."""
-        holds = Verdict("mean" if sample.contrast >= self._least_contrast else "alike")
-        was_wrong = ""
+        wrong: tuple[Parts, Additivity, str] | None = None
         for make in (lambda: sample.cut(num_blocks=self._num_blocks), sample.collated):
             parts = self._agreed(make)
-            kind, additivity, numbers = ("failed", UNCHECKED, "") if parts is None else self._compare(parts)
+            if parts is None:
+                continue
+            kind, additivity, numbers = self._compare(parts)
             if kind == "right":
-                return holds
-            if kind == "wrong" and parts is not None:
-                if self._is_random(parts, additivity):
-                    return Verdict("random")
-                was_wrong = numbers
-        return Verdict("wrong", was_wrong) if was_wrong else Verdict("unchecked")
+                return Verdict("mean" if sample.contrast >= self._least_contrast else "alike")
+            if kind == "wrong":
+                wrong = parts, additivity, numbers
+        if wrong is None:
+            return Verdict("unchecked")
+        parts, additivity, numbers = wrong
+        if self._batch_size == 1 and self._sees_the_first_row_only(parts, additivity):
+            return Verdict("single")
+        return Verdict("random") if self._is_random(parts, additivity) else Verdict("wrong", numbers)
+
+    def _sees_the_first_row_only(self, parts: Parts, additivity: Additivity) -> bool:
+        """True if the loss of both parts is that of the first one. One all-reduce."""
+        whole, first = (float(self._counter.weight(self._counter(part))) for part in (parts.whole, parts.first))
+        differs = not math.isclose(additivity.whole * first, additivity.parts[0] * whole, rel_tol=1e-6)
+        return not add_up(self._domain, differs=differs)["differs"]
 
     def _is_the_cut_at_fault(self) -> bool:
         """True if rows of the data set fail when cut but not when collated: rows of a batch belong together."""

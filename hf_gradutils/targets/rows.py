@@ -124,8 +124,13 @@ def describe(batch: Any) -> str:
 
 def _is_per_row(value: object, num_rows: int) -> bool:
     if isinstance(value, Tensor):
-        return value.dim() > 0 and value.shape[0] == num_rows
+        return _has_rows(value) and value.dim() > 0 and value.shape[0] == num_rows
     return isinstance(value, list | tuple) and len(value) == num_rows
+
+
+def _has_rows(value: Tensor) -> bool:
+    """False for a sparse or nested tensor, which cannot be cut."""
+    return value.layout == torch.strided and not value.is_nested
 
 
 def _is_single(value: object) -> bool:

@@ -77,7 +77,7 @@ class LossExaminer:
         check: bool,
         needs_count: bool = True,
         smooths_labels: bool = False,
-        kinds_differ: bool = False,
+        rows_differ: bool = False,
     ) -> Settled:
         """Find out if the head shifts, and check that the loss is a mean over the targets counted.
 
@@ -86,7 +86,8 @@ class LossExaminer:
             check: Verify additivity.
             needs_count: A batch that cannot be counted is an error.
             smooths_labels: Ask about the shift for any counter, because label smoothing has to shift like the head.
-            kinds_differ: Rows of the data set may have labels of another kind than the first batch.
+            rows_differ: The loss is of the user's own: ask about its shift, and check it, also on rows of the data set,
+                which may be of another kind than those of the first batch.
 
         Collectives: a few small all-reduces over all ranks. Host syncs: one per forward and per all-reduce, and up to
             three per row.
@@ -111,10 +112,13 @@ class LossExaminer:
                 )
             finally:
                 failure = None  # its traceback holds this frame, and through the callers' the model
-        example = self._example(batch, asked, int(ranks["may_shift"]), kinds_differ=kinds_differ)
+        example = self._example(batch, asked, int(ranks["may_shift"]), rows_differ=rows_differ)
         shifts = None if example is None else self.ask_shift(example)
         self.counter = replace(self.counter, head_shifts=shifts)
-        verdict = self.verify(batch) if check else None
+        verdict = self._mean.verify(batch, self.counter) if check else None
+        if verdict is not None and rows_differ and verdict.kind not in ("wrong", "random", "single"):
+            mixed = self._mean.verify_mixed(batch, self.counter)
+            verdict = mixed if mixed.kind in ("wrong", "random", "apart", "single") else verdict
         self._forget_candidates()
         targets = add_up(self._domain, targets=1.0 if failure else float(self.counter(batch)))["targets"]
         check_count(targets)
@@ -135,11 +139,11 @@ class LossExaminer:
     def _forget_candidates(self) -> None:
         """Free the rows that were not chosen."""
         if self._rows is not None:
-            self._rows.candidates.clear()
+            self._rows.forget()
 
     # ---- Does the head shift? ----
 
-    def _example(self, batch: Any, asked: TargetCounter, num_able: int, *, kinds_differ: bool) -> Any | None:
+    def _example(self, batch: Any, asked: TargetCounter, num_able: int, *, rows_differ: bool) -> Any | None:
         """A batch on every rank whose count depends on the shift; None if there is none."""
         if num_able == self._domain.num_ranks:
             return batch
@@ -147,7 +151,7 @@ class LossExaminer:
             own = self._one_row(batch) if asked.depends_on_shift(batch) else None
             example = next(row for row in gather_objects(self._domain, own) if row is not None)
             return _moved(example, next(v.device for v in entries_of(batch).values() if isinstance(v, Tensor)))
-        if not (kinds_differ and asked.is_default and self._make_dataset is not None):
+        if not (rows_differ and asked.is_default and self._make_dataset is not None):
             return None
         example = self._dataset().first_of(asked.depends_on_shift)
         has_it = add_up(self._domain, able=example is not None)["able"] == self._domain.num_ranks

@@ -1,10 +1,11 @@
 """The rows of a data set that are chosen tell one mean from another, are the same everywhere, and leave no trace."""
 
 import random
+import weakref
 
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import BatchSampler, Dataset, RandomSampler
 
 from hf_gradutils.targets.contrast import NO_RIVAL, contrast_of_cuts, least_contrast
 from hf_gradutils.targets.counter import TargetCounter
@@ -78,10 +79,10 @@ class Drawing(Dataset):
 def test_reading_is_the_same_every_time_and_leaves_no_trace():
     dataset, state = Drawing(), (torch.get_rng_state(), random.getstate())
     first, second = (rows_of(dataset) for _ in range(2))
-    assert len(first.candidates) == NUM_CANDIDATES
-    for a, b in zip(first.candidates, second.candidates, strict=True):
-        assert torch.equal(a.batch["x"], b.batch["x"])
-    assert first.candidates[-1].row["labels"] == 99
+    assert len(first.rows) == NUM_CANDIDATES
+    for a, b in zip(first.rows, second.rows, strict=True):
+        assert torch.equal(a["x"], b["x"])
+    assert first.rows[-1]["labels"] == 99
     assert (dataset.num_read, dataset.file) == (0, None)
     assert torch.equal(torch.get_rng_state(), state[0])
     assert random.getstate() == state[1]
@@ -110,5 +111,73 @@ class Failing(Drawing):
 @pytest.mark.parametrize("dataset", [None, Failing(), iter(()), [], 3, {"a": 1}])
 def test_a_data_set_that_cannot_be_read_gives_nothing(dataset):
     rows = rows_of(dataset)
-    assert rows.candidates == []
+    assert rows.rows == []
     assert rows.choose(TargetCounter(), batch_size=1) is None
+
+
+# ---- What is held and read ----
+
+
+class Batch(dict):
+    """Can be referred to weakly."""
+
+
+class Counted:
+    """Prepared batches that are alive, the most at a time, and collations."""
+
+    def __init__(self):
+        self.made, self.most, self.num_collations = [], 0, 0
+
+    def prepare(self, batch):
+        self.num_collations += 1
+        batch = Batch(batch)
+        self.made = [made for made in self.made if made() is not None] + [weakref.ref(batch)]
+        self.most = max(self.most, len(self.made))
+        return batch
+
+
+SHUFFLED = BatchSampler(RandomSampler(range(100)), 2, drop_last=False)
+QUESTIONS = {
+    "first of": lambda rows: rows.first_of(lambda batch: False),
+    "choose": lambda rows: rows.choose(TargetCounter(), batch_size=2),
+    "mix": lambda rows: rows.mix({}, TargetCounter(), batch_size=2, num_blocks=1),
+}
+KINDS = {
+    "classes": lambda i: {"x": torch.zeros(2), "labels": torch.tensor(i % 3)},
+    "tokens": lambda i: row_of(*range(1, 3 + i % 5)),
+    "numbers": lambda i: {"x": torch.zeros(2), "source": torch.tensor(i % 2), "labels": torch.tensor(0.5)},
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_prepared_row_is_there_at_a_time_and_each_is_collated_once_a_question(question, kind):
+    counted, num_read = Counted(), []
+
+    class Read(Dataset):
+        def __len__(self):
+            return 100
+
+        def __getitem__(self, index):
+            num_read.append(index)
+            return KINDS[kind](index)
+
+    rows = DatasetRows(Read(), collate, counted.prepare, CPU, SHUFFLED)
+    QUESTIONS[question](rows)
+    assert counted.most == 1
+    assert counted.num_collations <= NUM_CANDIDATES
+    for other in QUESTIONS.values():
+        other(rows)
+    assert counted.most == 1
+    assert counted.num_collations <= 3 * NUM_CANDIDATES
+    assert len(num_read) == NUM_CANDIDATES
+
+
+def test_a_collator_that_takes_entries_out_of_the_rows_is_given_them_whole():
+    def taking(rows):
+        return {"labels": torch.stack([row.pop("labels") for row in rows]), **collate(rows)}
+
+    rows = DatasetRows([KINDS["tokens"](i) for i in range(40)], taking, lambda batch: batch, CPU, SHUFFLED)
+    for choose in (QUESTIONS["choose"], QUESTIONS["mix"]):
+        assert choose(rows).cut(num_blocks=1) is not None
+    assert "labels" in rows.rows[0]
