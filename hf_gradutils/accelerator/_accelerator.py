@@ -16,7 +16,7 @@ from hf_gradutils.accelerator._clipping import clip_by_norm, clip_by_value
 from hf_gradutils.accelerator._copies import CopyableAccelerator
 from hf_gradutils.accelerator._half_precision import reduce_in_float32, reduce_parameters_in_float32
 from hf_gradutils.accelerator._micro_batch import MicroBatch, as_number
-from hf_gradutils.accelerator._optimizer import GradUtilsOptimizer, check_can_scale
+from hf_gradutils.accelerator._optimizer import GradUtilsOptimizer, check_can_scale, innermost
 from hf_gradutils.accelerator._padding import padded_to_the_same_number
 from hf_gradutils.accelerator._plugin import GradUtilsPlugin
 from hf_gradutils.accelerator._readers import reader_of_gradients
@@ -116,6 +116,7 @@ class GradUtilsAccelerator(CopyableAccelerator):
             sum_increments(model)
             if self.windows.widens_gradients and isinstance(model, FSDPModule):
                 fsdp2_keep_losses(model)
+        self.windows.outside.watch(models_of(self))
         return prepared
 
     def prepare_model(
@@ -135,6 +136,7 @@ class GradUtilsAccelerator(CopyableAccelerator):
         """
         if self.windows.plugin.fold_into_optimizer:
             check_can_scale([optimizer], self.scaler)
+        self.windows.outside.running.optimizers.add(innermost(optimizer))
         prepared = super().prepare_optimizer(optimizer, device_placement)
         return GradUtilsOptimizer.adopt(prepared, self.windows.before_step)
 
@@ -204,8 +206,8 @@ class GradUtilsAccelerator(CopyableAccelerator):
                 was prepared.
             **kwargs: As accelerate takes them.
 
-        Collectives: in the first call for a model one all-reduce, and under fp16 another; then none, but one in each
-            window of one micro-batch whose targets are counted first. Host syncs: none, but in that first call.
+        Collectives: two all-reduces in the first call for a model; then none, but one in each window of one micro-batch
+            whose targets are counted first. Host syncs: none, but in that first call.
 
         Raises:
             TargetCountError: the number of targets is missing.

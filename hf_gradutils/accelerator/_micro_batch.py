@@ -1,5 +1,6 @@
 """The record of one micro-batch, from where the loop draws it to its last backward."""
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,7 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_gradutils._collectives import add_up, world_domain
 from hf_gradutils.errors import InvalidArgumentError
+from hf_gradutils.upstream.torch import is_multiple
+
+logger = logging.getLogger("hf_gradutils.trainer")
 
 
 @dataclass(eq=False, slots=True)
@@ -18,32 +23,86 @@ class Division:
     num_micro_batches: int
     may_divide: bool
     """It reads the number of micro-batches."""
+    num_ranks: int = 1
+    """Which it may multiply by, where the model divides by a count."""
+    warns: bool = False
+    """Say so, if nothing tells."""
     of_backward: float | None = None
     """What undoes it in the loss passed to ``backward``; None until a loss has told."""
     of_result: float | None = None
     """The same of the loss that the step returns."""
+    asks_backward: bool = True
+    """The next loss is asked; until one tells, what was found before holds."""
+    asks_result: bool = True
+    """The same of the loss that the step returns."""
 
-    def ask(self, computed: Tensor, loss: Tensor, *, must_tell: bool) -> float | None:
-        """Compare a loss with the one that was computed; the factor between them. A host sync.
+    def look_again(self) -> None:
+        """Ask the next losses again: the step may divide by other numbers than before."""
+        self.asks_backward = self.asks_result = True
+
+    def ask_backward(self, computed: Tensor | None, loss: Tensor, number: float, *, warns: bool) -> None:
+        """Set :attr:`of_backward`, if the loss of any rank tells. Arguments as in :meth:`ask`.
+
+        Collectives: one all-reduce over all ranks, whose steps reach it in the same micro-batch. Host syncs: three.
 
         Raises:
-            InvalidArgumentError: ``must_tell``, and the loss is neither that one nor its part.
+            InvalidArgumentError: the step reads the number of micro-batches, and nothing has told if it divides by it;
+                on all ranks.
+        """
+        own = math.nan if computed is None else self.ask(computed, loss, number)
+        ranks = add_up(
+            world_domain(),
+            loss.device,
+            undivided=own == 1.0,
+            divided=own == number,
+            neither=own is not None and math.isnan(own),
+        )
+        if not any(ranks.values()):
+            return
+        self.asks_backward = False
+        if bool(ranks["undivided"]) != bool(ranks["divided"]):
+            factor = 1.0 if ranks["undivided"] else number
+        elif self.of_backward is not None:
+            return
+        elif self.may_divide:
+            raise InvalidArgumentError(_CANNOT_TELL)
+        else:
+            factor = 1.0
+            if warns:
+                logger.warning(_TAKEN_AS_MEAN)
+        if self.warns and self.of_backward not in (None, factor):
+            logger.warning(_STEP_CHANGED)
+        self.of_backward = factor
+
+    def ask(self, computed: Tensor, loss: Tensor, number: float) -> float | None:
+        """The factor between a loss and the one that was computed: 1, ``number``, or NaN if there is no such.
+
+        None if that one is 0. Host syncs: two.
         """
         before, after = float(computed.detach().mean()), float(loss.detach().mean())
         if not (before and math.isfinite(before)):
             return None
-        for factor in (1.0, float(self.num_micro_batches)):
+        # Of several terms others may be 0 now, and what looks like a division is the weight of one.
+        is_the_whole = self.may_divide or not loss.requires_grad or is_multiple(loss, computed)
+        for factor in (1.0, number) if is_the_whole else (1.0,):
             if math.isclose(after * factor, before, rel_tol=1e-2):
                 return factor
-        if must_tell:
-            raise InvalidArgumentError(_CANNOT_TELL)
-        return 1.0
+        return math.nan
 
 
 _CANNOT_TELL = (
     "training_step reads gradient_accumulation_steps, and it cannot be told whether it divides its loss by it: the "
     "loss is neither that of compute_loss nor its part; divide by self.current_gradient_accumulation_steps instead (1 "
     "here, where each micro-batch is weighted by its targets), or not at all"
+)
+_TAKEN_AS_MEAN = (
+    "nothing tells if training_step divides its loss by the number of micro-batches: it is neither the loss of "
+    "compute_loss or of the model, nor its part. It is taken as the mean over its micro-batch, undivided; divide by "
+    "self.current_gradient_accumulation_steps, which is 1 here, or not at all. See docs/custom.md"
+)
+_STEP_CHANGED = (
+    "training_step divides its loss by another number of micro-batches than before. This is undone from here on; steps "
+    "since the loss was looked at last may be off by such a factor. See docs/custom.md"
 )
 
 
@@ -75,8 +134,12 @@ class MicroBatch:
     """The batch as it was drawn; with ``division``."""
     count_late: Callable[[], None] | None = None
     """Counts what was drawn, where the user's own step prepares no inputs."""
+    is_models: bool = False
+    """The latest loss is one that the step asked the model for, without ``compute_loss``."""
+    has_other_count: bool = False
+    """With ``is_models``: the step gave the model another count than the one that it was handed."""
     computed: Tensor | None = None
-    """The loss as ``compute_loss`` returned it; with ``division``."""
+    """The loss as ``compute_loss`` returned it, or the model where the step asks the model; with ``division``."""
     ended: list[Any] = field(default_factory=list)
     """Windows that were closed in it; another loss is too late for them."""
     averaged: list[Any] = field(default_factory=list)
@@ -134,31 +197,50 @@ class MicroBatch:
             InvalidArgumentError: it cannot be told.
         """
         division = self.division
-        # A loss that transformers has divided by the count is divided no more: another factor is a weight.
-        if division is None or division.num_micro_batches == 1 or (self.is_divided and self.computed is not None):
+        if division is None or self._number == 1:
             return weight
-        if self.computed is not None:
-            if division.of_backward is None:
-                division.of_backward = division.ask(self.computed, loss, must_tell=division.may_divide)
-        elif division.may_divide:
+        # A loss that transformers has divided by the count is divided no more: another factor is a weight.
+        if self.is_divided and self.computed is not None and not self.is_models:
+            return weight
+        if division.asks_backward:
+            # A step that says how many targets its loss is a mean over knows that it is taken as one.
+            division.ask_backward(self.computed, loss, self._number, warns=division.warns and weight is self.weight)
+        elif self.computed is None and division.may_divide:
             raise InvalidArgumentError(_CANNOT_TELL)
         return weight * (division.of_backward or 1.0)
 
+    @property
+    def _number(self) -> float:
+        """What undoes the factor that a step gives its loss as the stock Trainer needs it."""
+        assert self.division is not None
+        if self.is_models and self.is_divided:
+            return 1 / self.division.num_ranks
+        return float(self.division.num_micro_batches)
+
     def report(self, window: Any, loss: Tensor) -> None:
         """Report the loss that the user's own step returns."""
-        if self.division is None or window.sums.is_empty:
+        division = self.division
+        if division is None or window.sums.is_empty:
             return
-        if self.computed is not None and self.division.of_result is None:
-            self.division.of_result = self.division.ask(self.computed, loss, must_tell=False)
-        window.sums.report_loss(loss, (self.division.of_result or 1.0) / (self.division.of_backward or 1.0))
+        is_undivided = loss is self.computed  # as of a step that clips, and has returned nothing yet
+        if self.computed is not None and division.asks_result and not is_undivided:
+            factor = division.ask(self.computed, loss, self._number)
+            division.asks_result = factor is None
+            if factor is not None and not math.isnan(factor):
+                division.of_result = factor
+        of_result = 1.0 if is_undivided else division.of_result or 1.0
+        window.sums.report_loss(loss, of_result / (division.of_backward or 1.0))
 
 
 def as_number(num_targets: Tensor | int, device: torch.device) -> Tensor:
     """Return a count as a tensor of shape (). InvalidArgumentError if it is not one number ≥ 0."""
     if isinstance(num_targets, Tensor) and num_targets.numel() == 1 and not (num_targets.is_cpu and num_targets < 0):
         return num_targets.detach().reshape(())
-    if isinstance(num_targets, int | float) and not isinstance(num_targets, bool) and num_targets >= 0:
-        return torch.full((), float(num_targets), dtype=torch.float64, device=device)
+    number: Any = num_targets
+    if getattr(number, "ndim", None) == 0:  # of numpy
+        number = number.item()
+    if isinstance(number, int | float) and not isinstance(number, bool) and number >= 0:
+        return torch.full((), float(number), dtype=torch.float64, device=device)
     got = repr(num_targets)
     if isinstance(num_targets, Tensor) and num_targets.numel() != 1:
         got = f"a tensor of shape {tuple(num_targets.shape)}"

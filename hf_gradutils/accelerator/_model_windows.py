@@ -32,10 +32,20 @@ class ModelWindow:
     """The scale of its sums has been chosen."""
     reader: str | None = None
     """What reads gradients in the backward, in words; empty if nothing does, None if not known yet."""
-    gradients: list[tuple[int, int]] | None = None
-    """After the latest backward of the first window."""
+    first: Any = None
+    """What watches over its gradients, until the second opens."""
     needs_counts: bool | None = None
     """Each of its windows begins with its counts; None until all ranks have agreed on it."""
+    ordered: list[tuple[Any, Any]] = field(default_factory=list)
+    """Optimizers and what the latest end has ordered of them."""
+    is_final: bool = False
+    """Gradients of this window are its mean as soon as they are there."""
+    is_reduced: bool = False
+    """The latest backward has left reduced gradients in ``.grad``."""
+    is_bare: bool = False
+    """The latest backward was in no context of the Accelerator's."""
+    mark: tuple[int, int] | None = None
+    """Its first gradient after the latest backward, and how often that was changed."""
     num_changes: int = 0
     """Of its parameters, when the latest micro-batch began; where something reads gradients."""
     whole: nn.Module = field(init=False)
@@ -76,6 +86,9 @@ class ModelWindows:
         self._optimizers: dict[tuple[int, ...], list[Any]] = {}
         self._holders: dict[tuple[int, ...], nn.Module] = {}
 
+    def __bool__(self) -> bool:
+        return bool(self._windows)
+
     def __iter__(self) -> Iterator[ModelWindow]:
         return iter(self._windows.values())
 
@@ -88,6 +101,12 @@ class ModelWindows:
             self._windows[key] = make(tuple({id(model): model for model in models}.values()))
             self._optimizers.clear()
         return self._windows[key]
+
+    def sharing(self, window: ModelWindow) -> list[ModelWindow]:
+        """Other windows that are open, and train some of the same parameters."""
+        others = [other for other in self if other.is_open and other is not window]
+        own = {id(p) for p in window.parameters()} if others else set()
+        return [other for other in others if any(id(p) in own for p in other.parameters())]
 
     def with_any_of(self, parameters: Iterable[Tensor]) -> list[ModelWindow]:
         """The windows that train at least one of these."""
@@ -125,10 +144,10 @@ class ModelWindows:
         key = (id(window), len(optimizers), *sizes)
         if key not in self._optimizers:
             own = {id(p) for p in window.parameters()}
-            stepping = [o for o in optimizers if any(id(p) in own for p in _parameters_of(o))]
+            stepping = [o for o in optimizers if any(id(p) in own for p in parameters_of(o))]
             in_windows = own.union(*({id(p) for p in other.parameters()} for other in self))
-            others = [p for o in stepping for p in _parameters_of(o) if p.grad is not None and id(p) not in in_windows]
-            if others:
+            others = [p for o in stepping for p in parameters_of(o) if p.grad is not None and id(p) not in in_windows]
+            if others and not window.is_final:
                 raise InvalidArgumentError(
                     f"the optimizer also steps on {len(others)} parameters of no model that the loss trains, the first "
                     f"of shape {tuple(others[0].shape)}; their gradients would not be divided by the targets. Make "
@@ -142,5 +161,6 @@ def _as_one(modules: Sequence[nn.Module]) -> nn.Module:
     return modules[0] if len(modules) == 1 else nn.ModuleList(modules)
 
 
-def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """All that it steps on."""
     return [p for group in optimizer.param_groups for p in group["params"]]

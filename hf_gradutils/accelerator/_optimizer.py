@@ -125,6 +125,12 @@ class GradUtilsOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
         finally:
             self.scaler = scaler
 
+    def zero_grad(self, set_to_none: bool | None = None) -> None:
+        """Like accelerate's; an order for gradients that are gone is gone too."""
+        super().zero_grad(set_to_none)
+        if self.gradient_state.sync_gradients:
+            self.order = None
+
     @property
     def step_was_skipped(self) -> bool:
         """True if the last step was skipped, by the scaler or by the host's order."""

@@ -112,7 +112,7 @@ class GradUtilsPlugin(GradientAccumulationPlugin):  # type: ignore[misc]
     """Batch → number of targets, a 0-d tensor; overrides ``loss_unit``."""
     check_loss_unit: bool = field(default_factory=_setting("check_loss_unit", True))
     """Verify before the first step that the loss is a mean over what is counted: on the first batch, with three
-    forwards, or on rows of the data set if that cannot tell."""
+    forwards, or on rows of the data set if that cannot tell, and for a loss of your own on both."""
     counts: Counts = field(default_factory=_setting("counts", "auto"))
     """When the targets of a window are added up over its micro-batches and ranks: ``streamed``, at its end; ``first``,
     before its first backward, as transformers does: gradients are final in the backward, and ``num_items_in_batch`` is

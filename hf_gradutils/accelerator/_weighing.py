@@ -21,9 +21,20 @@ from hf_gradutils.accelerator._windows import Windows
 from hf_gradutils.errors import InvalidArgumentError, TargetCountError
 from hf_gradutils.sync import communicates, reduces_in_one_dtype
 from hf_gradutils.upstream.accelerate import optimizers_of
+from hf_gradutils.upstream.torch import grads_of
 from hf_gradutils.window import AccumulationWindow, loss_scale_for
 
 logger = logging.getLogger("hf_gradutils.accelerator")
+
+_AGAIN = (
+    "a second backward before the optimizer step: if it is another loss of the same batch, put both into `with "
+    "accelerator.accumulate(model):`, where they add up; if it is another micro-batch, say how many there are "
+    "(gradient_accumulation_steps) and put each into one of its own"
+)
+_HOW_TO_START = (
+    "call accelerator.start_window(num_targets) before the first backward of each window, with this rank's targets of "
+    "all its micro-batches"
+)
 
 
 def run_backward(
@@ -51,19 +62,26 @@ def run_backward(
     if micro_batch.is_padding or is_padding(accelerator.gradient_state.active_dataloader):
         targets = weight = torch.zeros_like(targets)
     window = windows.of_loss(model)
+    if not window.reader:  # which may take gradients away
+        windows.forget_dropped(window, micro_batch)
+    was_bare, window.is_bare = window.is_bare, windows.models is None
+    if window.is_open and windows.have_one_micro_batch and was_bare and window.is_bare:
+        raise InvalidArgumentError(_AGAIN)
+    if window.is_open and window.needs_counts and window not in micro_batch.counted:
+        _goes_on(windows, window)
     is_last = bool(kwargs.get("retain_graph")) and _averages_once(windows, window)
     targets = micro_batch.count_once(window, targets, is_last=is_last)
     weight = micro_batch.undivided(loss, weight)
     is_reported = micro_batch.division is None
     weighted = _weigh(windows, window, loss, targets, weight, is_share=is_share, is_reported=is_reported)
     learning_rate = kwargs.pop("learning_rate", None)  # of LOMO, which steps in the backward
-    with _reducing(windows, window) if accelerator.sync_gradients else contextlib.nullcontext():
+    reducing = _reducing(windows, window) if accelerator.sync_gradients else contextlib.nullcontext()
+    with reducing, windows.outside.in_backward(window):
         # accelerate would divide by the number of micro-batches; its other branches are for engines refused here.
         if learning_rate is not None and accelerator.has_lomo_optimizer:
             accelerator.lomo_backward(weighted, learning_rate)
         else:
             weighted.backward(**kwargs)  # type: ignore[no-untyped-call]
-    windows.watch(window)
 
 
 def expect(windows: Windows, window: ModelWindow, numbers: Tensor) -> Callable[[], Tensor]:
@@ -79,8 +97,6 @@ def expect(windows: Windows, window: ModelWindow, numbers: Tensor) -> Callable[[
 
     Collectives: one all-reduce over all ranks, which the first backward waits for. Host syncs: none.
     """
-    if not window.has_scale:
-        _choose_loss_scale(windows, window, numbers[0])
     domain = world_domain()
     reduced = start_all_reduce(domain, on_device(numbers, windows.accelerator.device))
     window.sums.expect(lambda: reduced()[0], domain.num_ranks)
@@ -92,26 +108,28 @@ def _weigh(
 ) -> Tensor:
     """Return the loss to call ``backward`` on; the first one opens the window.
 
-    Collectives: under fp16 one all-reduce in the first call for a model. Host syncs: two in that call.
+    Collectives: two all-reduces in the first call for a model. Host syncs: two in that call.
 
     Raises:
         InvalidArgumentError: gradients are read in the backward, but the targets of the window are not known.
+        TargetCountError: there are gradients that are no sums of this window.
     """
-    if not window.reader:  # which may take gradients away
-        windows.forget_dropped(window)
     if not window.is_open and not any(other.is_open for other in windows.by_models):
         windows.loss_scale.update()
-    if not window.has_scale:
+    if not (window.has_scale or window.sums.is_expected):
         _choose_loss_scale(windows, window, num_targets)
     if window.needs_counts is None:
         window.reader = reader_of_gradients(window.whole, optimizers_of(windows.accelerator))
         window.needs_counts = _needs_counts(windows, window)
     if window.needs_counts and not (window.is_open or window.sums.is_expected):
         expect(windows, window, num_targets.double().reshape(1).clone())
-    windows.check_untouched(window)
+    if not window.is_open:
+        window.is_final = window.sums.is_expected
+    windows.outside.check(window)
     if window.reader:
         _check_weights_wait(window)
-    window.is_open = True
+    if not window.is_open:
+        _open(windows, window, loss)
     weighted = window.sums.weigh(loss, num_targets, weight, **options)
     if windows.loss_scale.scaler is None:
         return weighted
@@ -119,6 +137,39 @@ def _weigh(
         windows.loss_scale.check_is_on(windows.optimizers_of(window))
     scaled: Tensor = windows.loss_scale.scaler.scale(weighted)
     return scaled
+
+
+def _open(windows: Windows, window: ModelWindow, loss: Tensor) -> None:
+    """Open a window with its first loss. Raises as :func:`_weigh`."""
+    if any(not (window.is_final and other.is_final) for other in windows.by_models.sharing(window)):
+        raise InvalidArgumentError(
+            "two losses train some of the same parameters, each divided by targets of its own, and both windows are "
+            "open; add the losses and pass all their models: accelerator.backward(loss, num_targets, model=[a, b]), or "
+            "make gradients final with GradUtilsPlugin(counts='first')"
+        )
+    for optimizer, order in window.ordered:
+        if optimizer.order is order:  # of a step that was left out
+            optimizer.order = None
+    window.ordered.clear()
+    is_alone = windows.accelerator.num_processes == windows.num_replicas(window.models)
+    is_single = windows.have_one_micro_batch and windows.accelerator.num_processes == 1
+    windows.outside.start(window, loss, is_alone=is_alone, is_single=is_single)
+    window.is_open = True
+
+
+def _goes_on(windows: Windows, window: ModelWindow) -> None:
+    """Take it that windows have several micro-batches after all, unless the gradients of the first are gone.
+
+    Raises:
+        InvalidArgumentError: gradients are read in the backward, which were final only for the first.
+    """
+    if all(gradient is None for gradient in grads_of(window.parameters())):
+        window.sums.discard()
+        window.is_open = False
+        return
+    if window.reader or windows.plugin.counts == "first":
+        raise InvalidArgumentError(f"{window.reader or 'counts=first'}: {_HOW_TO_START}")
+    window.needs_counts = window.is_final = False
 
 
 def _check_weights_wait(window: ModelWindow) -> None:
@@ -146,6 +197,8 @@ def _needs_counts(windows: Windows, window: ModelWindow) -> bool:
     setting = windows.plugin.counts
     steps = any(hasattr(innermost(optimizer), "fused_backward") for optimizer in optimizers_of(windows.accelerator))
     ranks = add_up(world_domain(), windows.accelerator.device, reading=bool(window.reader), stepping=steps)
+    if setting == "auto" and windows.have_one_micro_batch and world_domain().num_ranks == 1:
+        return True  # nothing is to be waited for, and a weight of 1 suits any backward of the user's own
     if setting != "first" and not ranks["reading"]:
         return False
     reader = window.reader or "a hook on another rank reads gradients in the backward"
@@ -153,23 +206,17 @@ def _needs_counts(windows: Windows, window: ModelWindow) -> bool:
         raise InvalidArgumentError(
             f"{reader}, but with counts='streamed' gradients are weighted sums until the window ends; set counts='auto'"
         )
-    if max(windows.num_micro_batches, windows.accelerator.gradient_accumulation_steps) == 1:
+    if windows.have_one_micro_batch:
         return True
-    how = (
-        "call accelerator.start_window(num_targets) before the first backward of each window, with this rank's targets "
-        "of all its micro-batches"
-    )
     if setting == "first" or ranks["stepping"]:
-        raise InvalidArgumentError(f"{reader if ranks['reading'] else 'counts=first'}: {how}")
-    logger.warning("%s, and sees sums over targets until a window ends; for true gradients %s", reader, how)
+        raise InvalidArgumentError(f"{reader if ranks['reading'] else 'counts=first'}: {_HOW_TO_START}")
+    logger.warning("%s, and sees sums over targets until a window ends; for true gradients %s", reader, _HOW_TO_START)
     return False
 
 
 def _choose_loss_scale(windows: Windows, window: ModelWindow, num_targets: Tensor) -> None:
-    """Keep fp16 gradients at the magnitude of a mean; chosen once, the same on all ranks."""
+    """Keep gradients at the magnitude of a mean, for fp16 and compressing hooks; chosen once, the same on all ranks."""
     window.has_scale = True
-    if windows.loss_scale.scaler is None and all(p.dtype != torch.float16 for p in window.parameters()):
-        return
     domain, device = world_domain(), windows.accelerator.device
     total = add_up(domain, device, num_targets=num_targets.item())["num_targets"]
     scale = loss_scale_for(total / domain.num_ranks * windows.accelerator.gradient_accumulation_steps)

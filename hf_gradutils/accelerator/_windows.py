@@ -2,17 +2,18 @@
 
 import contextlib
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from accelerate import Accelerator
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
+from hf_gradutils.accelerator._first_window import NOT_WEIGHTED, OF_NO_MODEL, check_weighted
 from hf_gradutils.accelerator._half_precision import accumulates_in_float32
 from hf_gradutils.accelerator._loss_scale import LossScale
 from hf_gradutils.accelerator._micro_batch import MicroBatch
-from hf_gradutils.accelerator._model_windows import ModelWindow, ModelWindows
+from hf_gradutils.accelerator._model_windows import ModelWindow, ModelWindows, parameters_of
 from hf_gradutils.accelerator._optimizer import (
     GradUtilsOptimizer,
     StepOrder,
@@ -20,9 +21,9 @@ from hf_gradutils.accelerator._optimizer import (
     check_can_scale,
     why_not_on_device,
 )
+from hf_gradutils.accelerator._outside_changes import OutsideChanges
 from hf_gradutils.accelerator._plugin import GradUtilsPlugin
 from hf_gradutils.accelerator._prepared import PreparedModels, without_wrappers
-from hf_gradutils.accelerator._readers import check_untouched, check_weighted, state_of_gradients
 from hf_gradutils.accelerator._rollback import Counters
 from hf_gradutils.errors import InvalidArgumentError, NonfiniteGradientError
 from hf_gradutils.sync import (
@@ -30,9 +31,9 @@ from hf_gradutils.sync import (
     SyncContext,
     communicates,
     discard_deferred,
+    shard_again,
 )
 from hf_gradutils.upstream.accelerate import models_of, optimizers_of, schedulers_of
-from hf_gradutils.upstream.torch import grads_of
 from hf_gradutils.window import AccumulationWindow, WindowReport
 
 
@@ -65,10 +66,15 @@ class Windows:
         """The models that a loss trains now: those of ``accumulate``, ``no_sync`` or ``one_micro_batch``."""
         self.micro_batch: MicroBatch | None = None
         """The micro-batch of ``accumulate`` or ``one_micro_batch``."""
+        self.has_data_left: bool | None = None
+        """Of a Trainer's loader, after this micro-batch; as in :meth:`AccumulationWindow.close`, whoever closes."""
         self.prepared = PreparedModels(accelerator, with_half_shards=plugin.accumulate_in_float32 is True)
         self.loss_scale = LossScale(accelerator)
         self.accelerator = accelerator
         self.accumulates_wide = accumulates_in_float32(plugin.accumulate_in_float32, num_micro_batches)
+        self._forgotten: weakref.WeakSet[GradUtilsOptimizer] = weakref.WeakSet()
+        """Prepared before accelerate freed its memory, as a Trainer does when it begins, and stepping still."""
+        self.outside = OutsideChanges(accelerator, self.prepared, moves_gradients=self.accumulates_wide)
         each_batch = accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         sync = plugin.effective_sync(each_batch=each_batch, widens_gradients=widens_gradients)
         self._policy = PolicyChoice(sync, accelerator.device)
@@ -77,6 +83,7 @@ class Windows:
     def forget(self) -> None:
         """Start over without windows; the caller drops the gradients."""
         self.prepared.forget()
+        self.outside.forget()
         self.by_models = ModelWindows(self._make)
         self._counters: list[tuple[object, Counters]] = []
         """Schedulers, and their state before a step that the device may have skipped."""
@@ -90,6 +97,11 @@ class Windows:
         sizes = [getattr(without_wrappers(model), "_tp_size", None) or 1 for model in models]
         config = self.accelerator.parallelism_config
         return max(*sizes, config.tp_size if config is not None else 1)
+
+    @property
+    def have_one_micro_batch(self) -> bool:
+        """Each window has one, as far as settings tell."""
+        return max(self.num_micro_batches, self.accelerator.gradient_accumulation_steps) == 1
 
     # ---- A micro-batch ----
 
@@ -115,7 +127,7 @@ class Windows:
         """The window of a loss that trains these models; default: :attr:`models`, else the only trained one."""
         if model is not None:
             models = (model,) if isinstance(model, nn.Module) else tuple(model)
-        elif self.models is not None:
+        elif self.models:
             models = self.models
         else:
             prepared = models_of(self.accelerator)
@@ -138,31 +150,11 @@ class Windows:
         ):
             yield
 
-    def watch(self, window: ModelWindow) -> None:
-        """Remember the gradients after a backward of the first window, for :meth:`check_untouched`.
-
-        On one process only: DDP and FSDP move gradients themselves, and so does wider accumulation.
-        """
-        is_first = not (window.num_closed or window.sums.is_expected or self.accumulates_wide)
-        if is_first and not any(self.prepared.wrappers(model) for model in window.models):
-            window.gradients = state_of_gradients(window.parameters())
-
-    def check_untouched(self, window: ModelWindow) -> None:
-        """Raise TargetCountError if anything else has changed gradients that are sums still. In the first window."""
-        gradients, window.gradients = window.gradients, None
-        if window.is_open and gradients is not None:
-            check_untouched(gradients, window.parameters())
-
-    def forget_dropped(self, window: ModelWindow) -> None:
-        """Drop a window's sums if its gradients are gone, by ``zero_grad``: a bad micro-batch was left out.
-
-        FSDP may keep gradients elsewhere until the last micro-batch, and is not asked.
-        """
-        wrappers = [wrapper for model in window.models for _, wrapper in self.prepared.wrappers(model)]
-        if not window.is_open or not all(isinstance(wrapper, DistributedDataParallel) for wrapper in wrappers):
-            return
-        if all(gradient is None for gradient in grads_of(window.parameters())):
-            window.sums.discard()
+    def forget_dropped(self, window: ModelWindow, micro_batch: MicroBatch | None = None) -> None:
+        """Drop a window's sums if its gradients are gone, by ``zero_grad``: only what comes now is wanted."""
+        if window.is_open and self.outside.are_gone(window, micro_batch):
+            is_again = micro_batch is not None and micro_batch.counted.pop(window, None) is not None
+            window.sums.discard(keeps_count=is_again or not window.needs_counts)
             window.is_open = False
 
     def discard(self, window: ModelWindow) -> None:
@@ -170,7 +162,7 @@ class Windows:
         discard_deferred(window.whole)
         self.prepared.round_gradients(*window.models)
         window.sums.discard()
-        window.is_open, window.gradients = False, None
+        window.is_open, window.first = False, None
 
     # ---- The end of a window ----
 
@@ -181,7 +173,6 @@ class Windows:
         *,
         folds: bool = True,
         step: int | None = None,
-        has_data_left: bool | None = None,
     ) -> tuple[WindowReport, bool]:
         """Unscale (fp16), make ``.grad`` the exact mean gradient, clip it, and decide whether the step is taken.
 
@@ -197,7 +188,8 @@ class Windows:
         Raises:
             NonfiniteGradientError: the gradient of this step is not finite, or that of the step before was not.
         """
-        self.check_untouched(window)
+        self._shard_again(window)
+        self.outside.check(window, ends=True)
         if self.micro_batch is not None and self.micro_batch.computed is not None:
             self.micro_batch.report(
                 window, self.micro_batch.computed
@@ -216,12 +208,15 @@ class Windows:
             ownership=self.plugin.ownership,
             norm_groups=self.plugin.grad_norm_groups,
             scales=not folds,
-            has_data_left=has_data_left,
+            has_data_left=self.has_data_left,
         )
+        if window.sums.has_new_parameters:
+            self.outside.check_averaged(window)
         self.loss_scale.agree_on_overflow(optimizers, report)
         self.prepared.round_gradients(*window.models)
         window.is_open, window.is_folded = False, folds
         window.num_closed += 1
+        self.outside.end(window)
         if self.micro_batch is not None:
             self.micro_batch.ended.append(window)
         order = self._judge(window, report, optimizers, step or window.num_closed)
@@ -229,6 +224,7 @@ class Windows:
             order = replace(order, divisor=report.multiplier.reciprocal().float())
         for optimizer in optimizers:
             optimizer.order = order if optimizer.order is None else optimizer.order.and_then(order)
+            window.ordered.append((optimizer, optimizer.order))
         return report, not order.skip
 
     def _judge(
@@ -246,20 +242,29 @@ class Windows:
     def optimizers_of(self, window: ModelWindow) -> list[GradUtilsOptimizer]:
         """The prepared optimizers that step on gradients of a window."""
         prepared = [o for o in optimizers_of(self.accelerator) if isinstance(o, GradUtilsOptimizer)]
-        return self.by_models.optimizers_of(window, prepared)
+        return self.by_models.optimizers_of(window, prepared + [o for o in self._forgotten if o not in prepared])
 
     def before_step(self, optimizer: GradUtilsOptimizer) -> None:
         """Close the open windows whose gradients the optimizer steps on.
 
         Raises:
-            TargetCountError: there are gradients, but no window has ever had a loss.
+            TargetCountError: there are gradients, but no window of theirs has ever had a loss.
         """
+        if optimizer not in optimizers_of(self.accelerator):
+            self._forgotten.add(optimizer)
         for window in self.by_models:
             self.forget_dropped(window)
+            self._shard_again(window)
             if window.is_open and any(o is optimizer for o in self.optimizers_of(window)):
                 self.close(window)
-        if not (optimizer.order or any(window.num_closed for window in self.by_models)):
-            check_weighted(p for group in optimizer.param_groups for p in group["params"])
+        if optimizer.order or self.by_models.with_any_of(parameters_of(optimizer)):
+            return
+        if not (self.by_models and all(window.is_final for window in self.by_models)):
+            check_weighted(parameters_of(optimizer), OF_NO_MODEL if self.by_models else NOT_WEIGHTED)
+
+    def _shard_again(self, window: ModelWindow) -> None:
+        for model in window.models:
+            shard_again(self.prepared.wrappers(model))
 
     def raise_pending(self) -> None:
         """Read the verdicts that are still on the device.

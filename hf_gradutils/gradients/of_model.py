@@ -21,6 +21,7 @@ from hf_gradutils._devices import Kind, common_kind, on_device
 from hf_gradutils.gradients.names import NormGroups
 from hf_gradutils.gradients.ownership import Ownership, check_ownership
 from hf_gradutils.gradients.plan import Plan, plan_by_name
+from hf_gradutils.gradients.power_sums import as_real
 from hf_gradutils.upstream.dtensor import layouts_of, local_tensor, local_tensors_and_layouts
 from hf_gradutils.upstream.torch import grads_of, trained_parameters
 
@@ -87,6 +88,7 @@ class Gradients:
         self._are_aligned = True
         self._measured: tuple[list[int], Kind] | None = None
         self._slots: Slots | None = None
+        self._are_complex = any(p.is_complex() for p in parameters)
 
     def fits(self, parameters: Sequence[Tensor], layouts: list[object], settings: object) -> bool:
         """True if the plan is for these parameters, layouts and settings."""
@@ -112,6 +114,8 @@ class Gradients:
             self._seen, self._measured = (indices, layouts), None
             self._are_aligned = layouts == layouts_of([self.parameters[index] for index in indices])
         values = shards if self._are_aligned else self._align(indices, present)
+        if self._are_complex:
+            shards, values = list(map(as_real, shards)), list(map(as_real, values))
         sizes, kind = self._measure(values, shards, are_dtensors=len(layouts) == len(present))
         if 0 in sizes or kind.device is None:  # drop empty shards, and sort by device if some are offloaded
             order = sorted((i for i, size in enumerate(sizes) if size), key=lambda i: str(shards[i].device))
@@ -122,7 +126,7 @@ class Gradients:
             device = self.parameters[0].device if self.parameters else torch.device("cpu")
         if self._slots is None or self._slots.indices != indices or self._slots.zeros.device != device:
             self._slots = Slots.of(self.plan, indices, device)
-        return LocalGradients(self.plan, shards, values, sizes, kind, self._slots)
+        return LocalGradients(self.plan, shards, values, sizes, kind, self._slots, self._are_complex)
 
     def _measure(
         self, values: Sequence[Tensor], shards: Sequence[Tensor], *, are_dtensors: bool
@@ -165,6 +169,8 @@ class LocalGradients:
     kind: Kind
     """Of the shards."""
     slots: "Slots"
+    are_complex: bool = False
+    """Some were complex: their real and imaginary parts are elements here."""
 
 
 _UNCOUNTED = 1e-100

@@ -80,6 +80,13 @@ def power_sums(
     )
 
 
+def as_real(tensor: Tensor) -> Tensor:
+    """A view of a complex tensor as real numbers, with the same 2-norm; a real one as it is."""
+    if not tensor.is_complex():
+        return tensor
+    return torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
+
+
 def root(power_sum: Tensor, norm_type: float) -> Tensor:
     """The norm that belongs to a sum of p-th powers (to a maximum, for p = inf)."""
     return power_sum if math.isinf(norm_type) else power_sum.pow(1.0 / norm_type)

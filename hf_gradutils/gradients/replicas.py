@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_gradutils.errors import ReplicaMismatchError
 from hf_gradutils.gradients.ownership import ShardKey
-from hf_gradutils.gradients.power_sums import power_sums
+from hf_gradutils.gradients.power_sums import as_real, power_sums
 from hf_gradutils.upstream.dtensor import local_tensor
 
 _TOLERANCE = 1e-4
@@ -28,7 +28,7 @@ class Held(NamedTuple):
 
 def checksums(parameters: Iterable[Tensor]) -> list[tuple[float, float]]:
     """(Σ|x|, Σx) of every local part. Host syncs: two per device."""
-    local = [local_tensor(parameter.detach()) for parameter in parameters]
+    local = [as_real(local_tensor(parameter.detach())) for parameter in parameters]
     by_device: dict[torch.device, list[int]] = {}
     for index, tensor in enumerate(local):
         by_device.setdefault(tensor.device, []).append(index)

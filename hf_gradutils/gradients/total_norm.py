@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_gradutils._collectives import all_reduce_, gather_extremes
 from hf_gradutils._devices import on_device
+from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.gradients.names import unwrapped_name
 from hf_gradutils.gradients.of_model import LocalGradients, Slots
 from hf_gradutils.gradients.plan import Plan
@@ -58,10 +59,15 @@ def total_norm(
     Returns:
         ``(norms, sums)``. If only some ranks have a gradient of a plain replica, these count it whole.
 
+    Raises:
+        InvalidArgumentError: some gradients are complex, and p is not 2.
+
     Collectives: one all-reduce per axis of the domain (one all-gather for p = inf). Host syncs: none; one where norms
         are computed on the CPU and the group cannot carry them from there.
     """
     plan, slots, device = gradients.plan, gradients.slots, gradients.slots.zeros.device
+    if gradients.are_complex and norm_type != 2.0:
+        raise InvalidArgumentError(f"gradients of complex parameters have no {norm_type:g}-norm here, only norm_type=2")
     if sums is None:
         sums = torch.zeros(0, dtype=torch.float64, device=device)
     powers = _power_sums(gradients, norm_type, device, foreach=foreach)

@@ -16,7 +16,7 @@ from hf_gradutils._undisturbed import in_evaluation_mode
 from hf_gradutils.accelerator import GradUtilsAccelerator
 from hf_gradutils.sync import discard_deferred
 from hf_gradutils.targets.auxiliary_loss import without_auxiliary
-from hf_gradutils.upstream.accelerate import optimizers_of
+from hf_gradutils.upstream.accelerate import models_of, optimizers_of
 from hf_gradutils.upstream.torch import has_users_hook_after_accumulation
 
 _FEW = 100
@@ -128,6 +128,7 @@ def accelerator_untouched(accelerator: Accelerator, model: nn.Module) -> Iterato
             if windows is not None and kept is not None:
                 windows.forget()
                 windows.by_models, windows.report = kept
+                windows.outside.watch(models_of(accelerator))
             for optimizer, order in orders:
                 optimizer.order = order
 

@@ -8,7 +8,9 @@ from hf_gradutils.sync._context import (
     communicates,
     discard_deferred,
     find_wrappers,
+    reduces_gradients,
     reduces_in_one_dtype,
+    shard_again,
 )
 
 __all__ = [
@@ -23,5 +25,7 @@ __all__ = [
     "discard_deferred",
     "find_wrappers",
     "free_bytes",
+    "reduces_gradients",
     "reduces_in_one_dtype",
+    "shard_again",
 ]

@@ -10,7 +10,7 @@ these, chosen by :mod:`hf_gradutils.sync._auto`.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -55,6 +55,23 @@ def find_wrappers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Names and modules of the wrappers in a model that communicate gradients."""
     kinds: tuple[type[Any], ...] = (DistributedDataParallel, FSDPModule, FullyShardedDataParallel)
     return [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def reduces_gradients(wrapper: nn.Module) -> bool:
+    """True if a backward leaves reduced gradients in ``.grad`` now: not where FSDP defers them."""
+    if isinstance(wrapper, FSDPModule):
+        return all(reduces and all_reduces for _, reduces, all_reduces in fsdp2_sync_flags(wrapper))
+    return not isinstance(wrapper, FullyShardedDataParallel) or fsdp1_sync_flag(wrapper)
+
+
+def shard_again(wrappers: Iterable[tuple[str, nn.Module]]) -> None:
+    """Let FSDP2 shard what it has left whole after a forward without gradients, as of an evaluation in mid-window.
+
+    A step would not reach the whole parameters, and the next forward would use them as they are.
+    """
+    for _, module in wrappers:
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 class SyncContext:

@@ -21,6 +21,11 @@ def _fsdp2_groups(module: FSDPModule) -> list[Any]:
     return [group for group in groups if group is not None]
 
 
+def fsdp2_shards(module: FSDPModule) -> list[nn.Parameter]:
+    """The parameters that hold gradients between backwards, also where the module has whole ones now, in a forward."""
+    return [parameter.sharded_param for group in _fsdp2_groups(module) for parameter in group.fsdp_params]
+
+
 def fsdp2_sync_flags(module: FSDPModule) -> list[tuple[Any, bool, bool]]:
     """``(parameter group, reduce_grads, all_reduce_grads)`` of one FSDP2 module, without its children.
 

@@ -1,6 +1,7 @@
 """Private names of torch itself (2.11 to 2.15)."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import Store
 from torch.distributed import distributed_c10d
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 
 def default_store() -> Store:
@@ -143,6 +145,24 @@ def _module_of(hook: Any) -> str:
     while isinstance(hook, functools.partial):
         hook = hook.func
     return f"{getattr(hook, '__module__', None) or ''}."
+
+
+def tensors_in(outputs: Any) -> list[Tensor]:
+    """All tensors of a module's outputs."""
+    leaves = tree_leaves(outputs)
+    fields = [field for leaf in leaves if dataclasses.is_dataclass(leaf) for field in vars(leaf).values()]
+    return [leaf for leaf in (*leaves, *tree_leaves(fields)) if isinstance(leaf, Tensor)]
+
+
+def is_multiple(loss: Tensor, of: Tensor) -> bool:
+    """True if a loss is another one times constants, by its graph: not where terms were added."""
+    node = loss.grad_fn
+    while node is not None and node is not of.grad_fn:
+        following = [n for n, _ in node.next_functions if n is not None]
+        if len(following) != 1 or node.name().startswith(("Add", "Sub", "Rsub", "Sum", "Lerp")):
+            return False
+        node = following[0]
+    return node is not None
 
 
 def takes_a_scale(optimizer: torch.optim.Optimizer) -> bool:

@@ -23,7 +23,7 @@ from hf_gradutils._collectives import Domain
 from hf_gradutils._devices import on_device
 from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.gradients.names import NormGroups
-from hf_gradutils.gradients.of_model import gradients_of
+from hf_gradutils.gradients.of_model import Gradients, gradients_of
 from hf_gradutils.gradients.ownership import Ownership
 from hf_gradutils.gradients.scaling import clip_divisor, scale_
 from hf_gradutils.gradients.total_norm import Norms, total_norm
@@ -128,6 +128,9 @@ class AccumulationWindow:
         self._scale: Tensor | None = None
         """K · R / S, once it is known first."""
         self._has_shares = False
+        self._planned: Gradients | None = None
+        self.has_new_parameters = True
+        """The last window trained other parameters than the one before."""
 
     @property
     def is_empty(self) -> bool:
@@ -215,11 +218,12 @@ class AccumulationWindow:
         number = number.detach() if number.requires_grad else number
         return on_device(number, self._device) * self._inverse_loss_scale  # exact: a power of two
 
-    def discard(self) -> None:
-        """Drop the sums of the micro-batches so far; the caller drops their gradients."""
-        self._sums = self._expected = self._scale = None
-        self._has_shares = False
-        self._losses = []
+    def discard(self, *, keeps_count: bool = False) -> None:
+        """Drop the sums of the micro-batches so far, and what is expected; the caller drops their gradients."""
+        self._sums, self._losses = None, []
+        if not keeps_count:
+            self._expected = self._scale = None
+            self._has_shares = False
 
     @torch.no_grad()
     def close(
@@ -247,7 +251,9 @@ class AccumulationWindow:
         Collectives: one all-reduce over all ranks (an all-gather for p = inf); every rank must call. The first call for
             a model also builds its plan. Host syncs: none; one if gradients are offloaded to the CPU.
         """
-        gradients = gradients_of(model, ownership=ownership, norm_groups=norm_groups).read(self._device)
+        planned = gradients_of(model, ownership=ownership, norm_groups=norm_groups)
+        self.has_new_parameters, self._planned = planned is not self._planned, planned
+        gradients = planned.read(self._device)
         sums = torch.zeros(2, dtype=torch.float64, device=self._device) if self._sums is None else self._sums
         if has_data_left is not None:
             sums = torch.cat((sums, torch.full_like(sums[:1], float(has_data_left))))

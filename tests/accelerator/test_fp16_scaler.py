@@ -93,11 +93,13 @@ def test_a_backward_after_its_optimizers_gradients_were_unscaled_is_refused():
 
 def test_a_parameter_of_no_model_is_refused_under_a_scaler_too():
     reset_accelerate()
-    accelerator = GradUtilsAccelerator(cpu=True)
+    accelerator = GradUtilsAccelerator(cpu=True, gradient_accumulation_steps=2)
     with_scaler(accelerator)
     model, stranger = nn.Linear(3, 1), nn.Parameter(torch.ones(()))
     model, optimizer = accelerator.prepare(model, torch.optim.SGD([*model.parameters(), stranger], lr=0.1))
-    accelerator.backward((model(torch.ones(2, 3)) * stranger).mean(), num_targets=2)
+    for _ in range(2):
+        with accelerator.accumulate(model):
+            accelerator.backward((model(torch.ones(2, 3)) * stranger).mean(), num_targets=2)
     with pytest.raises(InvalidArgumentError, match="the first of shape"):
         optimizer.step()
     assert stranger.item() == 1

@@ -106,13 +106,16 @@ def test_two_losses_of_one_window_are_refused():
 
 def test_parameters_of_no_model_are_refused():
     reset_accelerate()
-    accelerator = GradUtilsAccelerator(cpu=True)
+    accelerator = GradUtilsAccelerator(cpu=True, gradient_accumulation_steps=2)
     model, scale = regression(0), nn.Parameter(torch.ones(()))
     model, optimizer = accelerator.prepare(model, torch.optim.SGD([*model.parameters(), scale], lr=0.1))
     (x,) = points(0, [4])
-    accelerator.backward(mean_square(model, x) * scale, num_targets=4)
+    for _ in range(2):
+        with accelerator.accumulate(model):
+            accelerator.backward(mean_square(model, x) * scale, num_targets=4)
     with pytest.raises(InvalidArgumentError, match="also steps on 1 parameters of no model"):
         optimizer.step()
+    assert scale.item() == 1
 
 
 def test_without_the_number_of_targets_it_says_what_to_pass():

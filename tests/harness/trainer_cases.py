@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -182,6 +183,19 @@ def train(
         inside = inside.get_base_model()  # peft's is around what transformers has sharded
     assert spread.is_right(wrapped) or spread.is_right(inside), (layout, type(wrapped))
     return trainer, tap
+
+
+@contextlib.contextmanager
+def warnings_of(name: str) -> Iterator[list[str]]:
+    """What a logger warns of: on each rank, where a fixture of pytest's cannot be."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger(name).addHandler(handler)
+    try:
+        yield said
+    finally:
+        logging.getLogger(name).removeHandler(handler)
 
 
 def reset_accelerate() -> None:
