@@ -3,17 +3,30 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 from accelerate import PartialState
 
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Variable:
+    """A variable of the user's."""
+
+    name: str
+    value: Any
+    """When it was found."""
+    get: Callable[[], Any]
+    put: Callable[[Any], None]
+
+
 _MISSING = object()
 
 
 @contextlib.contextmanager
-def pretending(accelerator: Any, args: Any, num_ranks: int) -> Iterator[None]:
+def pretending(accelerator: Any, args: Any, num_ranks: int, kept: Sequence[Variable] = ()) -> Iterator[None]:
     """Let all that user code may ask for the number of ranks answer ``num_ranks``.
 
     A loss that multiplies by the number of ranks, as the stock Trainer asks for, is then the loss for that many. Asked
@@ -24,6 +37,7 @@ def pretending(accelerator: Any, args: Any, num_ranks: int) -> Iterator[None]:
         accelerator: An Accelerator; others of its class read the same number.
         args: ``TrainingArguments``; likewise.
         num_ranks: What to pretend.
+        kept: What user code has read before: numbers of ranks, or ``dist.get_world_size`` itself.
 
     Collectives: none.
     """
@@ -39,8 +53,26 @@ def pretending(accelerator: Any, args: Any, num_ranks: int) -> Iterator[None]:
         _replaced(type(accelerator), "num_processes", number),
         _replaced(type(args), "world_size", number),
         _replaced(dist, "get_world_size", world_size),
+        replaced(kept, lambda value: world_size if value is true_size else num_ranks),
     ):
         yield
+
+
+@contextlib.contextmanager
+def replaced(kept: Sequence[Variable], other: Callable[[Any], Any]) -> Iterator[None]:
+    """Let variables that are still what they were when found have other values: ``other`` of their own."""
+    undo: list[tuple[Variable, Any, Any]] = []
+    try:
+        for variable in kept:
+            value = variable.get()
+            if type(value) is type(variable.value) and value == variable.value:
+                variable.put(pretended := other(value))
+                undo.append((variable, value, pretended))
+        yield
+    finally:
+        for variable, value, pretended in undo:
+            if variable.get() is pretended:  # else user code has set it meanwhile
+                variable.put(value)
 
 
 @contextlib.contextmanager

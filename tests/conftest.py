@@ -1,7 +1,9 @@
 """Tests leave the pytest process as they found it."""
 
 import gc
+import logging
 import os
+import random
 import threading
 import time
 from collections.abc import Iterator
@@ -30,6 +32,22 @@ torch.set_num_threads(1)  # as in the ranks: these models are too small to be sp
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fast", action="store_true", help="leave out what is marked slow or starts several ranks")
+    parser.addoption("--wide", action="store_true", help="run all combinations of what is marked wide")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of many combinations keep a third; a test that is asked for by its name keeps all."""
+    if config.getoption("wide") or any("::" in arg for arg in config.args) or config.option.keyword:
+        return
+    by_function: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("wide"):
+            by_function.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left_out: set[pytest.Item] = set()
+    for name, cases in by_function.items():
+        left_out.update(random.Random(name).sample(cases, len(cases) - len(cases) // 3))
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=list(left_out))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -54,6 +72,7 @@ def _leaves_nothing_behind() -> Iterator[None]:
     cwd, env = Path.cwd(), _environment()
     threads, pids, files = _threads(), _child_pids(), _files(cwd)
     yield
+    logging.disable(logging.NOTSET)  # by benchmarks, whose functions some tests call
     leaks = []
     if Path.cwd() != cwd:
         leaks.append(f"the working directory {Path.cwd()}")

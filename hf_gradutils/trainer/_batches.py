@@ -126,6 +126,8 @@ class TrainingBatches:
         self._epoch: Iterator[Any] | None = None
         self._pads = False
         self.has_length = True
+        self.num_in_epoch = 0
+        """Batches of the longest rank, with a length."""
         self.num_ranks_with_data: float | Tensor = 0.0
         """Ranks that have batches for another window, after the last one."""
 
@@ -136,6 +138,7 @@ class TrainingBatches:
         num_batches = len(dataloader) if self.has_length else 0
         extremes = find_largest(world_domain(), most=num_batches, minus_least=-num_batches)
         most, least = int(extremes["most"]), -int(extremes["minus_least"])
+        self.num_in_epoch = most
         self._pads = not self.has_length or most != least
         return _OfLength(dataloader, most) if most != least else dataloader
 

@@ -14,6 +14,7 @@ from hf_gradutils.accelerator import Division, MicroBatch, expect, reader_of_gra
 from hf_gradutils.errors import InvalidArgumentError, TargetCountError
 from hf_gradutils.targets.rows import count_rows
 from hf_gradutils.trainer._batches import TrainingBatches
+from hf_gradutils.trainer._contract import LossContract
 from hf_gradutils.trainer._loss import LossUnit
 from hf_gradutils.trainer._overrides import is_users, names_read
 
@@ -41,9 +42,16 @@ class WindowCounts:
         """Choose when to count, once the loss is settled. InvalidArgumentError if the plugin's choice cannot be met."""
         trainer, setting = self._trainer, self._trainer.grad_plugin.counts
         accumulation = trainer.args.gradient_accumulation_steps
-        if is_users(trainer, "training_step"):
-            may_divide = accumulation > 1 and "gradient_accumulation_steps" in names_read(trainer)
-            self._division = Division(accumulation, may_divide)
+        if self._division is not None and self._division.num_micro_batches == accumulation:
+            self._division.look_again()
+        elif is_users(trainer, "training_step"):
+            names = names_read(trainer)
+            self._division = Division(
+                accumulation,
+                may_divide=accumulation > 1 and "gradient_accumulation_steps" in names,
+                num_ranks=self._num_ranks,
+                warns="current_gradient_accumulation_steps" not in names and trainer.is_world_process_zero(),
+            )
         reason = self._reason(model)
         if setting == "streamed" and reason:
             raise InvalidArgumentError(f"{reason}, which counts='streamed' cannot give it; set counts='auto'")
@@ -53,10 +61,12 @@ class WindowCounts:
             reason = "compute_loss divides by num_items_in_batch, the count of the whole window"
         # A hook may be on one rank only (wandb.watch): all ranks must begin windows alike.
         num_ranks = add_up(world_domain(), first=setting == "auto" and bool(reason))["first"]
-        self.is_first = setting == "first" or bool(num_ranks)
+        was_first, self.is_first = self.is_first, setting == "first" or bool(num_ranks)
         window = trainer.accelerator.windows.of_loss(model)
-        window.needs_counts, window.reader = False, reader_of_gradients(model, [trainer.optimizer])
-        if setting == "auto" and num_ranks and trainer.is_world_process_zero():
+        is_alone = accumulation == 1 and trainer.accelerator.num_processes == 1
+        window.needs_counts = is_alone and setting == "auto"  # then the weight is 1, whatever the backward does
+        window.reader = reader_of_gradients(model, [trainer.optimizer])
+        if setting == "auto" and num_ranks and not was_first and trainer.is_world_process_zero():
             why = reason or f"code of yours on {num_ranks:.0f} ranks needs it"
             logger.warning("counts='first': each window's targets are counted before its first forward: %s", why)
 
@@ -66,6 +76,11 @@ class WindowCounts:
         if is_users(trainer, "get_batch_samples"):
             return "get_batch_samples is overridden, and sees a list of batches and their count"
         return reader_of_gradients(model, [trainer.optimizer])
+
+    def look_again(self) -> None:
+        """Look again if the user's own step divides its losses, as it may have changed."""
+        if self._division is not None:
+            self._division.look_again()
 
     # ---- At the start of a window ----
 
@@ -140,7 +155,12 @@ class WindowCounts:
     @property
     def _share(self) -> float:
         """What a loss that is divided by the count of the whole window is multiplied by."""
-        return self._unit.contract.factor * (self._trainer.accelerator.num_processes // self._trainer.get_tp_size())
+        return self._unit.contract.factor * self._num_ranks
+
+    @property
+    def _num_ranks(self) -> int:
+        """With data of their own."""
+        return int(self._trainer.accelerator.num_processes // self._trainer.get_tp_size())
 
     # ---- In a micro-batch ----
 
@@ -180,17 +200,25 @@ class WindowCounts:
 
     def choose(self, micro_batch: MicroBatch, *, has_count: bool) -> None:
         """Choose the weight of a loss that was given a count or not: without, one that divides by it is a mean."""
-        contract, own, micro_batch.has_count = self._unit.contract, micro_batch.own_weight, has_count
+        own, micro_batch.has_count = micro_batch.own_weight, has_count
         if own is None:
             return
+        contract = LossContract(self._unit.model_divides) if micro_batch.is_models else self._unit.contract
         divides = contract.divides and has_count
         micro_batch.is_divided = has_count and (contract.divides or self._unit.model_divides)
-        micro_batch.is_share = divides and micro_batch.is_given_share
+        is_window_count = not (micro_batch.is_models and micro_batch.has_other_count)
+        micro_batch.is_share = divides and micro_batch.is_given_share and is_window_count
         if micro_batch.is_share:
-            micro_batch.weight = torch.full_like(self._zero, self._share)
+            micro_batch.weight = torch.full_like(self._zero, contract.factor * self._num_ranks)
         else:
             factor = contract.factor if divides or not contract.divides else 1.0
             micro_batch.weight = own if factor == 1 else own * factor
+
+    def choose_models(self, micro_batch: MicroBatch, given: Any, handed: Any) -> None:
+        """Choose the weight of a loss that a step asked the model for, with the count it was handed or another."""
+        is_another = micro_batch.is_given_share and given is not None and given is not handed
+        micro_batch.is_models, micro_batch.has_other_count = True, is_another and float(given) != float(handed)
+        self.choose(micro_batch, has_count=given is not None)
 
     def own_count(self, micro_batch: MicroBatch | None, inputs: Any, given: Tensor) -> Tensor:
         """The count with which a model that takes one returns the mean over these inputs' own targets."""

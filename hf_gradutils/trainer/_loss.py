@@ -19,9 +19,9 @@ from hf_gradutils._devices import on_device
 from hf_gradutils.errors import TargetCountError
 from hf_gradutils.targets.counter import TargetCounter
 from hf_gradutils.targets.rows import count_rows, is_divisible
-from hf_gradutils.trainer._contract import LossContract, as_if_alone, ask_loss
-from hf_gradutils.trainer._overrides import is_users
-from hf_gradutils.trainer._settle import UnitSettler
+from hf_gradutils.trainer._contract import LossContract, as_if_alone, ask_loss, warn_of, warn_of_change
+from hf_gradutils.trainer._overrides import is_transformers, is_users
+from hf_gradutils.trainer._settle import LATER_STEPS, UnitSettler
 from hf_gradutils.upstream.accelerate import without_accelerate_state
 
 
@@ -37,6 +37,7 @@ class LossUnit:
         self.counter: TargetCounter | None = None
         """None until the first batch has been seen."""
         self._num_tries = 16
+        self._first_step = self._asked_at = 0
         self.hands_count = True
         """Code of the user's is given ``num_items_in_batch``."""
         self.model_divides = False
@@ -83,11 +84,16 @@ class LossUnit:
 
     @property
     def forward_takes_count(self) -> bool:
-        """True if the model's forward names ``num_items_in_batch``; cached per model."""
+        """True if the model's forward names ``num_items_in_batch``, or takes it and is not transformers' own.
+
+        Without it heads of transformers return a mean, and others perhaps a sum. Cached per model.
+        """
         model = self._trainer.model
         if self._forward is None or self._forward[0]() is not model:
-            names = inspect.signature(type(self.head).forward).parameters
-            self._forward = (weakref.ref(model), "num_items_in_batch" in names)
+            forward = type(self.head).forward
+            names = "num_items_in_batch" in inspect.signature(forward).parameters
+            takes = self._trainer.model_accepts_loss_kwargs and not is_transformers(forward)
+            self._forward = (weakref.ref(model), names or takes)
         return self._forward[1]
 
     @contextlib.contextmanager
@@ -144,6 +150,9 @@ class LossUnit:
         self.model_divides = self.hands_count and self._ask_model(inputs)
         targets_per_micro_batch = self._settler.settle(inputs, is_split=is_split)
         self.contract = self._ask_contract(inputs)
+        self._first_step = self._asked_at = self._trainer.state.global_step
+        if self._trainer.is_world_process_zero():
+            warn_of(self.contract)
         return targets_per_micro_batch
 
     def _ask_contract(self, inputs: Any) -> LossContract:
@@ -152,26 +161,46 @@ class LossUnit:
         is_alone = trainer.args.gradient_accumulation_steps == 1 and trainer.accelerator.num_processes == 1
         if is_alone or not (is_users(trainer, "compute_loss") or trainer.compute_loss_func):
             return LossContract()
+        is_undivided = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
+        is_scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # what the user says; not before transformers 5.24
+        before, self.contract = self.contract, LossContract()  # which computes losses as they are
         with self._settler.asking(inputs) as (batch, loss_of):
-            self.asked = self.count(batch).clamp(min=1).float()
+            self.asked = count = self.count(batch).clamp(min=1).float()
             try:
                 return ask_loss(
                     trainer,
                     loss_of,
                     lambda: self._settler.losses.models_own(batch),
+                    lambda: self._settler.losses.is_models_multiple(batch, count),
                     self.asked,
-                    is_undivided=trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None,
+                    is_undivided=is_undivided if is_scaled is None else is_scaled,
                 )
             finally:
-                self.asked = None
+                self.contract, self.asked = before, None
 
-    def ask_again(self, inputs: Any) -> bool:
-        """Ask the loss for its contract if it was 0 so far, in the first windows; True if it has told now."""
-        if self.contract.is_known or not self._num_tries:
+    def is_due(self, step: int) -> bool:
+        """True 1, 10, 100 and 1,000 optimizer steps after the loss was settled."""
+        return step - self._first_step in LATER_STEPS
+
+    def ask_again(self, inputs: Any, step: int) -> bool:
+        """Ask the loss for its contract again: if it was 0 so far, and after 1, 10, 100 and 1,000 optimizer steps.
+
+        True if it has another one, which holds from now on. Warns if it had one before.
+        """
+        before = self.contract
+        if not (self.is_due(step) or (self._num_tries and not before.is_known)):
             return False
-        self._num_tries -= 1
-        self.contract = self._ask_contract(inputs)
-        return self.contract.is_known
+        if not before.is_known:
+            self._num_tries -= 1
+        now, asked_last, self._asked_at = self._ask_contract(inputs), self._asked_at, step
+        if now == before or not now.is_known:
+            return False
+        self.contract = now
+        if self._trainer.is_world_process_zero():
+            warn_of(now)
+            if before.is_known:
+                warn_of_change(before, now, step - self._first_step, asked_last - self._first_step)
+        return True
 
     @property
     def may_be_asked_for_parts(self) -> bool:
@@ -197,7 +226,7 @@ class LossUnit:
     def alone(self) -> contextlib.AbstractContextManager[None]:
         """The context of a loss that is a mean only if it is told that its micro-batch is the whole batch."""
         return (
-            as_if_alone(self._trainer, communicates=self.contract.communicates)
+            as_if_alone(self._trainer, self.contract.kept, communicates=self.contract.communicates)
             if self.contract.is_asked_alone
             else contextlib.nullcontext()
         )

@@ -6,28 +6,35 @@ of the user's own; the contents of built-in containers; small tensors and arrays
 
 import contextlib
 import functools
+import random
+import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hf_gradutils._pretended_world import Variable
 from hf_gradutils.sync import discard_deferred
 
 _NAMES = """
     accelerate bitsandbytes builtins collections datasets functools hf_gradutils numpy peft tokenizers torch torchvision
     transformers trl types typing
 """
-_LIBRARIES = frozenset(_NAMES.split())
+LIBRARIES = frozenset(_NAMES.split())
 """Their objects are left alone: they keep what belongs together in several places."""
 _SMALL, _ALL = 2**20, 2**24
 """Elements of a tensor or array up to which it is restored, and of all of them together."""
 _MOST_ENTRIES = 2**14
 """Entries of a container up to which its contents are restored: more are data."""
 _DATA = ("train_dataset", "eval_dataset")
+_DRAWING = ("dataset", "collate_fn")
+"""Of a loader."""
 _DEPTH = 4
+_FEW = 64
+"""Parts of a data set or collator up to which each is looked at."""
 _DDP_FLAG = "require_forward_param_sync"
 _LEFT_ALONE = (type, torch.optim.Optimizer, torch.utils.data.Dataset)
 _IN_MODULES = frozenset(("_parameters", "_modules", "_buffers", "training"))
@@ -39,18 +46,33 @@ class Snapshot:
     def __init__(self, trainer: Any, model: nn.Module):
         self.has_gradients = False
         """A loss was computed with autograd, and may have left gradients."""
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], Any]] = []
         self._seen: set[int] = {id(vars(trainer).get(name)) for name in _DATA}
+        self._drawing: set[int] = set()
         self._room = _ALL
         self._keep_attributes(vars(trainer), _DEPTH)
         self._keep_attributes(vars(trainer.state), _DEPTH)
         self._keep_attributes(vars(trainer.control), 0)
+        loader = trainer.callback_handler.train_dataloader
+        drawing = (trainer.data_collator, trainer.train_dataset, *(getattr(loader, x, None) for x in _DRAWING))
+        for value in drawing:
+            self._keep_generators(value, _DEPTH)
         for module in model.modules():
             self._keep_module(module)
         if isinstance(model, DistributedDataParallel):
             # A forward without gradients says that the next one need not send buffers.
             flag = {_DDP_FLAG: vars(model)[_DDP_FLAG]}
             self._undo.append(lambda: vars(model).update(flag))
+
+    def keep_numbers(self, variables: Iterable[Variable]) -> None:
+        """Keep counters outside of the Trainer."""
+
+        def restore(counters: list[Variable]) -> None:
+            for counter in counters:
+                if counter.get() != counter.value:
+                    counter.put(counter.value)
+
+        self._undo.append(functools.partial(restore, [v for v in variables if type(v.value) in (int, float)]))
 
     def restore(self) -> None:
         """Put everything back; may be called again."""
@@ -88,24 +110,33 @@ class Snapshot:
             self._seen.add(id(value))
             self._keep_container(value, depth)
         elif isinstance(value, Tensor):
-            if type(value) is Tensor and self._has_room(value.numel()):  # neither a parameter nor spread over ranks
+            is_plain = type(value) is Tensor and value.layout == torch.strided and not value.is_inference()
+            if is_plain and self._has_room(value.numel()):  # neither a parameter nor spread over ranks
                 self._keep_tensor(value)
         elif type(value).__name__ == "ndarray":
-            if self._has_room(value.size):
+            if value.flags.writeable and self._has_room(value.size):
                 copied = value.copy()
                 self._undo.append(lambda: value.__setitem__(..., copied))
-        elif isinstance(value, torch.Generator):
-            state = value.get_state()
-            self._undo.append(functools.partial(_set_state, value, state))
-        elif isinstance(getattr(getattr(value, "bit_generator", None), "state", None), dict):  # of numpy
-            numpys = value.bit_generator.state
-            self._undo.append(lambda: setattr(value.bit_generator, "state", numpys))
+        elif (undo := _undo_of_generator(value)) is not None:
+            self._undo.append(undo)
         elif isinstance(value, nn.Module):
             for module in value.modules() if _is_the_users(value) and depth else ():
                 self._keep_module(module)
         elif depth and _is_the_users(value) and hasattr(value, "__dict__") and not isinstance(value, _LEFT_ALONE):
             self._seen.add(id(value))
             self._keep_attributes(vars(value), depth - 1)
+
+    def _keep_generators(self, value: Any, depth: int) -> None:
+        """Keep the random numbers to come of a data set or collator, of any library, and of what is in it."""
+        if id(value) in self._drawing:
+            return
+        self._drawing.add(id(value))
+        if (undo := _undo_of_generator(value)) is not None:
+            self._undo.append(undo)
+        elif depth:
+            parts = value if isinstance(value, list | tuple) else _attributes(value).values()
+            for part in parts if len(parts) <= _FEW else ():
+                self._keep_generators(part, depth - 1)
 
     def _has_room(self, num_elements: int) -> bool:
         if num_elements > min(_SMALL, self._room):
@@ -144,12 +175,13 @@ class Snapshot:
 
 
 @contextlib.contextmanager
-def without_trace(trainer: Any, model: nn.Module) -> Iterator[Snapshot]:
+def without_trace(trainer: Any, model: nn.Module, variables: Iterable[Variable]) -> Iterator[Snapshot]:
     """No log entries and no callbacks inside; afterwards everything is as before, gradients too.
 
     Args:
         trainer: The Trainer.
         model: As it trains it, with wrappers.
+        variables: Globals and the like of the user's code, of which numbers are put back.
 
     Yields:
         The state to go back to between two losses.
@@ -162,6 +194,7 @@ def without_trace(trainer: Any, model: nn.Module) -> Iterator[Snapshot]:
             _replaced(trainer.callback_handler, "call_event", lambda _, args, state, control, **__: control)
         )
         snapshot = Snapshot(trainer, model)
+        snapshot.keep_numbers(variables)
         try:
             yield snapshot
         finally:
@@ -184,13 +217,34 @@ def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[N
         attributes.update(before)
 
 
-def _set_state(generator: torch.Generator, state: Tensor) -> None:
-    generator.set_state(state)
+def _attributes(value: object) -> dict[str, Any]:
+    try:
+        return vars(value)
+    except TypeError:  # it has none
+        return {}
+
+
+def _undo_of_generator(value: Any) -> Callable[[], Any] | None:
+    """What gives a generator of torch, numpy or Python the state it has now; None for other values."""
+    if isinstance(value, torch.Generator):
+        states = value.get_state()
+        return lambda: value.set_state(states)
+    if isinstance(value, random.Random):
+        pythons = value.getstate()
+        return lambda: value.setstate(pythons)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        if isinstance(value, numpy.random.Generator):
+            numpys = value.bit_generator.state
+            return lambda: setattr(value.bit_generator, "state", numpys)
+        if isinstance(value, numpy.random.RandomState):
+            olds = value.get_state()
+            return lambda: value.set_state(olds)
+    return None
 
 
 def _is_the_users(value: object) -> bool:
     """True if the user has written a part of its class; ``fully_shard`` derives a class of torch's from a module's."""
-    return any(base.__module__.partition(".")[0] not in _LIBRARIES for base in value.__class__.__mro__)
+    return any(base.__module__.partition(".")[0] not in LIBRARIES for base in value.__class__.__mro__)
 
 
 def _are_identical(a: Any, b: Any) -> bool:

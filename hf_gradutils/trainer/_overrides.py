@@ -10,12 +10,12 @@ _KNOWN = ("hf_gradutils", "transformers", "trl")
 
 def is_users(trainer: Any, name: str) -> bool:
     """True if code of the user's defines a method of the Trainer: a class, the object, or a patch of transformers."""
-    return any(not is_transformers(method) for method in _definitions(trainer, name))
+    return any(not is_transformers(method) for method in definitions(trainer, name))
 
 
 def names_read(trainer: Any) -> set[str]:
     """Names that the user's own ``training_step`` reads."""
-    own = (step for step in _definitions(trainer, "training_step") if not is_transformers(step))
+    own = (step for step in definitions(trainer, "training_step") if not is_transformers(step))
     return {name for step in own for name in getattr(step, "__code__", _NO_CODE).co_names}
 
 
@@ -27,9 +27,12 @@ def is_transformers(method: Any) -> bool:
     return module.partition(".")[0] in _KNOWN
 
 
-def _definitions(trainer: Any, name: str) -> list[Any]:
+def definitions(trainer: Any, name: str) -> list[Any]:
+    """A method's definitions: those of the classes, and the object's own, also under our wrapper."""
+    own = vars(trainer).get(name)
+    own = getattr(own, "instead_of", own)
     found = [vars(c)[name] for c in trainer.__class__.__mro__ if name in vars(c)]
-    return [*found, vars(trainer)[name]] if name in vars(trainer) else found
+    return found if own is None else [*found, own]
 
 
 _NO_CODE = is_transformers.__code__.replace(co_names=())

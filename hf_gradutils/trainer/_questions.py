@@ -16,8 +16,10 @@ from hf_gradutils.targets.auxiliary_loss import auxiliary_coefficient
 from hf_gradutils.targets.counter import TargetCounter
 from hf_gradutils.targets.rows import with_own_tensors
 from hf_gradutils.targets.sample import DatasetRows
+from hf_gradutils.trainer._kept import variables
 from hf_gradutils.trainer._no_trace import Snapshot, without_trace
 from hf_gradutils.trainer._overrides import is_transformers, is_users
+from hf_gradutils.upstream.torch import is_multiple
 
 if TYPE_CHECKING:
     from hf_gradutils.trainer._loss import LossUnit
@@ -48,7 +50,7 @@ class TrainerLosses:
             in_evaluation_mode(self._model),
             torch.no_grad(),
             trl.loss_only(trainer, with_auxiliary=False),
-            without_trace(trainer, self._model) as self._snapshot,
+            without_trace(trainer, self._model, variables(trainer)) as self._snapshot,
         ):
             # A copy, because a subclass may take entries out.
             try:
@@ -60,12 +62,13 @@ class TrainerLosses:
         trainer = self._trainer
         loader = trainer.callback_handler.train_dataloader
         if loader is None:  # a check before training
-            try:
+            with contextlib.suppress(Exception):  # of a Trainer that makes its batches itself
                 loader = trainer.get_train_dataloader()
-            except Exception:  # a Trainer that makes its batches itself
-                return DatasetRows(None, list, list, trainer.args.device)
+        if not (hasattr(loader, "dataset") and hasattr(loader, "collate_fn")):  # the user's own, of any kind
+            return DatasetRows(None, list, list, trainer.args.device)
         prepare = lambda batch: trainer._prepare_inputs(batch)  # noqa: E731 - a bound method would hold the Trainer
-        return DatasetRows(loader.dataset, loader.collate_fn, prepare, trainer.args.device)
+        batch_sampler = getattr(loader, "batch_sampler", None)
+        return DatasetRows(loader.dataset, loader.collate_fn, prepare, trainer.args.device, batch_sampler)
 
     def of_head(self, batch: Any) -> Tensor:
         """The loss of the head itself, without label smoothing around it."""
@@ -108,6 +111,21 @@ class TrainerLosses:
             return outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
         finally:
             self._snapshot.restore()
+
+    def is_models_multiple(self, batch: Any, num_targets: Tensor) -> bool:
+        """True if the loss is the one that the model returns, times constants. A forward with autograd."""
+        losses: list[Tensor] = []
+
+        def keep(_: nn.Module, args: Any, outputs: Any) -> None:
+            loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+            losses.extend([loss] if isinstance(loss, Tensor) else [])
+
+        with contextlib.ExitStack() as stack:
+            for model in {self._model, self._trainer.model}:
+                stack.callback(model.register_forward_hook(keep).remove)
+            stack.enter_context(torch.enable_grad())
+            loss = self.given(batch, num_targets)
+        return any(is_multiple(loss, of) for of in losses)
 
     def given(self, batch: Any, num_targets: Tensor, *, return_outputs: bool = False) -> Any:
         trainer = self._trainer

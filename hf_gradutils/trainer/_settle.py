@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("hf_gradutils.loss_unit")
 
-_LATER_STEPS = (1, 10, 100, 1000)
+LATER_STEPS = (1, 10, 100, 1000)
 """Optimizer steps after which a loss of the user's own is looked at again."""
 _NUM_TRIES = 16
 """Windows whose first batches are looked at until one can tell."""
@@ -41,6 +41,14 @@ _NOTHING_TELLS = (
 _ALL_ALIKE = (
     "the loss is a mean, but nothing tells if it is one over the targets counted ({source}): all samples that were "
     f"looked at have as many targets, or one class; {_TO_BE_SURE} on samples that differ"
+)
+_IS_SINGLE = (
+    "the loss looks at the first row of a batch only, which batches of one row allow, so that it cannot be checked to "
+    "be a mean over the targets counted ({source}), and is trained as one; set loss_unit if it is the mean of another"
+)
+_IS_APART = (
+    "the loss is a mean over the targets counted ({source}) on the first batch, but not on rows that mix two kinds of "
+    "them: {numbers}. If batches and optimizer steps of this data set never mix them, all is well; " + _TO_BE_SURE
 )
 _IS_RANDOM = (
     "the loss differs between equal forwards, so that it cannot be checked to be a mean over the targets counted "
@@ -84,7 +92,7 @@ class UnitSettler:
                 check=check,
                 needs_count=is_split,
                 smooths_labels=trainer.label_smoother is not None,
-                kinds_differ=is_split and self.losses.is_the_users,
+                rows_differ=is_split and self.losses.is_the_users,
             )
         unit.counter = replace(counter, head_shifts=settled.head_shifts)
         if settled.verdict is not None:
@@ -130,7 +138,7 @@ class UnitSettler:
         state = self._trainer.state
         is_the_users = self.losses.is_the_users
         self._first_step = state.global_step
-        self._later = [state.global_step + steps for steps in _LATER_STEPS] if is_the_users else []
+        self._later = [state.global_step + steps for steps in LATER_STEPS] if is_the_users else []
         self._num_tries, self._unchecked = 0, ""
         if verdict.kind == "unchecked" or (verdict.kind == "alike" and is_the_users):
             self._num_tries = max(min(_NUM_TRIES, state.max_steps - state.global_step - 1), 0)
@@ -140,14 +148,18 @@ class UnitSettler:
     def _judge(self, verdict: Verdict, num_steps: int) -> None:
         """Raise or warn, if there is a reason."""
         was_unchecked = self._unchecked
-        if verdict.kind in ("mean", "wrong", "random"):
+        if verdict.kind in ("mean", "wrong", "random", "apart", "single"):
             self._num_tries, self._unchecked = 0, ""
-        if verdict.kind in ("wrong", "random"):
+        if verdict.kind in ("wrong", "random", "single"):
             self._later = []
         if verdict.kind == "wrong":
             self._say_that_it_is_wrong(verdict, num_steps if not was_unchecked else 0)
         elif verdict.kind == "random":
             self._warn(_IS_RANDOM)
+        elif verdict.kind == "single":
+            self._warn(_IS_SINGLE)
+        elif verdict.kind == "apart":
+            self._warn(_IS_APART.replace("{numbers}", verdict.numbers))
         elif self._unchecked and not self._num_tries:
             self._warn(self._unchecked)
             self._unchecked = ""

@@ -1,12 +1,20 @@
-"""Settings with which a Trainer cannot be exact."""
+"""A Trainer's Accelerator, and settings with which it cannot be exact."""
 
 from typing import Any
 
 from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
+from hf_gradutils.accelerator import GradUtilsAccelerator
 from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.targets import trl
+
+
+def adopt_accelerator(trainer: Any) -> None:
+    """Turn the Accelerator that a Trainer, or an override around ours, has made into a ``GradUtilsAccelerator``."""
+    if not isinstance(trainer.accelerator, GradUtilsAccelerator):
+        num_micro_batches = trainer.args.gradient_accumulation_steps
+        GradUtilsAccelerator.adopt(trainer.accelerator, trainer.grad_plugin, num_micro_batches=num_micro_batches)
 
 
 def check_setup(trainer: Any) -> None:

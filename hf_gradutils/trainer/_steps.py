@@ -1,5 +1,6 @@
 """The optimizer steps of a Trainer: their windows, their log, and the rollback of skipped ones."""
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from hf_gradutils.accelerator import Counters, MicroBatch, check_weighted
 from hf_gradutils.errors import NonfiniteGradientError
 from hf_gradutils.targets.counter import with_one_target
+from hf_gradutils.trainer._accumulation import Accumulation
 from hf_gradutils.trainer._batches import MicroBatches, TrainingBatches
 from hf_gradutils.trainer._counts import WindowCounts
 from hf_gradutils.trainer._evaluation import num_data_ranks
@@ -32,7 +34,7 @@ class OptimizerSteps:
         """Windows that had been closed when the latest micro-batch began."""
         self._num_losses = 0
         """Calls of ``compute_loss`` that are under way, inside each other."""
-        self._is_started = False
+        self.accumulation = Accumulation(trainer, batches)
         self._is_checked = True
         self._log: RunningLog | None = None
         self._counters: Counters | None = None
@@ -44,18 +46,20 @@ class OptimizerSteps:
         if self.micro_batch is not None:
             return step(model, inputs, num_items_in_batch)
         trainer, device = self._trainer, self._trainer.args.device
+        windows = trainer.accelerator.windows
+        windows.has_data_left = self._batches.has_data_left
+        self.accumulation.begin_micro_batch()
         if self._batches.is_padding(inputs) and num_data_ranks(trainer) == 1:
             return torch.zeros((), device=device)  # no other rank waits for this micro-batch
         self._begin(model, inputs)
         # A micro-batch's own mean is wanted: Trainer must not divide it by the number of micro-batches.
         trainer.current_gradient_accumulation_steps = 1
-        self._num_closed = trainer.accelerator.windows.of_loss(model).num_closed
+        self._num_closed = windows.of_loss(model).num_closed
         self.micro_batch = micro_batch = self.counts.micro_batch(inputs, num_items_in_batch)
-        windows = trainer.accelerator.windows
         try:
-            with windows.one_micro_batch(model, micro_batch):
-                is_own = num_items_in_batch is None or self._unit.contract.is_asked_alone
-                count = micro_batch.divisor if is_own else num_items_in_batch
+            is_own = num_items_in_batch is None or self._unit.contract.is_asked_alone
+            count = micro_batch.divisor if is_own else num_items_in_batch
+            with windows.one_micro_batch(model, micro_batch), self._keeping_models_losses(model, count):
                 loss = step(model, inputs, count if self._unit.hands_count else None)
             micro_batch.report(windows.of_loss(model), loss)
             return loss
@@ -79,8 +83,9 @@ class OptimizerSteps:
         return self.in_loss(compute_loss, *args, **kwargs)
 
     def see_count(self, count: Any) -> None:
-        """Weight the next loss by whether the outermost ``compute_loss`` was given a count."""
-        if self.micro_batch is not None and not self._num_losses:
+        """Weight the next loss by whether the outermost ``compute_loss`` was given a count, if it may be trained."""
+        if self.micro_batch is not None and not self._num_losses and torch.is_grad_enabled():
+            self.micro_batch.is_models = False
             self.counts.choose(self.micro_batch, has_count=count is not None)
 
     def in_loss(self, compute_loss: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -95,25 +100,52 @@ class OptimizerSteps:
         return result
 
     def keep(self, loss: Tensor) -> None:
-        """Keep a loss for ``backward`` to compare."""
-        if self.micro_batch is not None:
+        """Keep a loss for ``backward`` to compare; one without a graph is looked at only."""
+        if self.micro_batch is not None and loss.requires_grad:
             self.micro_batch.computed = loss
+
+    @contextlib.contextmanager
+    def _keeping_models_losses(self, model: nn.Module, count: Any) -> Iterator[None]:
+        """Keep the losses that a user's own step, given this count, asks the model for, without ``compute_loss``."""
+        micro_batch = self.micro_batch
+        assert micro_batch is not None
+
+        def keep(_: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> None:
+            loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+            # After compute_loss has returned the loss that is trained, another forward is for something else.
+            is_later = self._num_losses or not (micro_batch.computed is None or micro_batch.is_models)
+            if self.micro_batch is micro_batch and isinstance(loss, Tensor) and loss.requires_grad and not is_later:
+                self.counts.choose_models(micro_batch, kwargs.get("num_items_in_batch"), count)
+                self.keep(loss)
+
+        with contextlib.ExitStack() as stack:
+            # The step may call either; torch.compile does not look at hooks on what is inside it.
+            for called in {model, self._trainer.model} if micro_batch.division is not None else ():
+                stack.callback(called.register_forward_hook(keep, with_kwargs=True).remove)
+            yield
 
     def _begin(self, model: nn.Module, inputs: Any) -> None:
         """Begin a micro-batch: settle the loss on the first, and look at it again in each window's first."""
-        self._start_once(model, inputs)
+        self._settle(model, inputs)
         if not self._is_checked:
             self._is_checked = True
-            self._unit.check_again(inputs, self._trainer.state.global_step)
-            if self._unit.ask_again(inputs):
+            step = self._trainer.state.global_step
+            self._unit.check_again(inputs, step)
+            if self._unit.is_due(step):
+                self.counts.look_again()
+            if self._unit.ask_again(inputs, step):
                 self.counts.decide(model)
 
-    def _start_once(self, model: nn.Module, inputs: Any) -> None:
-        """Settle the unit of the loss on the first batch, and open the first window with a scale to match."""
-        if self._is_started:
-            return
+    def _settle(self, model: nn.Module, inputs: Any) -> None:
+        """Settle the unit of the loss on the first batch, and open the first window with a scale to match.
+
+        Again where a callback has set another number of micro-batches, on which the answers depend.
+        """
         trainer, unit = self._trainer, self._unit
-        accumulation = trainer.args.gradient_accumulation_steps
+        accumulation = self.accumulation.number
+        if self.accumulation.is_settled:
+            return
+        trainer.accelerator.windows.num_micro_batches = accumulation
         is_split = accumulation > 1 or trainer.accelerator.num_processes > trainer.get_tp_size()
         targets_per_micro_batch = unit.settle(inputs, is_split=is_split)
         assert unit.counter is not None
@@ -125,29 +157,34 @@ class OptimizerSteps:
         )
         trainer.accelerator.windows.of_loss(model).start(sums)
         self.counts.decide(model)
-        self._is_started = True
+        self.accumulation.settled = accumulation
 
     def window(self, epoch: Iterator[Any], num_batches: int) -> tuple[Sequence[Any] | MicroBatches, Any]:
         """The next window's batches; and their count, if it is known first."""
-        batches = self._batches.window(epoch, num_batches)
+        batches = self._batches.window(epoch, self.accumulation.num_batches(epoch, num_batches))
+        self.accumulation.drawn = batches
         if not batches:
             return [], None
-        if not self._is_started:
-            self._start_once(self._trainer.model_wrapped, self._batches.first())
+        if self.accumulation.settled is None:
+            self._settle(self._trainer.model_wrapped, self._batches.first())
         if not self.counts.is_first:
             return batches, None
         batches = list(batches)
+        self.accumulation.drawn = range(len(batches))
+        self._settle(self._trainer.model_wrapped, batches[0])
         return batches, self.counts.expect(batches)
 
     def window_of(
         self, override: Callable[..., Any], epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[Sequence[Any], Any]:
         """The next window's batches and their count by a user's ``get_batch_samples``."""
+        num_batches = self.accumulation.num_batches(epoch_iterator, num_batches)
         with self.counts.handing():
             batches, count = override(self._batches.draws(epoch_iterator, num_batches), num_batches, device)
         self._batches.check_padding(batches)
+        self.accumulation.drawn = range(len(batches))
         if len(batches):
-            self._start_once(self._trainer.model_wrapped, batches[0])
+            self._settle(self._trainer.model_wrapped, batches[0])
             self.counts.check_handed(count)
             window = self._trainer.accelerator.windows.of_loss(self._trainer.model_wrapped)
             self.counts.check_length(batches, num_batches, is_open=window.is_open)
@@ -158,10 +195,9 @@ class OptimizerSteps:
     def close_window(self, model: nn.Module, max_norm: float) -> Tensor:
         """Make the gradient the exact mean and clip it; returns its norm before. Collectives: as ``Windows.close``."""
         trainer, windows = self._trainer, self._trainer.accelerator.windows
-        has_data_left = self._batches.has_data_left
         self.raise_pending()
         window = windows.of_loss(model)
-        if window.sums.is_empty and window.num_closed > self._num_closed and has_data_left is None:
+        if window.sums.is_empty and window.num_closed > self._num_closed:
             # The user's own step has clipped; another norm is another clip.
             if max_norm < math.inf:
                 trainer.accelerator.clip_grad_norm_(model.parameters(), max_norm)
@@ -170,13 +206,11 @@ class OptimizerSteps:
         else:
             if window.sums.is_empty:
                 check_weighted(model.parameters())
-            report, is_taken = windows.close(
-                window, max_norm, step=trainer.state.global_step + 1, has_data_left=has_data_left
-            )
+            report, is_taken = windows.close(window, max_norm, step=trainer.state.global_step + 1)
+        if windows.has_data_left is not None:
+            self._batches.num_ranks_with_data = report.num_ranks_with_data
         if windows.is_pending:
             self._counters = Counters(trainer.state.global_step, trainer.lr_scheduler, trainer.optimizer)
-        if has_data_left is not None:
-            self._batches.num_ranks_with_data = report.num_ranks_with_data
         if self._log is None:
             self._log = RunningLog(trainer.args.device)
         was_logged = trainer._globalstep_last_logged == trainer.state.global_step

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from hf_gradutils.accelerator import GradUtilsAccelerator, GradUtilsPlugin
+from hf_gradutils.accelerator import GradUtilsPlugin
 from hf_gradutils.coordination.route import route_first_rank
 from hf_gradutils.gradients.partial_sums import sum_increments
 from hf_gradutils.invariance import CheckBeforeTraining
@@ -37,7 +37,7 @@ from hf_gradutils.trainer._evaluation import EvaluationLoss
 from hf_gradutils.trainer._log import nan_filter
 from hf_gradutils.trainer._loss import LossUnit
 from hf_gradutils.trainer._overrides import is_transformers, wrapping_overrides
-from hf_gradutils.trainer._setup import check_nothing_reads_gradients, check_setup
+from hf_gradutils.trainer._setup import adopt_accelerator, check_nothing_reads_gradients, check_setup
 from hf_gradutils.trainer._steps import OptimizerSteps
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
         self._start_over()
         with route_first_rank():  # some Trainers prepare their data here
             super().__init__(*args, **kwargs)
+        adopt_accelerator(self)
         check_setup(self)
 
     def _start_over(self) -> None:
@@ -101,8 +102,7 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
     def create_accelerator_and_postprocess(self) -> None:
         """Build the Accelerator as Trainer does, and turn it into a :class:`GradUtilsAccelerator`."""
         super().create_accelerator_and_postprocess()
-        num_micro_batches = self.args.gradient_accumulation_steps
-        GradUtilsAccelerator.adopt(self.accelerator, self.grad_plugin, num_micro_batches=num_micro_batches)
+        adopt_accelerator(self)
 
     # ---- Training: start and end ----
 
@@ -159,9 +159,10 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
     ) -> tuple[int, int]:
         """Resume data without a length by its epoch; Trainer takes it for one long epoch and skips too much."""
         trained = super()._init_training_state(max_steps, num_update_steps_per_epoch, *args, **kwargs)
-        if self._batches.has_length or not self.state.global_step:
-            return trained
-        return self._batches.trained_without_length(max_steps)
+        if self.state.global_step and not self._batches.has_length:
+            trained = self._batches.trained_without_length(max_steps)
+        self._steps.accumulation.num_skipped = trained[1]
+        return trained
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

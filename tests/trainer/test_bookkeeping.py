@@ -106,6 +106,7 @@ CASES = {
 }
 
 
+@pytest.mark.wide
 @TOKENS
 @pytest.mark.parametrize("case", CASES)
 @on_layouts("one_rank", "ddp2")

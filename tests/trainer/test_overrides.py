@@ -3,6 +3,8 @@
 Each class of a user's is a function of its base: `Trainer` for the stock one, ours below it, or behind the mixin.
 """
 
+import types
+
 import pytest
 import torch.distributed as dist
 from torch.nn.functional import cross_entropy
@@ -94,6 +96,7 @@ SETTINGS_OF_LAYOUTS = [
 ]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(("layout", "place", "counts"), SETTINGS_OF_LAYOUTS)
 @on_layouts()
@@ -106,6 +109,7 @@ def test_factors_of_a_loss_are_found_out(layout, place, loss, counts):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(want_loss, rel=1e-5)
 
 
+@pytest.mark.wide
 @on_layouts("one_rank", "ddp2")
 @PLACES
 @pytest.mark.parametrize("loss", ["sum / count × processes", "sum / count", "mean / accumulation", "half of each"])
@@ -127,6 +131,7 @@ class EvaluatesFirst(TrainerCallback):
         self.losses.append(metrics["eval_loss"])
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(("layout", "place"), [("one_rank", "behind"), ("ddp2", "around")])
 @on_layouts()
@@ -159,4 +164,17 @@ def test_a_loss_that_communicates_is_told_the_true_number_of_ranks(layout):
     trainer, tap = train(CAUSAL, 4, layout=layout, trainer_class=trainer_class, grad_plugin=plugin)
     assert trainer._unit.contract.communicates
     assert not trainer._unit.contract.is_asked_alone
+    assert relative_error(tap.steps[0], want) < TOLERANCE
+
+
+@pytest.mark.parametrize("loss", ["sum / count × processes", "mean / accumulation", "half of each"])
+@on_layouts("one_rank", "ddp2")
+def test_a_loss_set_on_the_object_is_asked_too(layout, loss):
+    class SetsItself(GradUtilsTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.compute_loss = types.MethodType(own_loss(LOSSES[loss])(Trainer).compute_loss, self)
+
+    want, _ = truth(CAUSAL, make_data(CAUSAL))
+    _, tap = train(CAUSAL, 4, layout=layout, trainer_class=SetsItself)
     assert relative_error(tap.steps[0], want) < TOLERANCE

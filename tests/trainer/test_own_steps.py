@@ -1,8 +1,12 @@
 """A user's own training_step, get_batch_samples, hooks, optimizers and batches around a Trainer."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
 from hf_gradutils import GradUtilsPlugin
@@ -10,8 +14,17 @@ from hf_gradutils.errors import InvalidArgumentError, TargetCountError
 from tests.harness.gradients import relative_error
 from tests.harness.heads import HEADS, collate
 from tests.harness.layouts import on_layouts
-from tests.harness.trainer_cases import make_data, make_model, train, truth
-from tests.trainer.test_overrides import CAUSAL, LOSSES, ON_LAYOUTS_AND_PLACES, PLACES, TOLERANCE, own_loss, placed
+from tests.harness.trainer_cases import make_data, make_model, train, truth, warnings_of
+from tests.trainer.test_overrides import (
+    CAUSAL,
+    LOSSES,
+    ON_LAYOUTS_AND_PLACES,
+    PLACES,
+    TOLERANCE,
+    own_loss,
+    placed,
+    summed,
+)
 
 LAYOUTS = ["one_rank", "ddp2", "fsdp2x2"]
 HEADS_OF_BOTH_KINDS = pytest.mark.parametrize("head", [CAUSAL, "bert tokens"])  # with and without loss arguments
@@ -67,6 +80,7 @@ def step_and_backward(base):
 TWICE = {f.__name__: f for f in (two_steps, a_copy_for_each_step, two_backwards, step_and_backward)}
 
 
+@pytest.mark.wide
 @ON_LAYOUTS_AND_PLACES
 @on_layouts()
 @HEADS_OF_BOTH_KINDS
@@ -208,6 +222,7 @@ DIVIDES = {
 }
 
 
+@pytest.mark.wide
 @ON_LAYOUTS_AND_PLACES
 @on_layouts()
 @HEADS_OF_BOTH_KINDS
@@ -222,17 +237,281 @@ def test_a_step_that_divides_by_the_accumulation_is_exact(layout, place, head, u
 def divides_a_loss_of_its_own(base):
     class Divides(base):
         def training_step(self, model, inputs, num_items_in_batch=None):
-            loss = model(**self._prepare_inputs(inputs)).loss / self.args.gradient_accumulation_steps
+            inputs = self._prepare_inputs(inputs)
+            loss = cross_entropy_of(model(**inputs), inputs["labels"]) / self.args.gradient_accumulation_steps
             self.accelerator.backward(loss)
             return loss.detach()
 
     return Divides
 
 
+def cross_entropy_of(outputs, labels):
+    return summed(outputs, labels) / (labels[:, 1:] != -100).sum() + 0.5
+
+
 @PLACES
 def test_a_step_that_computes_and_divides_its_own_loss_stops(place):
     with pytest.raises(InvalidArgumentError, match="current_gradient_accumulation_steps"):
         train(CAUSAL, 4, trainer_class=placed(divides_a_loss_of_its_own, place))
+
+
+def asks_the_model(divided, *, wrapped=True):
+    """A step without ``compute_loss``, around the model's own loss."""
+
+    def make(base):
+        class Asks(base):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                self.accum = self.args.gradient_accumulation_steps
+
+            def training_step(self, model, inputs, num_items_in_batch=None):
+                model.train()
+                loss = divided(self, (model if wrapped else self.model)(**inputs).loss)
+                self.accelerator.backward(loss)
+                return loss.detach()
+
+        return Asks
+
+    return make
+
+
+ASKS = {
+    "literal": asks_the_model(lambda t, loss: loss / 4),
+    "inverse": asks_the_model(lambda t, loss: loss * 0.25),
+    "kept": asks_the_model(lambda t, loss: loss / t.accum),
+    "argument": asks_the_model(lambda t, loss: loss / t.args.gradient_accumulation_steps),
+    "what the trainer says": asks_the_model(lambda t, loss: loss / t.current_gradient_accumulation_steps),
+    "not": asks_the_model(lambda t, loss: loss),
+    "literal, without its wrapper": asks_the_model(lambda t, loss: loss / 4, wrapped=False),
+}
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize(
+    ("layout", "user"),
+    [(layout, user) for layout in LAYOUTS for user in ASKS if "wrapper" not in user or layout != "ddp2"],
+)
+@on_layouts()
+@HEADS_OF_BOTH_KINDS
+def test_a_step_that_divides_the_models_loss_is_exact(layout, head, user):
+    want, want_loss = truth(head, make_data(head))
+    with warnings_of("hf_gradutils.trainer") as said:
+        trainer, tap = train(head, 4, layout=layout, trainer_class=placed(ASKS[user], "around"))
+    assert relative_error(tap.steps[0], want) < TOLERANCE
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(want_loss, rel=1e-5)
+    assert not any("nothing tells" in message for message in said)
+
+
+def hands_the_model_a_count(times, own=False):
+    """As with transformers: the model divides by the count of the whole window."""
+
+    def make(base):
+        class Hands(base):
+            def training_step(self, model, inputs, num_items_in_batch=None):
+                inputs = self._prepare_inputs(inputs)
+                count = (inputs["labels"][:, 1:] != -100).sum() if own else num_items_in_batch
+                loss = model(**inputs, num_items_in_batch=count).loss * times(self)
+                self.accelerator.backward(loss)
+                return loss.detach()
+
+        return Hands
+
+    return make
+
+
+COUNTED = {
+    "as it is": hands_the_model_a_count(lambda t: 1),
+    "times ranks": hands_the_model_a_count(lambda t: t.accelerator.num_processes),
+    "its own count": hands_the_model_a_count(lambda t: 1, own=True),
+}
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("user", COUNTED)
+@pytest.mark.parametrize("counts", ["auto", "streamed"])
+@pytest.mark.parametrize("accumulation", [1, 4])
+@on_layouts(*LAYOUTS)
+def test_a_step_that_hands_the_model_a_count_is_exact(layout, user, counts, accumulation):
+    want, _ = truth(CAUSAL, make_data(CAUSAL))
+    trainer_class = placed(COUNTED[user], "around")
+    plugin = GradUtilsPlugin(counts=counts)
+    _, tap = train(CAUSAL, accumulation, layout=layout, trainer_class=trainer_class, grad_plugin=plugin)
+    assert relative_error(tap.steps[0], want) < TOLERANCE
+
+
+def own_criterion(divided, *, with_loss=False):
+    """A step of a loss that no one else computes."""
+
+    def make(base):
+        class Own(base):
+            def training_step(self, model, inputs, num_items_in_batch=None):
+                inputs = self._prepare_inputs(inputs)
+                outputs = model(**inputs) if with_loss else model(input_ids=inputs["input_ids"])
+                loss = divided(self, cross_entropy_of(outputs, inputs["labels"]))
+                self.accelerator.backward(loss)
+                return loss.detach()
+
+        return Own
+
+    return make
+
+
+def says_what_it_divides_by(base):
+    class Says(base):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            inputs = self._prepare_inputs(inputs)
+            loss = cross_entropy_of(model(**inputs), inputs["labels"])
+            self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
+            return loss.detach()
+
+    return Says
+
+
+CRITERIA = {
+    "literal": (own_criterion(lambda t, loss: loss / 4), True),
+    "literal beside the model's": (own_criterion(lambda t, loss: loss / 4, with_loss=True), True),
+    "not": (own_criterion(lambda t, loss: loss), True),
+    "what the trainer says": (says_what_it_divides_by, False),
+}
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("user", CRITERIA)
+@pytest.mark.parametrize("accumulation", [1, 4])
+@on_layouts("one_rank", "ddp2")
+def test_a_step_that_nothing_can_tell_warns_once(layout, accumulation, user):
+    make, warns = CRITERIA[user]
+    with warnings_of("hf_gradutils.trainer") as said:
+        trainer, tap = train(
+            CAUSAL, accumulation, layout=layout, trainer_class=placed(make, "around"), arguments={"max_steps": 2}
+        )
+    said = [message for message in said if "nothing tells if training_step divides" in message]
+    assert len(said) == (1 if warns and accumulation > 1 and trainer.is_world_process_zero() else 0)
+    if not warns or user == "not":
+        assert relative_error(tap.steps[0], truth(CAUSAL, make_data(CAUSAL))[0]) < TOLERANCE
+
+
+# ---- Steps that clip ----
+
+
+class Lines(IterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+def clips(base):
+    class Clips(base):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            if self.accelerator.sync_gradients:
+                self.norms = [*getattr(self, "norms", []), self.accelerator.clip_grad_norm_(model.parameters(), 0.5)]
+            return loss
+
+    return Clips
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("max_norm", [0.0, 0.25])
+@pytest.mark.parametrize("kind", ["list", "stream", "longer", "uneven"])
+@on_layouts("one_rank", "ddp2")
+def test_a_step_that_clips_itself_is_exact_on_any_data(layout, kind, max_norm):
+    num_ranks = 1 if layout == "one_rank" else 2
+    data, options = make_data(CAUSAL), {"max_steps": 1, "learning_rate": 0.0, "max_grad_norm": max_norm}
+    rows = {"list": data, "stream": Lines(data), "longer": Lines(data[:16]), "uneven": Lines(data[:14])}[kind]
+    if kind in ("longer", "uneven"):  # epochs of less than three windows; the last one is filled up, or short
+        options |= {"max_steps": 5, "per_device_train_batch_size": 2 // num_ranks * 2}
+    trainer, tap = train(CAUSAL, 2, layout=layout, trainer_class=placed(clips, "around"), data=rows, arguments=options)
+    norms = [float(norm) for norm in trainer.norms]
+    assert len(norms) == options["max_steps"]
+    want, _ = truth(CAUSAL, data if kind in ("list", "stream") else data[: 2 * 4])
+    norm = float(sum(g.square().sum() for g in want.values()) ** 0.5)
+    assert norms[0] == pytest.approx(norm, rel=1e-5)
+    scale = (max_norm or 0.5) / norm
+    assert scale < 1
+    assert relative_error(tap.steps[0], {name: scale * g for name, g in want.items()}) < 1e-4
+
+
+@on_layouts("ddp2")
+def test_a_step_that_clips_needs_one_reduction_as_ever(layout):
+    numbers, reduce = [], torch.distributed.all_reduce
+    for user in (leaves_clipping, clips):
+        calls = []
+        torch.distributed.all_reduce = lambda *args, calls=calls, **kwargs: calls.append(1) or reduce(*args, **kwargs)
+        try:
+            trainer_class = placed(user, "around")
+            train(CAUSAL, 2, layout=layout, trainer_class=trainer_class, data=Lines(make_data(CAUSAL)), taps=False)
+        finally:
+            torch.distributed.all_reduce = reduce
+        numbers.append(len(calls))
+    assert numbers[0] == numbers[1]
+
+
+def leaves_clipping(base):
+    """Control: a step that leaves clipping to the Trainer."""
+
+    class Leaves(base):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    return Leaves
+
+
+# ---- Forwards that are not trained ----
+
+
+def looks_besides(look):
+    """A step that looks at another loss between the one that it trains and its backward."""
+
+    def make(base):
+        def loss_of(trainer, outputs, labels, count):
+            return outputs.loss if count is None else LOSSES["sum / count × processes"](trainer, outputs, labels, count)
+
+        class Looks(own_loss(loss_of)(base)):
+            def training_step(self, model, inputs, num_items_in_batch=None):
+                model.train()
+                inputs = self._prepare_inputs(inputs)
+                if look == "before, with another count":
+                    self.model(**inputs, num_items_in_batch=(inputs["labels"][:, 1:] != -100).sum())
+                loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+                with torch.set_grad_enabled(look == "with a graph"):
+                    if look == "compute_loss":
+                        self.compute_loss(self.model, inputs)
+                    elif "before" not in look:
+                        self.model(**inputs)
+                self.accelerator.backward(loss)
+                return loss.detach()
+
+        return Looks
+
+    return make
+
+
+@pytest.mark.parametrize("look", ["model", "with a graph", "compute_loss", "before, with another count"])
+@on_layouts("one_rank", "ddp2")
+def test_a_loss_that_is_looked_at_does_not_weight_the_one_that_is_trained(layout, look):
+    want, _ = truth(CAUSAL, make_data(CAUSAL))
+    _, tap = train(CAUSAL, 4, layout=layout, trainer_class=placed(looks_besides(look), "around"))
+    assert relative_error(tap.steps[0], want) < TOLERANCE
+
+
+def test_no_batch_of_the_last_window_stays_on_the_device():
+    seen = []
+
+    def make(base):
+        class Sees(base):
+            def training_step(self, model, inputs, num_items_in_batch=None):
+                seen.append(weakref.ref(inputs["labels"]))
+                return super().training_step(model, inputs, num_items_in_batch)
+
+        return Sees
+
+    trainer, _ = train(CAUSAL, 4, trainer_class=placed(make, "around"))
+    gc.collect()
+    assert [ref() is None for ref in seen[:3]] == [True] * 3
+    assert trainer.state.global_step == 1
 
 
 # ---- get_batch_samples ----
@@ -268,6 +547,7 @@ def draws_itself(base):
 BATCHES = {f.__name__: f for f in (looks, makes_a_new_list, draws_itself)}
 
 
+@pytest.mark.wide
 @ON_LAYOUTS_AND_PLACES
 @on_layouts()
 @HEADS_OF_BOTH_KINDS
@@ -495,6 +775,7 @@ def masks_as_it_prepares(base):
 MASKS = {f.__name__: f for f in (masks_in_its_step, masks_in_place, masks_as_it_prepares)}
 
 
+@pytest.mark.wide
 @ON_LAYOUTS_AND_PLACES
 @on_layouts()
 @pytest.mark.parametrize("user", MASKS)

@@ -116,6 +116,7 @@ LOSSES = {
 }
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("loss", LOSSES)
 @ON_LAYOUTS_AND_PLACES
 @on_layouts()
