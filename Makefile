@@ -15,7 +15,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-gpu matrix bench check format build clean
+.PHONY: help install demo test test-wide test-fast test-gpu matrix bench check format build clean
 
 help:  ## Show the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,7 +45,11 @@ demo: $(STAMP)  ## Fine-tune on two ranks (GPUs where there are some, else CPU) 
 test: $(STAMP)  ## Run the tests
 	@$(BIN)/python -m pytest
 
-# In about a minute, between two edits: what takes one rank. `make test` is for everything.
+# `make test` runs a quarter of those, always the same.
+test-wide: $(STAMP)  ## Run the tests, with all combinations of those that have many
+	@$(BIN)/python -m pytest --wide
+
+# In about three minutes, between two edits: what takes one rank. `make test` is for everything.
 test-fast: $(STAMP)  ## Run the tests that need one rank and no other process
 	@$(BIN)/python -m pytest --fast -r fE
 

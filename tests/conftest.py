@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of many combinations keep a third; a test that is asked for by its name keeps all."""
+    """Of many combinations keep a quarter; a test that is asked for by its name keeps all."""
     if config.getoption("wide") or any("::" in arg for arg in config.args) or config.option.keyword:
         return
     by_function: dict[str, list[pytest.Item]] = {}
@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             by_function.setdefault(item.nodeid.partition("[")[0], []).append(item)
     left_out: set[pytest.Item] = set()
     for name, cases in by_function.items():
-        left_out.update(random.Random(name).sample(cases, len(cases) - len(cases) // 3))
+        left_out.update(random.Random(name).sample(cases, len(cases) - len(cases) // 4))
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=list(left_out))
 

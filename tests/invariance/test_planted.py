@@ -56,6 +56,7 @@ CASES = {
 }
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", CASES)
 @on_layouts("one_rank", "ddp2")
 def test_the_check_passes_if_and_only_if_the_training_is_exact(layout, name):

@@ -99,6 +99,7 @@ def test_every_configuration_in_bf16_is_tried():
     assert {name for name in EXPECTED if told(name)[0].mixed_precision == "bf16"} == set(BF16)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("name", BF16)
 def test_every_configuration_in_bf16_trains_every_task(name, task, home, tmp_path):

@@ -145,6 +145,7 @@ def _weighted_in_float64(outputs, labels):
     return cross_entropy(outputs.logits.flatten(0, -2), labels.flatten(), weight=weights)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("head", HEADS)
 def test_every_head_is_trained_exactly_with_batch_size_1(head, caplog):
     data = make_data(head, 6)

@@ -160,6 +160,7 @@ def raises_in_its_loss(trainer_class, layout):
     return parts(trainer)
 
 
+@pytest.mark.wide
 @BOTH
 @pytest.mark.parametrize(
     "case",
