@@ -49,7 +49,7 @@ test: $(STAMP)  ## Run the tests
 test-wide: $(STAMP)  ## Run the tests, with all combinations of those that have many
 	@$(BIN)/python -m pytest --wide
 
-# In about three minutes, between two edits: what takes one rank. `make test` is for everything.
+# In three to four minutes, between two edits: what takes one rank. `make test` is for everything.
 test-fast: $(STAMP)  ## Run the tests that need one rank and no other process
 	@$(BIN)/python -m pytest --fast -r fE
 

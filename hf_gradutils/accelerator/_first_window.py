@@ -47,6 +47,7 @@ LEFT_OVER = (
     "each step, or make gradients final with GradUtilsPlugin(counts='first')"
 )
 _MOST_WINDOWS = 100
+"""Windows that are watched, at most, while gradients are touched and stay as they are."""
 _MOST_LOOKED_AT, _LARGEST = 2**16, 64
 """Elements of a gradient among which the largest are remembered, and how many."""
 
@@ -54,8 +55,7 @@ _MOST_LOOKED_AT, _LARGEST = 2**16, 64
 class Running:
     """What hooks know of the Accelerator, so that no model holds it."""
 
-    def __init__(self, gradient_state: Any) -> None:
-        self.gradient_state = gradient_state
+    def __init__(self) -> None:
         self.is_ours = False
         """``accelerator.backward`` runs."""
         self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -69,7 +69,8 @@ class FirstWindow:
         running: Knows the prepared optimizers, and which backward runs.
         window: Holds this.
         own: All parameters that the window's loss trains.
-        watched: Those whose gradients nobody changes; others may be averaged over ranks by hand, as sums may.
+        watched: Parameters whose gradients are compared with those after the backward. The gradients of the others may
+            be averaged over ranks by hand, which is as right for sums as for means.
         loss: May train parameters outside of the models, such as the centres of a loss.
         is_single: Windows have one micro-batch, on one process.
     """

@@ -5,6 +5,7 @@ Until a window ends its gradients are sums over targets: those of a plain ``loss
 """
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -32,7 +33,7 @@ from hf_gradutils.accelerator._micro_batch import MicroBatch
 from hf_gradutils.accelerator._model_windows import ModelWindow, parameters_of
 from hf_gradutils.accelerator._prepared import PreparedModels
 from hf_gradutils.errors import InvalidArgumentError, TargetCountError
-from hf_gradutils.sync import reduces_gradients
+from hf_gradutils.sync import find_wrappers, reduces_gradients
 from hf_gradutils.upstream.accelerate import optimizers_of
 from hf_gradutils.upstream.dtensor import local_tensor
 from hf_gradutils.upstream.fsdp import fsdp2_shards
@@ -47,15 +48,15 @@ class OutsideChanges:
     """Notices, in the first window of each loss, what changes its gradients besides ``accelerator.backward``.
 
     Args:
-        accelerator: Knows if gradients are communicated now.
+        accelerator: Knows the prepared optimizers and fp16's scaler.
         prepared: Knows the wrappers of models.
-        moves_gradients: Gradients are moved between backwards, as DDP and FSDP do it in a forward.
+        moves_gradients: Gradients are moved between backwards, where they are accumulated in a wider dtype.
     """
 
     def __init__(self, accelerator: Accelerator, prepared: PreparedModels, *, moves_gradients: bool):
         self._accelerator, self._prepared = accelerator, prepared
         self._moves_gradients = moves_gradients
-        self.running = Running(accelerator.gradient_state)
+        self.running = Running()
         self._averaged: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()
         self._plain: weakref.WeakKeyDictionary[nn.Module, _PlainBackward] = weakref.WeakKeyDictionary()
 
@@ -146,8 +147,7 @@ class OutsideChanges:
         if window.is_final or (window.num_closed and window.first is None):
             return
         # FSDP keeps gradients elsewhere until the last micro-batch, where zero_grad does not reach them.
-        may_hide = self._is_sharded(window)
-        if any(is_noted and (window.is_open or (is_deferred and may_hide)) for is_noted, is_deferred in noted):
+        if any(is_noted and (window.is_open or is_deferred) for is_noted, is_deferred in noted):
             raise TargetCountError(CHANGED)
         is_scaled = self._accelerator.scaler is not None  # and may be unscaled by now
         are_still = (ends or not wrappers) and not (self._moves_gradients or is_scaled)
@@ -220,16 +220,18 @@ class _PlainBackward:
         if self._running is None or not torch.is_grad_enabled():
             return
         nodes = (next(filter(adds_up_a_parameter, nodes_behind(tensor)), None) for tensor in tensors_in(outputs))
-        self._handles += [node.register_prehook(self._note) for node in nodes if node is not None]
+        is_deferred = not all(reduces_gradients(wrapper) for _, wrapper in find_wrappers(module))
+        note = functools.partial(self._note, is_deferred)
+        self._handles += [node.register_prehook(note) for node in nodes if node is not None]
 
-    def _note(self, gradients: Any) -> None:
+    def _note(self, is_deferred: bool, gradients: Any) -> None:
         assert self._running is not None
         if not self._running.is_ours:
             self._is_noted = True
-            self._is_deferred |= not self._running.gradient_state.sync_gradients
+            self._is_deferred |= is_deferred
 
     def take(self) -> tuple[bool, bool]:
-        """(one was noted since the last call, it was not of a window's last micro-batch)."""
+        """(one was noted since the last call, FSDP has kept its gradients elsewhere)."""
         noted = self._is_noted, self._is_deferred
         self._is_noted = self._is_deferred = False
         return noted

@@ -20,7 +20,7 @@ _TELLING, _TELLING_REDUCED = 0.01, 0.05
 _MIDDLE = 1e-9
 """Of equal cuts, the one nearest to the middle."""
 _NUM_CLASSES = 1024
-"""Classes are told apart up to multiples of this."""
+"""Classes whose numbers are equal modulo this count as one."""
 
 
 class Amounts(NamedTuple):

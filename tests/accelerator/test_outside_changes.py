@@ -113,6 +113,17 @@ def test_what_would_be_silently_wrong_stops_before_the_first_step(layout, accumu
     assert all(torch.equal(p, old) for p, old in zip(weights_of(loop), before, strict=True))
 
 
+@on_layouts("ddp2", "fsdp2x2")
+def test_also_before_the_first_loss_in_no_sync(layout):
+    """FSDP keeps its gradients out of sight, and accelerate does not say so."""
+    loop, loader = loop_of(layout, 1)
+    batch = next(iter(loader))
+    with loop.accelerator.no_sync(loop.model):
+        plainly(loop, batch)
+        with pytest.raises(TargetCountError, match=r"accelerator\.backward"):
+            loop.backward(batch)
+
+
 @on_layouts()
 @pytest.mark.parametrize("case", ["plain before", "plain after", "torch's clipping"])
 @pytest.mark.parametrize("layout", ["ddp2", "fsdp2x2"])
