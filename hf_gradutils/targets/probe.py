@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from hf_gradutils.errors import LossUnitError
-from hf_gradutils.targets.contrast import contrast_of_cuts
 from hf_gradutils.targets.counter import IGNORE_INDEX, TargetCounter
-from hf_gradutils.targets.rows import count_rows, entries_of, is_divisible, take_rows, with_entries
+from hf_gradutils.targets.rows import count_rows, entries_of, take_rows, with_entries
 
 LossOf: TypeAlias = Callable[[Any], Tensor]
 """Batch → its mean loss in training, shape ()."""
@@ -95,25 +94,6 @@ def loss_ignores_first_position(loss_of: LossOf, batch: Any) -> bool | None:
     except Exception:  # whatever a head raises that cannot do without labels
         return None
     return with_first == without or (math.isnan(with_first) and math.isnan(without))
-
-
-def check_additivity(
-    loss_of: LossOf,
-    batch: Any,
-    counter: TargetCounter,
-    *,
-    num_blocks: int = 1,
-    rounding: float = 0.0,
-) -> Additivity:
-    """Both sides of the equation for a batch, cut where it tells most on this rank; arguments as :func:`compare`.
-
-    NaN, without a forward, for one row and for a batch that is not divisible.
-    """
-    num_rows = count_rows(batch, num_blocks=num_blocks) if is_divisible(batch, num_blocks=num_blocks) else 0
-    if num_rows < 2:
-        return UNCHECKED
-    cut = int(contrast_of_cuts(batch, counter, num_blocks=num_blocks).argmax()) + 1
-    return compare(loss_of, cut_after(batch, cut, num_blocks=num_blocks), counter, rounding=rounding)
 
 
 def cut_after(batch: Any, num_rows: int, *, num_blocks: int = 1) -> Parts:
