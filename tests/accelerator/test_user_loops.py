@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_gradutils.errors import InvalidArgumentError, TargetCountError
 from tests.harness.layouts import on_layouts
-from tests.harness.user_loops import alone, are_close, nets, play, sgd, square
+from tests.harness.user_loops import Clamped, Constant, Sign, alone, are_close, nets, play, sgd, square
 
 SEVERAL = pytest.mark.parametrize(("layout", "accumulation"), [("one_rank", 2), ("ddp2", 1), ("ddp2", 2)])
 SINGLE_AND_SEVERAL = pytest.mark.parametrize(
@@ -144,31 +144,6 @@ def test_as_the_error_advises_they_are_exact(layout, accumulation):
 
 
 # ---- Backwards of the user's own that are not linear ----
-
-
-class Constant(torch.autograd.Function):
-    """Adds the gradient of an auxiliary loss, whatever that of the loss is."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient + ctx.saved_tensors[0] / ctx.saved_tensors[0].numel()
-
-
-class Clamped(Constant):
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient.clamp(-0.05, 0.05)
-
-
-class Sign(Constant):
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient.sign()
 
 
 def not_linear(accelerator, batches, models, function):

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from hf_gradutils import GradUtilsTrainerMixin
 from hf_gradutils.errors import InvalidArgumentError, TargetCountError
 from tests.harness.layouts import on_layouts
+from tests.harness.user_loops import Clamped, Constant, Sign
 from tests.harness.user_trainers import Net, User, are_close, assert_as_stock, train
 
 FINAL = [("auto", 0.05), ("first", 0.0)]
@@ -174,31 +175,6 @@ def test_elsewhere_nothing_steps_on_them(layout, accumulation):
 
 
 # ---- Backwards of the user's own that are not linear ----
-
-
-class Constant(torch.autograd.Function):
-    """Adds the gradient of an auxiliary loss, whatever that of the loss is."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient + ctx.saved_tensors[0] / ctx.saved_tensors[0].numel()
-
-
-class Clamped(Constant):
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient.clamp(-0.01, 0.01)
-
-
-class Sign(Constant):
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient.sign()
 
 
 @pytest.mark.parametrize("function", [Constant, Clamped, Sign])
