@@ -5,6 +5,7 @@ An empty variable counts as unset. Nothing is cached: tests, notebooks and accel
 
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,6 +124,44 @@ def read_launched_rank() -> LaunchedRank | None:
     return None
 
 
+def describe_world() -> str:
+    """The variables that say how many processes there are, for errors about missing ones; "" if none do."""
+    launched = read_launched_rank()
+    if launched is None or launched.world_size == 1:
+        return ""
+    (launcher,) = (launcher for launcher in LAUNCHERS if launcher.title == launched.launcher)
+    return (
+        f"{launcher.global_rank}={launched.global_rank} and {launcher.world_size}={launched.world_size} say that this "
+        f"is one of {launched.world_size} processes: if it is the only one, unset both"
+    )
+
+
+def read_job_ids() -> dict[str, str]:
+    """Kind → id of the job to which this process belongs, of those kinds that its launcher and batch system tell.
+
+    Ids of one kind are equal on all ranks of a job. A launcher's step is one only where it has numbered the ranks:
+    a job may start each of its ranks in a step of its own and number them by hand.
+    """
+    launched = read_launched_rank()
+    launcher = None if launched is None else launched.launcher
+    # The components of a heterogeneous job have ids of their own, and the first one's in common.
+    in_common = _text("SLURM_HET_JOB_ID") or _text("SLURM_PACK_JOB_ID")
+    slurm, slurm_step = in_common or _text("SLURM_JOB_ID") or _text("SLURM_JOBID"), _text("SLURM_STEP_ID")
+    index = _text("LSB_JOBINDEX")  # elements of an array have one id
+    run_id, is_mpi = _text("TORCHELASTIC_RUN_ID"), launcher in ("Open MPI", "Intel MPI or MPICH")
+    ids = {
+        "SLURM job": slurm,
+        "SLURM step": slurm_step if launcher == "SLURM" and in_common is None else None,
+        "PMIx namespace": _text("PMIX_NAMESPACE") if is_mpi else None,
+        "Flux job": _text("FLUX_JOB_ID") if is_mpi else None,
+        "PBS job": _text("PBS_JOBID"),
+        "LSF job": _text("LSB_JOBID"),
+        "LSF array index": None if index == "0" else index,
+        "torchrun run": None if run_id == "none" else run_id,
+    }
+    return {kind: value for kind, value in ids.items() if value is not None}
+
+
 def read_rendezvous() -> Rendezvous | None:
     """MASTER_ADDR and MASTER_PORT; None unless both are set. Raises LauncherError for a port out of range."""
     host, port = _text("MASTER_ADDR"), _integer("MASTER_PORT")
@@ -138,12 +177,21 @@ def read_run_attempt() -> tuple[str, str]:
     return _text("TORCHELASTIC_RUN_ID") or "none", _text("TORCHELASTIC_RESTART_COUNT") or "0"
 
 
-def read_cache_directory() -> Path:
-    """The cache directory of datasets, by the three variables that datasets reads, else in the home directory."""
-    if datasets_cache := _text("HF_DATASETS_CACHE"):
-        return Path(datasets_cache).expanduser()
+def read_cache_directories() -> list[Path]:
+    """The directories that preparing data fills: the cache of datasets and that of the hub.
+
+    As the two packages have them now where they have been imported, since programs set them after that; else by the
+    variables that they read, else in the home directory.
+    """
     cache = Path(_text("XDG_CACHE_HOME") or "~/.cache")
-    return Path(_text("HF_HOME") or cache / "huggingface").expanduser() / "datasets"
+    home = Path(_text("HF_HOME") or cache / "huggingface")
+    datasets_cache = _text("HF_DATASETS_CACHE") or home / "datasets"
+    hub_cache = _text("HF_HUB_CACHE") or _text("HUGGINGFACE_HUB_CACHE") or home / "hub"
+    found = (
+        getattr(sys.modules.get("datasets.config"), "HF_DATASETS_CACHE", datasets_cache),
+        getattr(sys.modules.get("huggingface_hub.constants"), "HF_HUB_CACHE", hub_cache),
+    )
+    return [Path(os.path.expandvars(path)).expanduser() for path in found]
 
 
 def read_accumulation_steps() -> int | None:

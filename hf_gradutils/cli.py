@@ -14,8 +14,9 @@ import torch
 from hf_gradutils import _environment
 from hf_gradutils.coordination import keys
 from hf_gradutils.coordination.channel import Channel
+from hf_gradutils.coordination.nodes import claim_first_rank
 from hf_gradutils.coordination.ranks import current_ranks
-from hf_gradutils.coordination.store import leave, open_channel
+from hf_gradutils.coordination.store import LEAVE_GRACE_S, leave, open_channel
 from hf_gradutils.coordination.waiting import WaitOptions, poll
 from hf_gradutils.errors import GradUtilsError, InvalidArgumentError
 from hf_gradutils.plots import plot_runs, read_run
@@ -72,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         "trainer_state.json, several runs over one another.",
     )
     plot.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="output folder of a training")
-    plot.add_argument("--out", type=Path, default=None, help="the PNG (training.png in the first folder)")
+    plot.add_argument("--out", type=Path, default=None, help="the picture (training.png in the first folder)")
     plot.add_argument("--max_grad_norm", type=float, default=None, help="height of the line of the clip")
     plot.set_defaults(run=_plot)
     return parser
@@ -83,14 +84,19 @@ def _parser() -> argparse.ArgumentParser:
 
 def _env(options: argparse.Namespace) -> int:
     ranks = current_ranks()
-    channel = open_channel() if ranks.world_size > 1 else None
+    wait = WaitOptions(timeout_s=options.timeout_s).started()
+    channel = open_channel(timeout_s=wait.timeout_s) if ranks.world_size > 1 else None
+    grace_s = LEAVE_GRACE_S
     try:
-        lines = _ranks_of(channel, options.timeout_s) if channel is not None else ["ranks        1, no launcher"]
+        lines = _ranks_of(channel, wait) if channel is not None else ["ranks        1, no launcher"]
         if ranks.global_rank == 0:
             print("\n".join([*_machine(), *_settings(), *lines]))
+    except GradUtilsError:
+        grace_s = 0.3  # the limit has passed
+        raise
     finally:
         if channel is not None:
-            leave()
+            leave(grace_s=grace_s)
     return 0
 
 
@@ -118,23 +124,25 @@ def _settings() -> list[str]:
     return [f"{_environment.SETTING}{name.upper()}={value}" for name, value in values.items()]
 
 
-def _ranks_of(channel: Channel, timeout_s: float) -> list[str]:
+def _ranks_of(channel: Channel, wait: WaitOptions) -> list[str]:
     """One line per rank, from the store."""
     world = channel.ranks.world_size
     env_keys = [keys.RANK_ENV.format(rank=rank) for rank in range(world)]
-    channel.write(env_keys[channel.ranks.global_rank], f"{channel.ranks.node} {channel.ranks.local_rank}")
 
     def missing() -> list[int]:
         return [rank for rank, key in enumerate(env_keys) if channel.read(key) is None]
 
     try:
-        poll(
-            lambda: None if missing() else True,
-            lambda: f"ranks {missing()} of {world} are missing",
-            WaitOptions(timeout_s=timeout_s),
-        )
+        claim_first_rank(channel)  # before this rank is complete: then all nodes have a first when all ranks are
+        channel.write(env_keys[channel.ranks.global_rank], f"{channel.ranks.node} {channel.ranks.local_rank}")
+        poll(lambda: None if missing() else True, lambda: f"ranks {missing()} of {world} are missing", wait)
     except TimeoutError as error:
-        raise InvalidArgumentError(f"{error}; start all ranks, or raise --timeout_s") from None
+        hint = _environment.describe_world()
+        raise InvalidArgumentError(
+            f"{error}; start all ranks, or raise --timeout_s" + (f". {hint}" if hint else "")
+        ) from None
+    except RuntimeError:
+        raise InvalidArgumentError(f"lost {channel.origin}, whose host has ended, before all ranks had come") from None
     launched = _environment.read_launched_rank()
     lines = [
         f"launcher     {'none, a process group' if launched is None else launched.launcher}",
@@ -143,8 +151,9 @@ def _ranks_of(channel: Channel, timeout_s: float) -> list[str]:
     ]
     for rank in range(world):
         node, local_rank = (channel.read(env_keys[rank]) or "").rsplit(" ", 1)
-        is_first = " (first of its node)" if local_rank == "0" else ""
-        lines.append(f"  rank {rank}: {channel.process_of(rank)}, node {node}, local rank {local_rank}{is_first}")
+        is_first = channel.read(keys.NODE_FIRST_RANK.format(node=node)) == str(rank)
+        first = " (first of its node)" if is_first else ""
+        lines.append(f"  rank {rank}: {channel.process_of(rank)}, node {node}, local rank {local_rank}{first}")
     return lines
 
 

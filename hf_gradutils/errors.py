@@ -76,4 +76,17 @@ class LauncherError(GradUtilsError):
 
 
 class FirstRankError(GradUtilsError):
-    """The first rank of a node did not finish the block that the other ranks were waiting for."""
+    """The first rank of a node did not finish the block that the other ranks were waiting for.
+
+    Its traceback, where it has one, is a note of this error, so that ``str(error)`` stays one line.
+
+    Args:
+        message: The rank, its process, the block and the reason.
+        global_rank: The rank that failed; None if this rank gave up by itself.
+        reason: The first rank's own error as Python prints it, or how it ended; None if this rank gave up.
+    """
+
+    def __init__(self, message: str, *, global_rank: int | None = None, reason: str | None = None):
+        super().__init__(message)
+        self.global_rank = global_rank
+        self.reason = reason

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pickletools
 import zipfile
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ def read_run(folder: Path) -> Run:
     Raises:
         InvalidArgumentError: there is none, or it was not written by a Trainer.
     """
-    if not folder.exists():
+    if not os.path.exists(folder):  # False, too, for a name that no file can have
         raise InvalidArgumentError(f"{str(folder)!r} does not exist; give the output folder of a training")
     checkpoints = sorted(
         folder.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.split("-")[-1])
@@ -54,7 +55,7 @@ def read_run(folder: Path) -> Run:
     try:
         log = json.loads(path.read_text())["log_history"]
         steps = [entry["step"] for entry in log]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidArgumentError(f"{path} was not written by a Trainer: {error!r}") from None
     if not any("loss" in entry for entry in log):
         raise InvalidArgumentError(f"{path} has {len(steps)} log entries and none with a loss; set logging_steps lower")
@@ -80,19 +81,22 @@ def _read_max_grad_norm(folder: Path) -> float | None:
 
 
 def plot_runs(runs: Sequence[Run], path: Path, *, max_grad_norm: float | None = None) -> Path:
-    """Draw runs over one another into a PNG: loss, gradient norm, targets and skipped steps, norms of groups.
+    """Draw runs over one another into a picture: loss, gradient norm, targets and skipped steps, norms of groups.
 
     Args:
         runs: At least one. Norms of groups are drawn for the first that has them.
-        path: The file.
+        path: The file, of a kind that matplotlib can write; without a suffix it gets ``.png``.
         max_grad_norm: Height of the line of the clip; default: each run's own.
 
     Returns:
-        ``path``.
+        The file that was written.
 
     Raises:
-        InvalidArgumentError: matplotlib is not installed.
+        InvalidArgumentError: matplotlib is not installed, or ``path`` cannot be written.
     """
+    if os.path.isdir(path):
+        raise InvalidArgumentError(f"{str(path)!r} is a folder; give a file, as {str(path / 'training.png')!r}")
+    path = path if path.suffix else path.with_suffix(".png")
     try:
         import matplotlib
     except ImportError:
@@ -118,9 +122,18 @@ def plot_runs(runs: Sequence[Run], path: Path, *, max_grad_norm: float | None = 
     if grouped is not None:
         _draw_groups(axes[-1, 0], grouped)
     axes[-1, 0].set_xlabel("optimizer step")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    kinds = figure.canvas.get_supported_filetypes()
+    try:
+        if path.suffix[1:].lower() not in kinds:
+            raise InvalidArgumentError(
+                f"cannot draw {path.suffix} files; {str(path)!r} must end in one of {sorted(kinds)}"
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110)
+    except OSError as error:
+        raise InvalidArgumentError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
+    finally:
+        pyplot.close(figure)
     return path
 
 

@@ -59,10 +59,18 @@ def _env():
     return out.getvalue()
 
 
+@pytest.mark.parametrize("env", [{"LOCAL_RANK": "0"}, {"LOCAL_RANK": None}, {"LOCAL_RANK": ""}])
+def test_env_names_the_first_ranks_that_blocks_elect(env):
+    first, *_ = run_ranks(_env, 4, nodes=2, init=False, env=env)
+    nodes = [line.partition("node ")[2][0] for line in first.splitlines() if "(first of its node)" in line]
+    assert sorted(nodes) == ["0", "1"]
+
+
 def test_env_names_the_ranks_that_never_come():
     code, error = run_ranks(_env_of_one, 2, init=False)[0]
     assert code == 2
     assert "ranks [1] of 2 are missing; gave up after 0.3 s; start all ranks" in error
+    assert "RANK=0 and WORLD_SIZE=2 say that this is one of 2 processes: if it is the only one, unset both" in error
 
 
 def _env_of_one():
@@ -128,6 +136,30 @@ def test_plot_draws_several_runs_over_one_another(tmp_path, capsys):
     assert main(["plot", str(runs[1]), "--out", str(tmp_path / "new" / "x.png"), "--max_grad_norm", "2"]) == 0
     smaller = (tmp_path / "new" / "x.png").stat().st_size
     assert 0 < smaller < picture.stat().st_size, "one run without groups has less to draw"
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("", "is a folder; give a file, as"),
+        ("x.docx", "cannot draw .docx files;"),
+        ("trainer_state.json/x.png", "cannot write"),
+        ("a" * 300 + ".png", "cannot write"),
+        ("/proc/x.png", "cannot write"),
+    ],
+)
+def test_plot_to_a_place_that_cannot_be_written_says_so(out, message, tmp_path, capsys):
+    run = _write_run(tmp_path)
+    assert main(["plot", str(run), "--out", str(run / out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("hf-gradutils: error: ")
+    assert message in line
+
+
+def test_plot_without_a_suffix_says_what_it_has_written(tmp_path, capsys):
+    assert main(["plot", str(_write_run(tmp_path)), "--out", str(tmp_path / "x")]) == 0
+    assert f"wrote {tmp_path / 'x.png'}" in capsys.readouterr().out
+    assert (tmp_path / "x.png").exists()
 
 
 def test_a_run_is_read_from_its_newest_checkpoint_and_nothing_is_unpickled(tmp_path):

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined] # documented there
 
 from hf_gradutils.coordination import keys
+from hf_gradutils.coordination.passages import Passages
 from hf_gradutils.coordination.process import ProcessIdentity, current_process, has_ended
 from hf_gradutils.coordination.ranks import Ranks
 from hf_gradutils.errors import LauncherError
@@ -31,6 +32,16 @@ class Channel:
         self._join_attempt()
         self.server = server
         """The object that keeps the server alive, if that lives in this process; None if it cannot."""
+
+        self.passages = Passages()
+        self.reached: dict[int, set[str]] = {}
+        """Global rank → addresses at which its lifeline has answered this process."""
+
+        self.seen_directories: dict[tuple[str, ...], bool] = {}
+        """A block's name and its directories → whether they have turned out to be global rank 0's, too."""
+
+        self.num_asked: Counter[str] = Counter()
+        """A block's name → how often global rank 0 has asked for its directories, as far as this rank knows."""
 
         self._counts: Counter[str] = Counter()
         self._counts_lock = threading.Lock()

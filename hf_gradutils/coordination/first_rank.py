@@ -5,23 +5,25 @@ processes; no process group, hence no process group timeout, takes part.
 """
 
 import contextlib
+import functools
 import inspect
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, Literal, Self, TypeVar, get_args
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar, cast, get_args
 
 import torch.distributed as dist
 
 from hf_gradutils import _environment
 from hf_gradutils.coordination.nodes import claim_first_rank, is_first_rank, wait_for_nodes
-from hf_gradutils.coordination.shared_directory import is_shared
+from hf_gradutils.coordination.place import Call, find_place
+from hf_gradutils.coordination.shared_directory import share_any
 from hf_gradutils.coordination.store import current_channel, open_channel
-from hf_gradutils.coordination.turn import Block, Turn
+from hf_gradutils.coordination.turn import Block, Turn, tell_where
 from hf_gradutils.coordination.waiting import POLL_S, WaitOptions, poll
 from hf_gradutils.errors import FirstRankError, InvalidArgumentError
 
@@ -35,7 +37,7 @@ class _Entry:
     """State that ``__enter__`` leaves for ``__exit__``."""
 
     block: Block | None
-    """None in a world of one."""
+    """The passage of the rank that this one has waited for, or its own; None in a world of one."""
 
     turns: tuple[Turn, ...]
     """The turns to report on; none on ranks that only wait."""
@@ -69,22 +71,28 @@ class FirstRankPerNode(contextlib.ContextDecorator):
     a rank that went on would meet the process group's timeout in its next collective; what failed on one
     node is raised there on all.
 
-    Blocks pair up by name and by how often each rank has entered that name, so a rank that skips one block
-    does not shift the others; nor does one that skips a call of a decorated function, which all ranks call from
-    the same places, then, or give a ``name``. Nothing inside may need the other ranks (no collectives).
+    Blocks pair up by name and by how often each rank has been there. A rank that has skipped passages, in a loop that
+    leaves out what is there already, is never let in while its first rank is in a later passage, nor before that comes
+    to the same work: that reads the same values (text, numbers, paths, data sets). Where values differ between ranks,
+    this takes 2 s once for each block (10 s if it reads the variable of a ``for`` loop), and a warning. Nothing inside
+    may need the other ranks (no collectives).
 
     Args:
-        name: The same on all ranks. Default: where the block is (module, function and line of the ``with``,
-            or the name of the decorated function and where it is called).
+        name: The same on all ranks; it says what the block works on, whose values then do not matter. Default: where
+            the block is (module, function and line of the ``with``, or the name of the decorated function and where
+            it is called).
         scope: ``"node"``: every node prepares for itself. ``"world"``: for a cache that the nodes share; global
             rank 0 is the only first, then come the first ranks of the nodes, then the rest, so that a cache that
             is not shared after all is prepared once per node and by one rank at a time. ``"auto"``: ``"world"``
-            if the nodes turn out to share ``cache_dir``, else ``"node"``.
-        cache_dir: The directory that ``"auto"`` is about. Default: the cache directory of datasets.
+            on nodes that turn out to share ``cache_dir`` with global rank 0, else ``"node"``; found out once for each
+            list of directories.
+        cache_dir: The directory, or several, that the block writes to, for ``"auto"``. Default: the caches of datasets
+            and of the hub as they are set on entering.
         waits_for_nodes: Let nodes wait for each other behind the block. False where only some nodes come.
         poll_s: Longest pause between two polls of a waiting rank.
         log_every_s: A waiting rank logs what it waits for this often, as a warning.
-        timeout_s: Waiting ranks give up after that; None never.
+        timeout_s: Waiting ranks give up after that, all waits of one entry taken together; None never. The wait for
+            other nodes behind the block has a limit of the same length.
 
     Collectives: none. The ranks of a node enter, each once; with ``waits_for_nodes``, ``"world"`` or ``"auto"``
     at least the first rank of every node does.
@@ -100,7 +108,7 @@ class FirstRankPerNode(contextlib.ContextDecorator):
         *,
         name: str | None = None,
         scope: Scope = "node",
-        cache_dir: str | os.PathLike[str] | None = None,
+        cache_dir: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
         waits_for_nodes: bool = True,
         poll_s: float = POLL_S,
         log_every_s: float = 60.0,
@@ -112,13 +120,14 @@ class FirstRankPerNode(contextlib.ContextDecorator):
         if scope not in get_args(Scope):
             raise InvalidArgumentError(f"scope must be 'node', 'world' or 'auto', got {scope!r}")
         self._name = name
-        self._function: str | None = None
         self._scope: Scope = scope
-        self._cache_dir = cache_dir
+        given = [cache_dir] if isinstance(cache_dir, str | os.PathLike) else cache_dir or ()
+        self._directories = [Path(directory) for directory in given]
         self._waits_for_nodes = waits_for_nodes
         self._options = WaitOptions(poll_s=poll_s, log_every_s=log_every_s, timeout_s=timeout_s)
         # By thread, because one object may be entered in several, and nested in each.
         self._entries: dict[int, list[_Entry]] = {}
+        self._call: Call | None = None
 
     def __call__(self, func: F) -> F:
         """Decorate a function: each call is a block of its own, named after the function and the place of the call."""
@@ -128,15 +137,30 @@ class FirstRankPerNode(contextlib.ContextDecorator):
                 f"FirstRankPerNode decorates plain functions, got {func!r}, whose body runs after the call "
                 "has returned; use `with FirstRankPerNode():` inside it"
             )
-        named = self._recreate_cm()
-        function = inspect.unwrap(func)
-        named._function = f"{function.__module__}.{getattr(function, '__qualname__', type(function).__name__)}"
-        return super(FirstRankPerNode, named).__call__(func)
+
+        @functools.wraps(func)
+        def call_in_block(*args: Any, **kwargs: Any) -> Any:
+            with self._of_call(func, args, kwargs):  # names no module's functions: datasets hashes those too
+                return func(*args, **kwargs)
+
+        return cast(F, call_in_block)
+
+    def _of_call(self, func: F, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Self:
+        context = self._recreate_cm()
+        context._call = Call(func, args, kwargs)
+        return context
 
     def _recreate_cm(self) -> Self:
         copy = type(self).__new__(type(self))
-        copy.__dict__.update(self.__dict__, _entries={})
+        copy.__setstate__(self.__getstate__())
         return copy
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The options alone: data sets hash, and hand to processes, whatever a function to map refers to."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_entries", "_call")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _entries={}, _call=None)
 
     def _try_bootstrap_pg(self) -> bool:
         """Open the channel that the ranks talk through when no process group exists yet.
@@ -149,18 +173,21 @@ class FirstRankPerNode(contextlib.ContextDecorator):
         """
         if dist.is_initialized() or current_channel() is not None:
             return False
-        return open_channel(log_every_s=self._options.log_every_s) is not None
+        options = self._options
+        return open_channel(log_every_s=options.log_every_s, timeout_s=options.timeout_s) is not None
 
     def __enter__(self) -> bool:
         """Enter; True on the first rank at once, False on the others after it has finished."""
         block: Block | None = None
         turns: list[Turn] = []
         is_first = True
-        channel = open_channel(log_every_s=self._options.log_every_s)
+        options = self._options.started()  # one limit for all waits of this entry
+        channel = open_channel(log_every_s=options.log_every_s, timeout_s=options.timeout_s)
         if channel is not None:
-            name = self._name or _call_site(sys._getframe(1), self._function)
-            block = Block(channel=channel, name=name, count=channel.next_count(name), options=self._options)
-            turns, is_first = self._wait_for_turn(block)
+            name, work = find_place(sys._getframe(1), name=self._name, call=self._call)
+            passage = channel.passages.begin(name, work.digest)
+            block = Block(channel=channel, name=name, options=options, passage=passage, work=work)
+            block, turns, is_first = self._wait_for_turn(block)
         entry = _Entry(block=block, turns=tuple(turns), is_outermost=_depth.value == 0)
         self._entries.setdefault(threading.get_ident(), []).append(entry)
         _depth.value += 1
@@ -183,22 +210,30 @@ class FirstRankPerNode(contextlib.ContextDecorator):
             return
         for turn in entry.turns:
             turn.end(exc_val)
+        is_error = isinstance(exc_val, Exception)  # not of a generator that is closed inside of the block
+        if is_error and not entry.turns and entry.block.work.text:
+            entry.block.channel.passages.fail(entry.block.name, entry.block.work.digest)
         # A rank that runs an inner block first may have others waiting for it in an outer one: it must not wait.
         if exc_val is None and entry.is_outermost and self._waits_for_nodes:
             with _first_rank_errors(entry.block):
                 wait_for_nodes(entry.block)
 
-    def _wait_for_turn(self, block: Block) -> tuple[list[Turn], bool]:
-        """Return when this rank may enter, with its own turns, begun, and whether it is first of all."""
+    def _wait_for_turn(self, block: Block) -> tuple[Block, list[Turn], bool]:
+        """Return when this rank may enter: the passage that it was paired with, its own turns, begun, and is_first."""
         own: list[Turn] = []
         try:
             with _first_rank_errors(block):
                 turns = self._turns_in_order(block)
                 own = [turn for turn in turns if turn.is_own]
+                if own:
+                    tell_where(turns[0].block)
+                passage = block.passage
+                if passage.is_repeated and not turns[0].is_own:
+                    turns[0].check_that_it_comes_again()
                 for turn in turns:
                     if turn.is_own:
                         break
-                    turn.wait()
+                    passage = replace(passage, count=turn.wait())
                 for turn in own:
                     turn.begin()
         except BaseException as error:
@@ -208,7 +243,7 @@ class FirstRankPerNode(contextlib.ContextDecorator):
             for turn in own:
                 turn.end(error)
             raise
-        return own, turns[0].is_own
+        return block if own else replace(block, passage=passage), own, turns[0].is_own
 
     def _turns_in_order(self, block: Block) -> list[Turn]:
         """The turns, one after the other, that the ranks of this node wait for."""
@@ -219,11 +254,11 @@ class FirstRankPerNode(contextlib.ContextDecorator):
             lambda: f"rank {rank} waits for the first rank of its node, which has not reached any block ({block.name})",
             block.options,
         )
+        block = replace(block, has_turn=first_rank == rank)
         here = Turn(block, first_rank, channel.ranks.node)
         scope = self._scope
         if scope == "auto":
-            directory = Path(self._cache_dir) if self._cache_dir else _environment.read_cache_directory()
-            scope = "world" if is_shared(block, directory) else "node"
+            scope = "world" if share_any(block, self._directories or _environment.read_cache_directories()) else "node"
         return [Turn(block, 0, None), here] if scope == "world" else [here]
 
 
@@ -239,13 +274,3 @@ def _first_rank_errors(block: Block) -> Iterator[None]:
         raise FirstRankError(
             f"rank {rank} at {block.name} lost {origin}: its host has ended, so how the first rank ended is unknown"
         ) from lost
-
-
-def _call_site(frame: FrameType | None, function: str | None) -> str:
-    """The name of a block without one, the same on every rank: its module, function and line, or those of the call."""
-    while frame is not None and frame.f_globals.get("__name__") == "contextlib":
-        frame = frame.f_back  # ExitStack.enter_context, or the call of a decorated function
-    site = "unknown"
-    if frame is not None:
-        site = f"{frame.f_globals.get('__name__')}.{frame.f_code.co_qualname}:{frame.f_lineno}"
-    return site if function is None else f"{function}, called in {site}"

@@ -11,9 +11,9 @@ from itertools import cycle
 
 from hf_gradutils.coordination import keys
 from hf_gradutils.coordination.channel import Channel
+from hf_gradutils.coordination.failure import error_of
 from hf_gradutils.coordination.turn import Block, Turn
 from hf_gradutils.coordination.waiting import OK, Duty, await_verdict
-from hf_gradutils.errors import FirstRankError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +72,7 @@ def read_nodes(channel: Channel) -> tuple[list[Node], bool]:
 
 
 def wait_for_nodes(block: Block) -> None:
-    """Return once the first rank of every node has finished the block.
+    """Return once the first rank of every node has finished the block, or has come to a later one without it.
 
     Where nothing tells how many ranks a node has, only nodes whose first rank has come already are waited for.
 
@@ -86,11 +86,11 @@ def wait_for_nodes(block: Block) -> None:
         block.key(keys.BLOCK_END),
         nodes.duties,
         nodes.describe_wait,
-        block.options,
+        block.options.started(),  # the limit of the entry does not count the block itself
         contribute=nodes.claim_end,
     )
     if end != OK:
-        raise FirstRankError(end)
+        raise error_of(end)
 
 
 class _NodesInBlock:
@@ -102,17 +102,23 @@ class _NodesInBlock:
         self._are_complete = False
         self._others: Iterator[Turn] = iter(())
         self._watched: Turn | None = None
+        self._past: set[int] = set()
 
     def claim_end(self) -> str | None:
         """Claim the end of the block once all nodes have succeeded, or the one that is watched has not; None before."""
         channel = self._block.channel
         if not self._are_complete:
             self._read_nodes()
-        self._watched = next(self._others, None)
-        # Its own ranks claim the end too, but may all be killed before they do.
-        report = None if self._watched is None else channel.read(self._watched.report_key)
-        if report not in (None, OK):
-            return channel.claim(self._block.key(keys.BLOCK_END), report)
+        if (watched := next(self._others, None)) is not None:
+            self._watched = watched
+            # Its own ranks claim the end too, but may all be killed before they do.
+            report = watched.read_report()
+            if report not in (None, OK):
+                return channel.claim(self._block.key(keys.BLOCK_END), report)
+            if report == OK or self._has_skipped(watched):
+                self._past.add(watched.global_rank)
+            if self._are_complete and len(self._past) == len(self._nodes) - 1:
+                return channel.claim(self._block.key(keys.BLOCK_END), OK)
         # A node that has not come cannot be waited for if nothing says that there is another.
         may_conclude = self._are_complete or channel.ranks.local_size is None
         if not may_conclude or channel.count(self._block.key(keys.BLOCK_NUM_NODES_DONE)) < len(self._nodes):
@@ -121,20 +127,34 @@ class _NodesInBlock:
 
     def duties(self) -> list[Duty]:
         """The report of another node. A thousand ranks must not each look at a hundred nodes at every poll."""
-        return [] if self._watched is None else [self._watched.duty]
+        watched = self._watched
+        return [] if watched is None or watched.global_rank in self._past else [watched.duty]
 
     def describe_wait(self) -> str:
         channel = self._block.channel
         done = f"rank {channel.ranks.global_rank} has finished {self._block.name}"
         for turn in map(self._turn_of, self._nodes):
-            if channel.read(turn.report_key) is None:
-                return f"{done}: {turn.describe_wait()}"
+            if turn.global_rank not in self._past and turn.read_report() is None:
+                hint = "" if turn.is_running() else "; if its node skips the block, pass waits_for_nodes=False"
+                return f"{done}: {turn.describe_wait()}{hint}"
         num_ranks = sum(node.local_size or 0 for node in self._nodes)
         names = ", ".join(node.name for node in self._nodes)
         return (
             f"{done}: waits for more nodes than {names}, which have {num_ranks} of {channel.ranks.world_size} ranks; "
             "their first ranks have not reached any block"
         )
+
+    def _has_skipped(self, turn: Turn) -> bool:
+        """True if the first rank of a node is at a passage that this rank has yet to come to."""
+        channel, block = self._block.channel, self._block
+        if (record := channel.read(keys.RANK_AT.format(rank=turn.global_rank))) is None:
+            return False
+        if turn.is_running():
+            return False
+        at = json.loads(record)
+        if at["name"] == block.name:
+            return bool(at["count"] > block.passage.count or at["holds"])
+        return not channel.passages.have_begun(at["name"], at["count"])
 
     def _read_nodes(self) -> None:
         num_before, rank = len(self._nodes), self._block.channel.ranks.global_rank

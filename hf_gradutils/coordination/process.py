@@ -71,6 +71,14 @@ def host_node() -> str:
     return f"{socket.gethostname()}-{_boot_id()}-{_pid_namespace()}"
 
 
+def host_network() -> str:
+    """Names the network that this process's addresses belong to, its host's or its container's; "" if unknown."""
+    try:
+        return f"{_boot_id()}/{os.readlink(PROC / 'self/ns/net')}" if _boot_id() else ""
+    except OSError:
+        return ""
+
+
 def _pid_namespace() -> str:
     try:
         return os.readlink(PROC / "self/ns/pid")

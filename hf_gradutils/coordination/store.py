@@ -1,6 +1,6 @@
 """The channel on which ranks exchange small values: keys of a c10d store, and nothing else.
 
-No process group, no GPU memory, no files and no Python threads. One channel is chosen per process and kept:
+No process group, no GPU memory, no files, and no thread that stays. One channel is chosen per process and kept:
 
 1. the store of the launcher's agent (torchrun): works before and after ``init_process_group`` and outlives
    the ranks;
@@ -12,33 +12,38 @@ The first and the last are one address, and so is the second when the group was 
 ranks that choose before and after ``init_process_group`` see the same keys.
 """
 
+import contextlib
 import logging
 import os
 import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.util import Finalize
 
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined] # documented there
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined] # documented there
 
 from hf_gradutils import _environment
 from hf_gradutils.coordination import keys
 from hf_gradutils.coordination.channel import Channel
+from hf_gradutils.coordination.job import check_store, claim_store
 from hf_gradutils.coordination.ranks import Ranks, current_ranks
-from hf_gradutils.coordination.waiting import WaitOptions, poll
+from hf_gradutils.coordination.tcp_store import CONNECT_TIMEOUT_S, connect, host, tcp_store_beneath
+from hf_gradutils.coordination.waiting import WaitOptions
 from hf_gradutils.errors import LauncherError
 from hf_gradutils.upstream.torch import default_store
 
 logger = logging.getLogger("hf_gradutils.store")
 
-CONNECT_TIMEOUT_S = 30.0
-"""Limit of calls that cannot be interrupted: connecting to a server that has just answered a probe."""
-
 LEAVE_GRACE_S = 10.0
 """Seconds that rank 0 stays at its end for ranks that have not read everything yet."""
+
+SILENT_GRACE_S = 1.0
+"""Seconds of that after which rank 0 says for whom it stays, if those ranks have never come."""
 
 _served_port: int | None = None
 """The port of the store that this process hosts."""
@@ -48,25 +53,32 @@ _num_channels = 0
 _opening = threading.Lock()
 
 
-def open_channel(*, log_every_s: float = 60.0) -> Channel | None:
+def open_channel(*, log_every_s: float = 60.0, timeout_s: float | None = None) -> Channel | None:
     """The channel of this process, chosen at the first call; None in a world of one.
 
     Waits for global rank 0 if that rank is to host the store and has not come here yet.
 
+    Args:
+        log_every_s: Seconds between warnings that say what is waited for.
+        timeout_s: Seconds after which this gives up; None waits for rank 0 for ever. Where something listens already,
+            it ends within ``CONNECT_TIMEOUT_S`` in any case.
+
     Collectives: none; every rank that needs the channel calls it, at any time.
 
     Raises:
-        LauncherError: several ranks and no place to meet; or this process was forked from a rank.
+        LauncherError: several ranks and no place to meet; nothing listens there in time; the store belongs to another
+            job; or this process was forked from a rank.
     """
     global _channel, _num_channels, _served_port
+    options = WaitOptions(log_every_s=log_every_s, timeout_s=timeout_s).started()
     channel = _channel
     if channel is None:
-        with _opening:
+        with _only_opener(timeout_s):
             if _channel is None and (ranks := current_ranks()).world_size > 1:
-                channel = _choose(ranks, log_every_s)
+                channel = _choose(ranks, options)
                 channel.write_identity()
                 _channel, _num_channels = channel, _num_channels + 1
-                hosted = _tcp_store_beneath(channel.server) if ranks.global_rank == 0 else None
+                hosted = tcp_store_beneath(channel.server) if ranks.global_rank == 0 else None
                 _served_port = None if hosted is None else hosted.port
                 # Not atexit: children that multiprocessing forked (notebook_launcher) end without it.
                 Finalize(None, leave, exitpriority=0)
@@ -77,6 +89,17 @@ def open_channel(*, log_every_s: float = 60.0) -> Channel | None:
             f"{channel.process.pid}) and is no rank itself: do this in the rank's own process"
         )
     return channel
+
+
+@contextlib.contextmanager
+def _only_opener(timeout_s: float | None) -> Iterator[None]:
+    """One thread at a time. Raises LauncherError where another one opens the channel for longer than ``timeout_s``."""
+    if not _opening.acquire(timeout=-1 if timeout_s is None else min(timeout_s, threading.TIMEOUT_MAX)):
+        raise LauncherError(f"another thread of this process waits for the other ranks; gave up after {timeout_s:g} s")
+    try:
+        yield
+    finally:
+        _opening.release()
 
 
 def current_channel() -> Channel | None:
@@ -99,13 +122,28 @@ def leave(*, grace_s: float = LEAVE_GRACE_S) -> None:
     ranks = channel.ranks
     try:
         channel.write_farewell()
-        waiting = set(range(ranks.world_size)) if ranks.global_rank == 0 and channel.server else set()
-        deadline = time.monotonic() + grace_s
-        while waiting and time.monotonic() < deadline:
-            waiting = {rank for rank in waiting if not channel.has_left(rank)}
-            time.sleep(0.02)
+        if ranks.global_rank == 0 and channel.server:
+            _stay_for_others(channel, grace_s)
     except (RuntimeError, LauncherError) as error:
         logger.debug("rank %d could not take leave: %s", ranks.global_rank, error)
+
+
+def _stay_for_others(channel: Channel, grace_s: float) -> None:
+    """Return when all ranks have left, or after ``grace_s``; say for whom this waits if they have never come."""
+    start = time.monotonic()
+    waiting, is_said = set(range(channel.ranks.world_size)), False
+    while waiting and (waited_s := time.monotonic() - start) < grace_s:
+        waiting = {rank for rank in waiting if not channel.has_left(rank)}
+        if not is_said and waited_s > SILENT_GRACE_S:
+            is_said = True
+            if missing := sorted(rank for rank in waiting if channel.process_of(rank) is None):
+                logger.warning(
+                    "global rank 0 hosts the store and stays up to %g s for ranks that have not come yet: %s. %s",
+                    grace_s,
+                    ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else ""),
+                    _environment.describe_world(),
+                )
+        time.sleep(0.02)
 
 
 def _close_inherited_sockets() -> None:
@@ -131,7 +169,7 @@ if sys.platform == "linux":
     os.register_at_fork(after_in_child=_close_inherited_sockets)
 
 
-def _choose(ranks: Ranks, log_every_s: float) -> Channel:
+def _choose(ranks: Ranks, options: WaitOptions) -> Channel:
     rendezvous = _environment.read_rendezvous()
     run_id, num_restarts = _environment.read_run_attempt()
     # Several jobs and channels of one process may pass through one server.
@@ -143,73 +181,37 @@ def _choose(ranks: Ranks, log_every_s: float) -> Channel:
 
     if rendezvous is not None and rendezvous.is_agent_store:
         origin = f"the agent store of the launcher at {rendezvous.host}:{rendezvous.port}"
-        return channel(_connect(rendezvous, origin, ranks, log_every_s, CONNECT_TIMEOUT_S), origin)
+        if options.timeout_s is None or options.timeout_s > CONNECT_TIMEOUT_S:  # it listens before any rank starts
+            options = replace(options, timeout_s=CONNECT_TIMEOUT_S).started()
+        return channel(connect(rendezvous, origin, ranks.global_rank, options), origin)
 
     if dist.is_initialized():
         group_store = default_store()
-        inner = _tcp_store_beneath(group_store)
+        inner = tcp_store_beneath(group_store)
         at = None if inner is None else (inner.host, inner.port)
         # Beneath the group's prefixes are the keys of ranks that chose before there was a group.
         is_rendezvous = rendezvous is not None and at == (rendezvous.host, rendezvous.port)
         client: Store = (inner if is_rendezvous else group_store).clone()  # type: ignore[union-attr]
         client.set_timeout(timedelta(seconds=CONNECT_TIMEOUT_S))
+        origin = "the store of the default process group"
+        if is_rendezvous and ranks.global_rank == 0:
+            claim_store(client, origin, ranks)
         # A clone of a TCPStore does not keep the server alive (torch 2.13); its origin does.
-        return channel(client, "the store of the default process group", group_store)
+        return channel(client, origin, group_store)
 
     if rendezvous is None:
+        hint = _environment.describe_world()
         raise LauncherError(
             f"global rank {ranks.global_rank} of {ranks.world_size} has no way to talk to the other ranks: "
             "set MASTER_ADDR (a host name of global rank 0) and MASTER_PORT (a free port there) on every "
             "rank, launch with torchrun, or call torch.distributed.init_process_group first"
+            + (f". {hint}" if hint else "")
         )
     origin = f"the store that global rank 0 hosts at {rendezvous.host}:{rendezvous.port}"
     if ranks.global_rank > 0:
-        return channel(_connect(rendezvous, origin, ranks, log_every_s, None), origin)
-    server = _tcp_store(rendezvous, origin, hosts=True)
+        client = connect(rendezvous, origin, ranks.global_rank, options)
+        check_store(client, origin, ranks, options)
+        return channel(client, origin)
+    server = host(rendezvous, origin, options)
+    claim_store(server, origin, ranks)
     return channel(server, origin, server)
-
-
-def _connect(
-    rendezvous: _environment.Rendezvous, origin: str, ranks: Ranks, log_every_s: float, timeout_s: float | None
-) -> Store:
-    def probe() -> bool | None:
-        try:
-            socket.create_connection((rendezvous.host, rendezvous.port), timeout=1.0).close()
-        except OSError:
-            return None
-        return True
-
-    # TCPStore would try to connect for its whole timeout without heeding Ctrl-C.
-    try:
-        poll(
-            probe,
-            lambda: f"rank {ranks.global_rank} waits for {origin}",
-            WaitOptions(log_every_s=log_every_s, timeout_s=timeout_s),
-        )
-    except TimeoutError as error:
-        raise LauncherError(f"{error}: nothing listens there") from None
-    return _tcp_store(rendezvous, origin, hosts=False)
-
-
-def _tcp_store(rendezvous: _environment.Rendezvous, origin: str, *, hosts: bool) -> Store:
-    try:
-        return TCPStore(
-            rendezvous.host,
-            rendezvous.port,
-            is_master=hosts,
-            timeout=timedelta(seconds=CONNECT_TIMEOUT_S),
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
-    except dist.DistError as error:
-        raise LauncherError(
-            f"cannot {'host' if hosts else 'reach'} {origin}; MASTER_ADDR must name the host of global rank 0 "
-            f"and MASTER_PORT a port that is free there: {error}"
-        ) from error
-
-
-def _tcp_store_beneath(store: Store | None) -> TCPStore | None:
-    """The TCPStore beneath all prefixes; None if the store is of another kind."""
-    while isinstance(store, PrefixStore):
-        store = store.underlying_store
-    return store if isinstance(store, TCPStore) else None

@@ -7,7 +7,7 @@ its end.
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 from hf_gradutils.coordination.channel import Channel
@@ -41,6 +41,13 @@ class WaitOptions:
     timeout_s: float | None = None
     """Seconds after which TimeoutError is raised; None waits for ever."""
 
+    deadline: float | None = None
+    """``time.monotonic()`` at which that is; None: ``timeout_s`` after the begin of a wait."""
+
+    def started(self) -> "WaitOptions":
+        """The same for several waits that share one limit, which begins now."""
+        return self if self.timeout_s is None else replace(self, deadline=time.monotonic() + self.timeout_s)
+
 
 class Duty(NamedTuple):
     """A key that a rank has to write before there can be a good verdict."""
@@ -57,18 +64,20 @@ class Duty(NamedTuple):
 def poll(attempt: Callable[[], T | None], describe: Callable[[], str], options: WaitOptions) -> T:
     """Call ``attempt``, which must not block, until it returns something; a signal ends the wait at once.
 
-    ``describe`` says what is waited for. Raises TimeoutError after ``options.timeout_s``.
+    ``describe`` says what is waited for. Raises TimeoutError at ``options.deadline``, else after ``options.timeout_s``.
     """
     start = time.monotonic()
+    deadline = options.started().deadline if options.deadline is None else options.deadline
     next_log_s, pause_s = options.log_every_s, min(0.01, options.poll_s)
     while (found := attempt()) is None:
-        waited_s = time.monotonic() - start
-        if options.timeout_s is not None and waited_s >= options.timeout_s:
-            raise TimeoutError(f"{describe()}; gave up after {options.timeout_s:g} s")
+        now = time.monotonic()
+        waited_s = now - start
+        if deadline is not None and now >= deadline:
+            raise TimeoutError(f"{describe()}; gave up after {options.timeout_s or waited_s:g} s")
         if waited_s >= next_log_s:
             logger.warning("%s", describe())
             next_log_s += options.log_every_s
-        time.sleep(pause_s)
+        time.sleep(pause_s if deadline is None else min(pause_s, max(0.0, deadline - now)))
         pause_s = min(2 * pause_s, options.poll_s)
     return found
 

@@ -91,12 +91,13 @@ def test_an_exception_in_the_first_reaches_all_others(launch, tmp_path):
     for kind, (first, *others) in zip(kinds, zip(*results, strict=True), strict=True):
         name, raised_at, _ = first
         assert name == kind.__name__, "the first keeps its own exception"
-        for name, noticed_at, message in others:
+        for name, noticed_at, (message, global_rank, reason, notes) in others:
             assert name == "FirstRankError"
             assert clock.seconds(raised_at, noticed_at) < 1.0
-            assert "rank 0 of 4 on host" in message
-            assert "disk full" in message
-            assert "_fail_in_first" in message, "the original traceback"
+            assert message.startswith("rank 0 of 4 on host")
+            assert message.endswith(f": {kind.__name__}: disk full"), "one line"
+            assert (global_rank, reason) == (0, f"{kind.__name__}: disk full")
+            assert "_fail_in_first" in notes, "the original traceback"
 
 
 def _fail_in_first(kinds, folder):
@@ -112,7 +113,8 @@ def _fail_in_first(kinds, folder):
                 raised_at = time.monotonic()
                 raise kind("disk full")
         except FirstRankError as error:
-            outcomes.append((type(error).__name__, time.monotonic(), str(error)))
+            told = (str(error), error.global_rank, error.reason, "".join(error.__notes__))
+            outcomes.append((type(error).__name__, time.monotonic(), told))
         except BaseException as error:
             outcomes.append((type(error).__name__, raised_at, ""))
     return outcomes
@@ -229,7 +231,7 @@ def test_an_exit_stack_tells_blocks_apart_by_their_own_line(tmp_path):
 def test_waiting_is_logged_and_may_be_limited(tmp_path):
     lines = run_ranks(_wait_with_log, 2, tmp_path)[1]
     running = re.compile(
-        r"rank 1 waits for rank 0 on host \S+, running for \d+ s \(\S*test_first_rank\._wait_with_log:\d+\)"
+        r"rank 1 waits for rank 0 on host \S+, running for \d+ s \(\S*test_first_rank\._wait_with_log:\d+ with .*\)"
     )
     assert any(running.fullmatch(line) for line in lines), lines
     assert "gave up after 0.6 s" in lines[-1]

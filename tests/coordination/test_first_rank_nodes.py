@@ -3,7 +3,6 @@
 import logging
 import os
 import re
-import signal
 import socket
 import threading
 import time
@@ -15,11 +14,10 @@ import torch.distributed as dist
 from hf_gradutils import FirstRankPerNode
 from hf_gradutils._environment import read_launched_rank
 from hf_gradutils.coordination import heartbeat
-from hf_gradutils.coordination.process import is_alive
 from hf_gradutils.coordination.store import current_channel, leave
 from hf_gradutils.errors import FirstRankError, InvalidArgumentError
 from tests.harness.first_rank_cases import Metronome, meet, on_a_host_of_its_own, rank, wait_for
-from tests.harness.ranks import RankFailure, ranks, run_ranks
+from tests.harness.ranks import ranks, run_ranks
 
 
 def node() -> str:
@@ -106,7 +104,7 @@ def test_a_block_for_some_nodes_only_need_not_wait_for_the_others():
             assert is_first == (rank() == 0)
 
 
-RUNNING = r"rank 1 waits for rank 0 on host \S+, running for \d+ s \(\S+:\d+\)"
+RUNNING = r"rank 1 waits for rank 0 on host \S+, running for \d+ s \(\S+:\d+.*\)"
 MISSING = r"rank 1 waits for rank 0 on host \S+, which has not reached it"
 OTHER_NODE = r"rank 2 has finished \S+: rank 2 waits for rank 0 on host \S+, running for \d+ s"
 
@@ -134,25 +132,6 @@ def _come_late(folder):
     with FirstRankPerNode(log_every_s=0.1):
         pass
     assert all((folder / name).exists() for name in awaited)
-
-
-def test_a_rank_alone_on_its_node_is_given_up_after_a_long_silence(tmp_path):
-    with pytest.raises(RankFailure, match="rank 1 of 2 died"):
-        run_ranks(_die_alone, 2, tmp_path, nodes=2, init=False, grace_s=4)
-    assert "rank 1 of 2 on host" in (tmp_path / "error").read_text()
-
-
-def _die_alone(folder):
-    on_a_host_of_its_own()
-    heartbeat.BEAT_S, heartbeat.SILENCE_S = 0.1, 0.5
-    try:
-        with FirstRankPerNode():
-            if rank() == 1:
-                time.sleep(1.0)  # longer than the silence that counts
-                os.kill(os.getpid(), signal.SIGKILL)
-    except FirstRankError as error:
-        assert is_alive(current_channel().process_of(1)) is None, "control: its end cannot be seen from here"
-        (folder / "error").write_text(str(error))
 
 
 @ranks(2, nodes=2, init=False)

@@ -6,6 +6,7 @@ from pathlib import Path
 from hf_gradutils import FirstRankPerNode, barrier_and_log, cli
 from hf_gradutils.coordination import keys
 from hf_gradutils.coordination.store import open_channel
+from hf_gradutils.coordination.tcp_store import tcp_store_beneath
 from tests.harness.ranks import run_ranks
 
 PAGE = Path(keys.__file__).with_name("README.md").read_text()
@@ -21,8 +22,9 @@ def test_the_page_has_every_key_and_no_other():
 
 
 def test_the_store_gets_every_key_and_no_other(tmp_path):
-    """Two nodes with one rank each: their first ranks have heartbeats."""
-    on_store = {key.removeprefix("0/") for found in run_ranks(_use_all, 2, tmp_path, nodes=2) for key in found}
+    """Two nodes with one rank each: their first ranks have heartbeats. Rank 0 hosts, whose store has a job."""
+    found = run_ranks(_use_all, 2, tmp_path, nodes=2, init=False, agent=False)
+    on_store = {key.removeprefix("hf_gradutils/none/0/").removeprefix("0/") for keys in found for key in keys}
     patterns = {p: re.compile(re.sub(r"\\{\w+\\}", ".+", re.escape(p).replace(r"\{rank\}", r"\d+"))) for p in PATTERNS}
     assert {key for key in on_store if not any(p.fullmatch(key) for p in patterns.values())} == set()
     assert {name for name, p in patterns.items() if not any(map(p.fullmatch, on_store))} == set()
@@ -31,7 +33,7 @@ def test_the_store_gets_every_key_and_no_other(tmp_path):
 def _use_all(folder):
     channel = open_channel()
     with FirstRankPerNode(scope="auto", cache_dir=folder):
-        pass
+        assert folder.exists()
     barrier_and_log("here")
     assert cli.main(["env"]) == 0  # which leaves the channel
-    return channel._attempts.list_keys()
+    return tcp_store_beneath(channel._attempts).list_keys()

@@ -64,7 +64,8 @@ def test_a_group_that_met_in_a_file_serves_too(tmp_path):
 
 @ranks(2, init=False, agent=False, env={"MASTER_ADDR": None})
 def test_ranks_that_cannot_meet_learn_what_to_set():
-    with pytest.raises(LauncherError, match=r"set MASTER_ADDR .* and MASTER_PORT"), FirstRankPerNode():
+    hint = r"RANK=\d and WORLD_SIZE=2 say that this is one of 2 processes: if it is the only one, unset both"
+    with pytest.raises(LauncherError, match=r"set MASTER_ADDR .* and MASTER_PORT .*" + hint), FirstRankPerNode():
         pass
 
 

@@ -6,6 +6,7 @@ from torch.distributed import HashStore
 from hf_gradutils.coordination import keys
 from hf_gradutils.coordination.channel import Channel
 from hf_gradutils.coordination.nodes import claim_first_rank, wait_for_nodes
+from hf_gradutils.coordination.passages import Passage
 from hf_gradutils.coordination.ranks import Ranks
 from hf_gradutils.coordination.turn import Block, Turn
 from hf_gradutils.coordination.waiting import OK, Duty, WaitOptions, await_verdict
@@ -42,7 +43,7 @@ def test_nodes_learn_of_a_failure_that_only_its_own_node_has_written_down():
         each.write_identity()
         claim_first_rank(each)
     options = WaitOptions(poll_s=0.01, timeout_s=5)
-    block = Block(channel=channel, name="a block", count=0, options=options)
+    block = Block(channel=channel, name="a block", options=options, passage=Passage(count=0))
     other.write(Turn(block, 1, "1").report_key, "rank 1 failed")
     with pytest.raises(FirstRankError, match="rank 1 failed"):
         wait_for_nodes(block)

@@ -134,6 +134,7 @@ def fault_in_first(folder: Path, tool: str, fault: str, *, goes_on: bool = False
                 note(folder, "entered", data_file(folder).read_text())
     except BaseException as error:
         note(folder, "error", f"{type(error).__name__}: {error}")
+        note(folder, "notes", "".join(getattr(error, "__notes__", ())))
         if not (goes_on and rank() == 0):
             raise
     if goes_on:
