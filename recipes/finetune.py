@@ -2,10 +2,11 @@
 
     accelerate launch recipes/finetune.py configs/causal_lm.yaml
     accelerate launch --multi_gpu --num_processes 2 recipes/finetune.py configs/causal_lm.yaml --max_steps 50
+    accelerate launch recipes/finetune.py --model Qwen/Qwen3-0.6B --dataset_name my.csv --text_column body
 
-The YAML file sets fields of ``RecipeArguments`` (_shared/arguments.py) and of transformers' ``TrainingArguments``;
-flags override it. The default for ``model_name_or_path`` is a small new model, and the default for ``dataset_name``
-is the docstrings of the Python standard library on this machine.
+The YAML file, which may be left out, sets fields of ``RecipeArguments`` (_shared/arguments.py) and of transformers'
+``TrainingArguments``; flags override it. The default for ``model_name_or_path`` is a small new model, and the default
+for ``dataset_name`` is the docstrings of the Python standard library on this machine.
 """
 
 import sys
@@ -15,10 +16,12 @@ from transformers import TrainingArguments, set_seed
 
 from _shared.arguments import RecipeArguments, parse_arguments
 from _shared.checkpoints import find_checkpoint, read_state
+from _shared.classes import find_classes
 from _shared.data import load_texts, load_tokenizer
-from _shared.errors import UserError, exit_with_error
+from _shared.errors import UserError, exit_with_error, plain_errors
 from _shared.models import load_model, split_over_ranks
-from _shared.tokenization import check_targets, find_classes, make_collator, tokenize
+from _shared.overview import PaceCallback, print_overview
+from _shared.tokenization import make_collator, tokenize
 from _shared.training_report import exit_with_check, report_run, sample_outputs
 from hf_gradutils import FirstRankPerNode, GradUtilsTrainer, check_invariance
 from hf_gradutils.errors import GradUtilsError
@@ -29,14 +32,14 @@ def main() -> None:
     set_seed(training.seed)
 
     # One rank downloads and tokenizes for every node that shares the cache; the other ranks then load from the cache.
-    with FirstRankPerNode(scope="auto"):
+    with plain_errors(), FirstRankPerNode(scope="auto", cache_dir=recipe.cache_dir):
         train_texts, held_out_texts = load_texts(recipe)
         tokenizer = load_tokenizer(recipe, train_texts)
         classes = find_classes(recipe, train_texts)
-        train = tokenize(train_texts, recipe, tokenizer, classes)
-        held_out = tokenize(held_out_texts, recipe, tokenizer, classes)
+        train, train_counts = tokenize(train_texts, recipe, tokenizer, classes)
+        held_out, held_out_counts = tokenize(held_out_texts, recipe, tokenizer, classes)
         model = load_model(recipe, tokenizer, max_length=recipe.max_length, task=recipe.task, classes=classes)
-    check_targets(recipe, training=(train_texts, train), held_out=(held_out_texts, held_out))
+    print_overview(train, (train_counts, held_out_counts), tokenizer, task=recipe.task, classes=classes)
     model = split_over_ranks(model, training)
 
     metrics = {}
@@ -49,6 +52,7 @@ def main() -> None:
         eval_dataset=held_out,
         data_collator=make_collator(recipe, tokenizer, model),
         processing_class=tokenizer,
+        callbacks=[PaceCallback()],
         **metrics,
     )
     if trainer.is_world_process_zero():
@@ -82,11 +86,12 @@ def accuracy(prediction: transformers.EvalPrediction) -> dict[str, float]:
 
 
 def most_likely_class(logits, labels):
+    logits = logits[0] if isinstance(logits, tuple) else logits  # T5 and BART also return their encoder's states
     return logits.argmax(dim=-1)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (UserError, GradUtilsError) as error:
+    except (UserError, GradUtilsError, KeyboardInterrupt) as error:
         exit_with_error(error)

@@ -13,17 +13,19 @@ import time
 from pathlib import Path
 
 import torch
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, LoggerType
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import get_scheduler, set_seed
 
 from _shared.arguments import LoopArguments, RecipeArguments, parse_arguments
 from _shared.checkpoints import drop_old_checkpoints, find_checkpoint, read_state, write_state
+from _shared.classes import find_classes
 from _shared.data import load_texts, load_tokenizer
-from _shared.errors import UserError, exit_with_error
+from _shared.errors import UserError, exit_with_error, plain_errors
 from _shared.models import load_model, split_over_ranks
-from _shared.tokenization import check_targets, count_targets, find_classes, make_collator, pad_to_multiple, tokenize
+from _shared.overview import Pace, print_overview
+from _shared.tokenization import count_targets, make_collator, pad_to_multiple, tokenize
 from _shared.training_report import exit_with_check, report_run, sample_outputs
 from hf_gradutils import FirstRankPerNode, GradUtilsAccelerator, GradUtilsPlugin, check_loop_invariance
 from hf_gradutils.errors import GradUtilsError
@@ -34,18 +36,16 @@ def main() -> None:
     set_seed(training.seed)
 
     # One rank downloads and tokenizes for every node that shares the cache; the other ranks then load from the cache.
-    with FirstRankPerNode(scope="auto"):
+    with plain_errors(), FirstRankPerNode(scope="auto", cache_dir=recipe.cache_dir):
         train_texts, held_out_texts = load_texts(recipe)
         tokenizer = load_tokenizer(recipe, train_texts)
         classes = find_classes(recipe, train_texts)
-        train = tokenize(train_texts, recipe, tokenizer, classes)
-        held_out = tokenize(held_out_texts, recipe, tokenizer, classes)
+        train, train_counts = tokenize(train_texts, recipe, tokenizer, classes)
+        held_out, held_out_counts = tokenize(held_out_texts, recipe, tokenizer, classes)
         model = load_model(recipe, tokenizer, max_length=recipe.max_length, task=recipe.task, classes=classes)
-    check_targets(recipe, training=(train_texts, train), held_out=(held_out_texts, held_out))
+    print_overview(train, (train_counts, held_out_counts), tokenizer, task=recipe.task, classes=classes)
     model = split_over_ranks(model, training)
 
-    if training.report_to not in ("none", *LoggerType.list()):
-        raise UserError(f"report_to must be none or one of {', '.join(LoggerType.list())}, got {training.report_to!r}")
     accelerator = GradUtilsAccelerator(
         cpu=not torch.accelerator.is_available(),
         gradient_accumulation_plugin=GradUtilsPlugin(num_steps=training.gradient_accumulation_steps),
@@ -76,8 +76,6 @@ def main() -> None:
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
 
     if training.report_to != "none":
-        if not accelerator.log_with:
-            raise UserError(f"report_to={training.report_to!r} needs pip install {training.report_to}")
         settings = {name: value for name, value in (vars(recipe) | vars(training)).items() if value is not None}
         accelerator.init_trackers("finetune_no_trainer", config=settings)
     accelerator.print(
@@ -102,6 +100,7 @@ def main() -> None:
         step, log_history = read_state(checkpoint)
     first_step, start_s = step, time.monotonic()
     progress = tqdm(total=num_steps, initial=step, disable=not accelerator.is_main_process)
+    pace = Pace(num_steps, step, write=progress.write if accelerator.is_main_process else None)
 
     def log(**entry: float) -> None:
         log_history.append({"step": step, "epoch": step / steps_per_epoch, **entry})
@@ -129,6 +128,7 @@ def main() -> None:
                 continue
             step += 1
             progress.update()
+            pace.after_step(step)
             reports.append(accelerator.report)
 
             if training.is_due("log", step):  # the only host sync
@@ -151,11 +151,12 @@ def main() -> None:
     output = Path(training.output_dir)
     weights = accelerator.get_state_dict(model)
     unwrapped = accelerator.unwrap_model(model)
-    samples = sample_outputs(unwrapped, tokenizer, held_out, recipe.task)  # on all ranks, as sharded models need
     unwrapped.save_pretrained(output, state_dict=weights, is_main_process=accelerator.is_main_process)
     if accelerator.is_main_process:
         tokenizer.save_pretrained(output)
         write_state(output, step, log_history)
+    samples = sample_outputs(unwrapped, tokenizer, held_out, recipe.task)  # on all ranks, as sharded models need
+    if accelerator.is_main_process:
         report_run(training, log_history, evaluation, train_time_s, first_step, samples)
     accelerator.end_training()
 
@@ -187,5 +188,5 @@ def save_checkpoint(accelerator, step, log_history, training) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (UserError, GradUtilsError) as error:
+    except (UserError, GradUtilsError, KeyboardInterrupt) as error:
         exit_with_error(error)

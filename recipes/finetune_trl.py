@@ -14,11 +14,13 @@ import torch
 from transformers import set_seed
 
 from _shared.arguments import ChatArguments, parse_arguments
+from _shared.chats import count_chats, prepare_chats
 from _shared.checkpoints import find_checkpoint, read_state
 from _shared.data import load_chats, load_tokenizer
-from _shared.errors import UserError, exit_with_error
+from _shared.errors import UserError, exit_with_error, plain_errors
 from _shared.models import load_model, split_over_ranks
-from _shared.training_report import evenly_spaced, exit_with_check, report_run
+from _shared.overview import PaceCallback, print_overview
+from _shared.training_report import evenly_spaced, exit_with_check, max_new_tokens, report_run
 from hf_gradutils import FirstRankPerNode, GradUtilsTrainerMixin, check_invariance, route_first_rank
 from hf_gradutils.errors import GradUtilsError
 
@@ -37,22 +39,34 @@ def main() -> None:
     set_seed(training.seed)
 
     # One rank downloads for every node that shares the cache; the other ranks then load from the cache.
-    with FirstRankPerNode(scope="auto"):
-        train, held_out = load_chats(recipe)
-        tokenizer = load_tokenizer(recipe, train)
-        model = load_model(recipe, tokenizer, max_length=training.max_length or 2048)
+    with plain_errors(), FirstRankPerNode(scope="auto", cache_dir=recipe.cache_dir):
+        train_texts, held_out_texts = load_chats(recipe)
+        tokenizer = load_tokenizer(recipe, train_texts)
+        train, dropped = prepare_chats(train_texts, recipe.messages_column, tokenizer)
+        held_out, held_out_dropped = prepare_chats(held_out_texts, recipe.messages_column, tokenizer)
+        model = load_model(recipe, tokenizer, max_length=training.max_length)
     model = split_over_ranks(model, training)
-    rename = {recipe.messages_column: "messages"} if recipe.messages_column != "messages" else {}
-    train, held_out = (rows.select_columns(recipe.messages_column).rename_columns(rename) for rows in (train, held_out))
 
-    with route_first_rank():  # trl tokenizes the chats here, on the first rank of each node first
+    with plain_errors(), route_first_rank():  # trl tokenizes the chats here, on the first rank of each node first
         trainer = ExactSFTTrainer(
-            model=model, args=training, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
+            model=model,
+            args=training,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            callbacks=[PaceCallback()],
         )
+    if not (len(trainer.train_dataset) and len(trainer.eval_dataset)):
+        raise UserError(f"no chat has an answer left after {training.max_length} tokens; raise max_length")
     if trainer.is_world_process_zero():
+        counts = (
+            count_chats(train_texts, train, dropped, trainer.train_dataset, training.max_length),
+            count_chats(held_out_texts, held_out, held_out_dropped, trainer.eval_dataset, training.max_length),
+        )
+        print_overview(trainer.train_dataset, counts, tokenizer)
         print(
-            f"{len(trainer.train_dataset)} training and {len(trainer.eval_dataset)} held-out chats, "
-            f"{training.world_size} × {training.device.type}, {training.per_device_train_batch_size} chats × "
+            f"{len(trainer.train_dataset)} training and {len(trainer.eval_dataset)} held-out examples, "
+            f"{training.world_size} × {training.device.type}, {training.per_device_train_batch_size} examples × "
             f"{training.gradient_accumulation_steps} accumulated on each",
             flush=True,
         )
@@ -80,17 +94,22 @@ def sample_answers(model, tokenizer, chats) -> list[tuple[str, str, str]]:
     answers = []
     for row in evenly_spaced(chats):
         *question, answer = row["messages"]
+        if not question:
+            continue
         inputs = tokenizer.apply_chat_template(
             question, add_generation_prompt=True, return_dict=True, return_tensors="pt"
         ).to(model.device)
-        output = model.generate(**inputs, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        num_new = max_new_tokens(model, inputs["input_ids"].shape[1])
+        if num_new < 1:
+            continue
+        output = model.generate(**inputs, max_new_tokens=num_new, do_sample=False, pad_token_id=tokenizer.pad_token_id)
         text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        answers.append((question[-1]["content"] if question else "", text, answer["content"]))
+        answers.append((question[-1]["content"], text, answer["content"]))
     return answers
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (UserError, GradUtilsError) as error:
+    except (UserError, GradUtilsError, KeyboardInterrupt) as error:
         exit_with_error(error)

@@ -32,10 +32,12 @@ from transformers import get_scheduler, set_seed
 
 from _shared.arguments import PlainTorchArguments, RecipeArguments, parse_arguments
 from _shared.checkpoints import drop_old_checkpoints, find_checkpoint, read_state, write_state
+from _shared.classes import find_classes
 from _shared.data import load_texts, load_tokenizer
-from _shared.errors import UserError, exit_with_error
+from _shared.errors import UserError, exit_with_error, plain_errors
 from _shared.models import load_model
-from _shared.tokenization import check_targets, count_targets, find_classes, make_collator, pad_to_multiple, tokenize
+from _shared.overview import Pace, print_overview
+from _shared.tokenization import count_targets, make_collator, pad_to_multiple, tokenize
 from _shared.tracking import open_tracker
 from _shared.training_report import exit_with_check, report_run, sample_outputs
 from hf_gradutils import (
@@ -60,14 +62,14 @@ def main() -> None:
     set_seed(training.seed)
 
     # One rank downloads and tokenizes for every node that shares the cache; the other ranks then load from the cache.
-    with FirstRankPerNode(scope="auto"):
+    with plain_errors(), FirstRankPerNode(scope="auto", cache_dir=recipe.cache_dir):
         train_texts, held_out_texts = load_texts(recipe)
         tokenizer = load_tokenizer(recipe, train_texts)
         classes = find_classes(recipe, train_texts)
-        train = tokenize(train_texts, recipe, tokenizer, classes)
-        held_out = tokenize(held_out_texts, recipe, tokenizer, classes)
+        train, train_counts = tokenize(train_texts, recipe, tokenizer, classes)
+        held_out, held_out_counts = tokenize(held_out_texts, recipe, tokenizer, classes)
         model = load_model(recipe, tokenizer, max_length=recipe.max_length, task=recipe.task, classes=classes)
-    check_targets(recipe, training=(train_texts, train), held_out=(held_out_texts, held_out))
+    print_overview(train, (train_counts, held_out_counts), tokenizer, task=recipe.task, classes=classes)
     barrier_and_log(f"{recipe.task}: {len(train)} training and {len(held_out)} held-out examples, {NUM_RANKS} rank(s)")
 
     device = join_ranks()
@@ -93,6 +95,7 @@ def main() -> None:
         step, log_history = read_state(checkpoint)
     first_step, start_s = step, time.monotonic()
     track = open_tracker(training) if RANK == 0 else None
+    pace = Pace(num_steps, step, write=print if RANK == 0 else None)
 
     def log(**entry: float) -> None:
         log_history.append({"step": step, "epoch": step / steps_per_epoch, **entry})
@@ -114,6 +117,7 @@ def main() -> None:
             scheduler.step()
             optimizer.zero_grad()
             step += 1
+            pace.after_step(step)
 
             loss, denominator = reduce_loss(losses, num_targets)
             logged_loss, logged_targets = logged_loss + loss, logged_targets + denominator
@@ -131,11 +135,12 @@ def main() -> None:
     log(**evaluation)
     output = Path(training.output_dir)
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    samples = sample_outputs(unwrapped, tokenizer, held_out, recipe.task)  # on all ranks, as sharded models need
     if RANK == 0:
         unwrapped.save_pretrained(output, state_dict=weights)
         tokenizer.save_pretrained(output)
         write_state(output, step, log_history)
+    samples = sample_outputs(unwrapped, tokenizer, held_out, recipe.task)  # on all ranks, as sharded models need
+    if RANK == 0:
         report_run(training, log_history, evaluation, train_time_s, first_step, samples)
     barrier_and_log("done")
     if dist.is_initialized():
@@ -277,5 +282,5 @@ def random_states() -> list[torch.Tensor]:
 if __name__ == "__main__":
     try:
         main()
-    except (UserError, GradUtilsError) as error:
+    except (UserError, GradUtilsError, KeyboardInterrupt) as error:
         exit_with_error(error)

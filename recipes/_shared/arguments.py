@@ -12,6 +12,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from _shared.checks import check_at_least, check_training
 from _shared.errors import UserError
 
 
@@ -21,12 +22,18 @@ class DataArguments:
 
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "A hub data set, a local folder or a JSON-lines file. Default: stdlib docstrings."},
+        metadata={
+            "help": "A hub data set, a folder, or a file: JSON lines, JSON, CSV, TSV, parquet, text, or .gz of them. "
+            "Default: stdlib docstrings."
+        },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str | None = field(
         default=None, metadata={"help": "Split to evaluate on. Default: hold out 1 in 20 rows of the training split."}
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "A file of rows to evaluate on, in place of eval_split."}
     )
     messages_column: str | None = field(
         default=None, metadata={"help": "Chats, rendered by the tokenizer's chat template; replaces the texts."}
@@ -42,10 +49,17 @@ class DataArguments:
         metadata={"help": "Compare gradients with those of one process and one batch, instead of training."},
     )
 
+    def __post_init__(self):
+        if self.dataset_name == "":
+            raise UserError("dataset_name is empty; give a file, a folder or a hub name, or leave it out")
+        for name in ("max_examples", "max_eval_examples"):
+            if getattr(self, name) is not None:
+                check_at_least(self, 1, name)
+
     @property
-    def text_columns(self) -> list[str]:
-        """The columns that the tokenizer reads."""
-        return [self.messages_column] if self.messages_column else []
+    def text_arguments(self) -> list[str]:
+        """The arguments that name the columns which the tokenizer reads."""
+        return ["messages_column"] if self.messages_column else []
 
 
 @dataclass(kw_only=True)
@@ -53,7 +67,8 @@ class ModelArguments:
     """The name of a model, or the size of a small new one (Llama, or T5 for seq2seq)."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A hub model or a local folder. Default: a small new model."}
+        default=None,
+        metadata={"help": "A hub model or a local folder. Default: a small new model.", "aliases": "--model"},
     )
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
         default="float32", metadata={"help": "Precision of a loaded model's weights."}
@@ -64,6 +79,8 @@ class ModelArguments:
     num_heads: int = field(default=6, metadata={"help": "Attention heads of a new model."})
 
     def __post_init__(self):
+        if (self.model_name_or_path or "").startswith("~"):
+            self.model_name_or_path = str(Path(self.model_name_or_path).expanduser())
         check_at_least(self, 1, "vocab_size", "hidden_size", "num_layers", "num_heads")
         if self.hidden_size % (2 * self.num_heads):
             raise UserError(
@@ -91,7 +108,8 @@ class RecipeArguments(DataArguments, ModelArguments):
     max_length: int = field(default=512, metadata={"help": "Longest example, in tokens; longer ones are truncated."})
 
     def __post_init__(self):
-        super().__post_init__()
+        DataArguments.__post_init__(self)
+        ModelArguments.__post_init__(self)
         check_at_least(self, 1, "max_length")
         if self.dataset_name is None:  # the columns of the standard library's docstrings
             self.prompt_column, self.text_column, self.label_column = "prompt", "docstring", "package"
@@ -102,16 +120,20 @@ class RecipeArguments(DataArguments, ModelArguments):
             raise UserError("sequence-classification reads text_column and label_column, not messages_column")
 
     @property
-    def text_columns(self) -> list[str]:
-        """The columns that the tokenizer reads."""
-        return super().text_columns or [column for column in (self.prompt_column, self.text_column) if column]
+    def text_arguments(self) -> list[str]:
+        """The arguments that name the columns which the tokenizer reads."""
+        return super().text_arguments or (["prompt_column"] if self.prompt_column else []) + ["text_column"]
 
 
 @dataclass(kw_only=True)
 class ChatArguments(DataArguments, ModelArguments):
     """The model and the chats; trl's ``SFTConfig`` sets their maximum length."""
 
-    messages_column: str = field(default="messages", metadata={"help": "Chats: lists of role and content."})
+    messages_column: str = field(default="messages", metadata={"help": "Chats: lists of turns."})
+
+    def __post_init__(self):
+        DataArguments.__post_init__(self)
+        ModelArguments.__post_init__(self)
 
 
 @dataclass(kw_only=True)
@@ -145,9 +167,7 @@ class LoopArguments:
     )
 
     def __post_init__(self):
-        check_at_least(self, 1, "per_device_train_batch_size", "per_device_eval_batch_size")
-        check_at_least(self, 1, "gradient_accumulation_steps", "num_train_epochs", "logging_steps")
-        check_at_least(self, 1, "eval_steps", "save_steps")
+        check_at_least(self, 1, "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
 
     def is_due(self, what: Literal["log", "evaluate", "save"], step: int) -> bool:
         """Return True if logging, evaluating or saving is due after this optimizer step."""
@@ -170,18 +190,19 @@ class PlainTorchArguments(LoopArguments):
     )
 
 
-def check_at_least(arguments: Any, least: float, *names: str) -> None:
-    for name in names:
-        if getattr(arguments, name) < least:
-            raise UserError(f"{name} must be at least {least}, got {getattr(arguments, name)}")
-
-
 def parse_arguments(argv: list[str], *classes: type) -> tuple[Any, ...]:
     """Parse ``[file.yaml] [--flag value …]`` into one object per class; the last class holds the training arguments."""
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal without ░ or ü prints ? for them
+        sys.stdout.reconfigure(errors="replace")
     recipe = Path(sys.argv[0]).name
+    defaults = {
+        "output_dir": f"outputs/{Path(recipe).stem}",
+        "logging_steps": 10,
+        "ddp_find_unused_parameters": "false",
+    }
     parser = HfArgumentParser(classes, allow_abbrev=False, prog=recipe)
     parser.error = raise_user_error
-    flags = []
+    flags = [f"--{name}={value}" for name, value in defaults.items()]  # the file's and the user's come after
     if issubclass(classes[-1], TrainingArguments) and not torch.accelerator.is_available():
         # Without use_cpu, accelerate would train a separate copy of the model in each process.
         flags += ["--use_cpu=true", "--dataloader_pin_memory=false"]
@@ -200,8 +221,7 @@ def parse_arguments(argv: list[str], *classes: type) -> tuple[Any, ...]:
         parsed = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
     except (ValueError, ImportError) as error:  # transformers' own checks of its arguments
         raise UserError(f"the training arguments do not fit together: {error}") from error
-    if (limit := parsed[-1].max_grad_norm) < 0:
-        raise UserError(f"max_grad_norm must be >= 0, got {limit}; 0 turns clipping off, 1.0 is usual")
+    check_training(parsed[-1])
     return parsed
 
 

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import torch
 import transformers
 from transformers import (
     AutoConfig,
@@ -14,7 +15,7 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 
 from _shared.arguments import LoopArguments, ModelArguments
-from _shared.errors import UserError, one_line
+from _shared.errors import UserError, one_line, plain_errors
 from hf_gradutils import FirstRankPerNode
 
 AUTO_MODELS = {
@@ -24,23 +25,34 @@ AUTO_MODELS = {
 }
 
 
+POSITIONS = ("wpe", "embed_positions", "position_embeddings")
+"""Names of tables of positions in transformers."""
+
+
 def load_model(
     recipe: ModelArguments,
     tokenizer: transformers.PreTrainedTokenizerBase,
     *,
-    max_length: int,
+    max_length: int | None,
     task: str = "causal-lm",
-    classes: dict[str, str] | None = None,
+    classes: list[str] | None = None,
 ) -> transformers.PreTrainedModel:
     """Load the named model, or create a small one: T5 for seq2seq, otherwise Llama."""
     auto = AUTO_MODELS[task]
-    names = dict(enumerate(classes.values())) if classes else {}
+    names = dict(enumerate(classes or []))
     labels = {"id2label": names, "label2id": {name: i for i, name in names.items()}} if classes else {}
     if recipe.model_name_or_path:
         try:
             model = auto.from_pretrained(recipe.model_name_or_path, dtype=recipe.dtype, **labels)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot load {recipe.model_name_or_path!r}: {one_line(error)}") from error
+        except Exception as error:  # each format of weights has its own
+            what = one_line(error) or type(error).__name__
+            raise UserError(f"cannot load {recipe.model_name_or_path!r}: {what}") from error
+        limit = num_positions(model)
+        if limit and max_length and max_length > limit:
+            raise UserError(
+                f"max_length is {max_length:,}, and {recipe.model_name_or_path!r} has {limit:,} positions; "
+                f"pass --max_length {limit}"
+            )
         if model.config.pad_token_id is None:
             model.config.pad_token_id = tokenizer.pad_token_id
         return model
@@ -58,9 +70,20 @@ def load_model(
         size |= {"num_layers": size.pop("num_hidden_layers"), "num_decoder_layers": recipe.num_layers}
         size |= {"feed_forward_proj": "gated-gelu", "decoder_start_token_id": tokenizer.pad_token_id}
         return auto.from_config(AutoConfig.for_model("t5", **size))
-    size |= {"intermediate_size": 3 * recipe.hidden_size, "max_position_embeddings": max_length}
+    size |= {"intermediate_size": 3 * recipe.hidden_size, "max_position_embeddings": max_length or 2048}
     size |= {"tie_word_embeddings": True, "bos_token_id": None, "use_cache": False}
     return auto.from_config(AutoConfig.for_model("llama", **size, **labels))
+
+
+def num_positions(model: transformers.PreTrainedModel) -> int | None:
+    """Return how many tokens the smallest table of positions has room for; None without one, as with rotations."""
+    sizes = []
+    for name, module in model.named_modules():
+        if name.endswith(POSITIONS) and isinstance(module, torch.nn.Embedding):
+            padding = module.padding_idx
+            num_reserved = getattr(module, "offset", 0 if padding is None else padding + 1)  # RoBERTa, BART
+            sizes.append(module.num_embeddings - num_reserved)
+    return min(sizes, default=None)
 
 
 def split_over_ranks(
@@ -81,7 +104,7 @@ def split_over_ranks(
         )
     folder = Path(training.output_dir) / "whole"
     folder.mkdir(parents=True, exist_ok=True)
-    with FirstRankPerNode(scope="auto", cache_dir=folder) as is_first:
+    with plain_errors(), FirstRankPerNode(scope="auto", cache_dir=folder) as is_first:
         if is_first:
             model.save_pretrained(folder)
     layout = DistributedConfig(

@@ -1,43 +1,45 @@
 """Rows to ``input_ids`` and ``labels``, one function per kind of task; collation and target counts."""
 
 import re
-from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 import transformers
+from datasets import Features, List, Value
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from _shared.arguments import RecipeArguments
-from _shared.errors import UserError
+from _shared.chats import answered_chat, render, seen_in
+from _shared.classes import names_of
+from _shared.counts import EMPTY, Counts, count_rows, without_targets
+from _shared.files import Texts, cache_key
+from _shared.lines import ROW
+from _shared.rows import class_of, read, text_of, user_errors
 
 MASKED = -100  # the label of a position that is not a target
+ENCODED = Features(
+    {
+        ROW: Value("int64"),
+        "input_ids": List(Value("int32")),
+        "labels": List(Value("int64")),
+        "dropped": Value("string"),  # why, or empty: a column, so that it is in the cache too
+        "truncated": Value("bool"),
+        "num_targets": Value("int64"),
+    }
+)
 
-
-def find_classes(recipe: RecipeArguments, train: datasets.Dataset) -> dict[str, str]:
-    """Map the label column's values, written as strings, to the names of the classes, most frequent first."""
-    if recipe.task != "sequence-classification":
-        return {}
-    kind = train.features[recipe.label_column]
-    if getattr(kind, "dtype", "").startswith("float"):
-        raise UserError(f"label_column must hold strings, integers or classes, got {kind.dtype}")
-    counts = Counter(str(label) for label in train[recipe.label_column] if label is not None)
-    values = [value for value, _ in counts.most_common(recipe.max_labels)]
-    return {value: kind.names[int(value)] if isinstance(kind, datasets.ClassLabel) else value for value in values}
+Tokenizer = transformers.PreTrainedTokenizerBase
 
 
 def tokenize(
-    rows: datasets.Dataset,
-    recipe: RecipeArguments,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    classes: dict[str, str],
-) -> datasets.Dataset:
-    """Turn rows into ``input_ids`` and ``labels``, and drop rows without a target."""
+    texts: Texts, recipe: RecipeArguments, tokenizer: Tokenizer, classes: list[str]
+) -> tuple[datasets.Dataset, Counts]:
+    """Turn rows into ``input_ids`` and ``labels``; rows without a target are dropped, and counted by reason."""
     if recipe.task == "sequence-classification":
         encode, columns = encode_class, {"text": recipe.text_column, "label": recipe.label_column}
-        columns["classes"] = list(classes)
+        columns |= {"classes": classes, "names": names_of(texts.rows, recipe.label_column)}
     elif recipe.messages_column:
         encode, columns = encode_chat, {"messages": recipe.messages_column}
     else:
@@ -47,43 +49,58 @@ def tokenize(
     # The first truncation changes the tokenizer, and with it the key under which datasets caches its work.
     tokenizer("warm up", truncation=True, max_length=recipe.max_length)
     options = {"tokenizer": tokenizer, "max_length": recipe.max_length, **columns}
-    # datasets hashes only the name of a module's function; hashing this file makes an edit invalidate the cache.
-    this_file = Path(__file__).read_bytes()
-    key = datasets.fingerprint.Hasher.hash((rows._fingerprint, this_file, encode.__name__, options))
-    encoded = rows.map(encode, fn_kwargs=options, remove_columns=rows.column_names, new_fingerprint=key)
-    return encoded.filter(has_target, input_columns="labels")
+    with user_errors(texts.source):
+        encoded = texts.rows.map(
+            encode_row,
+            fn_kwargs={"encode": encode, "options": options},
+            remove_columns=[column for column in texts.rows.column_names if column != ROW],
+            features=Features(ENCODED | {"labels": Value("int64")}) if encode is encode_class else ENCODED,
+            new_fingerprint=cache_key(texts.rows, encode.__name__, options),
+        )
+    counts = count_rows(encoded, texts, recipe.max_length, lambda: seen_in(texts, recipe.messages_column))
+    kept = encoded.select(np.flatnonzero([not reason for reason in encoded["dropped"][:]]))
+    return kept.select_columns(["input_ids", "labels"]), counts
 
 
-def check_targets(recipe: RecipeArguments, **parts: tuple[datasets.Dataset, datasets.Dataset]) -> None:
-    """Raise UserError if a part, given as its texts and the rows made of them, has no row left."""
-    for name, (texts, rows) in parts.items():
-        if len(rows) == 0:
-            raise UserError(
-                f"none of the {len(texts)} {name.replace('_', '-')} examples has a target left: texts are empty, "
-                f"prompts fill max_length ({recipe.max_length}), or no class is in max_labels; check the columns, "
-                "raise max_length"
-            )
-
-
-def has_target(labels) -> bool:
-    return labels != MASKED if isinstance(labels, int) else any(label != MASKED for label in labels)
+def encode_row(row, encode, options):
+    """Return what ``encode`` makes of a row, why it is dropped if it is, and its number of targets."""
+    example = {"dropped": "", "truncated": False, "input_ids": [], **encode(row, **options)}
+    if example["dropped"]:
+        example["labels"] = MASKED if encode is encode_class else []
+    labels = example["labels"]
+    example["num_targets"] = sum(label != MASKED for label in (labels if isinstance(labels, list) else [labels]))
+    if not example["dropped"] and not example["num_targets"]:
+        example["dropped"] = without_targets(options["max_length"] if example["truncated"] else None)
+    return example
 
 
 def encode_text(row, tokenizer, max_length, text, prompt):
     """Causal LM: the tokens of the text are targets, those of the prompt are not."""
-    before = token_ids(tokenizer, row[prompt], max_length) if prompt else []
-    after = token_ids(tokenizer, row[text], max_length, add_special_tokens=not prompt)
-    after = ended(after, tokenizer, max_length) if row[text] else []
-    return causal_example(before + after, [False] * len(before) + [True] * len(after), max_length)
+    target, given = read(row, text, text_of), read(row, prompt, text_of) if prompt else ""
+    if not target:
+        return {"dropped": EMPTY}
+    before, cut_before = token_ids(tokenizer, given, max_length) if prompt else ([], False)
+    end = [tokenizer.eos_token_id]
+    if before[-1:] == end and tokenizer("a").input_ids[-1:] == end:  # it ends every text, and here the text goes on
+        before = before[:-1]
+    after, cut_after = token_ids(tokenizer, target, max_length, add_special_tokens=not prompt)
+    after = ended(after, tokenizer, max_length)
+    example = causal_example(before + after, [False] * len(before) + [True] * len(after), max_length)
+    return example | {"truncated": example["truncated"] or cut_before or cut_after}
 
 
 def encode_text_pair(row, tokenizer, max_length, text, prompt):
     """Seq2seq: the encoder reads the prompt, the decoder writes the text."""
-    target = tokenizer(text_target=row[text] or "", truncation=True, max_length=max_length).input_ids
-    return {
-        "input_ids": ended(token_ids(tokenizer, row[prompt], max_length), tokenizer, max_length),
-        "labels": ended(target, tokenizer, max_length) if row[text] else [],
-    }
+    return text_pair(read(row, prompt, text_of), read(row, text, text_of), tokenizer, max_length)
+
+
+def text_pair(given, target, tokenizer, max_length):
+    if not given or not target:
+        return {"dropped": "without a prompt" if target else EMPTY}
+    ids, cut_ids = token_ids(tokenizer, given, max_length)
+    labels, cut_labels = token_ids(tokenizer, target, max_length, is_target=True)
+    ids, labels = (ended(tokens, tokenizer, max_length) for tokens in (ids, labels))
+    return {"input_ids": ids, "labels": labels, "truncated": cut_ids or cut_labels}
 
 
 def encode_chat(row, tokenizer, max_length, messages):
@@ -91,63 +108,67 @@ def encode_chat(row, tokenizer, max_length, messages):
 
     If the template has no ``{% generation %}``, the last assistant turn is the target.
     """
-    chat = until_last_answer(row[messages])
+    chat, reason = answered_chat(row, messages)
     if not chat:
-        return {"input_ids": [], "labels": []}
+        return {"dropped": reason}
     if re.search(r"\{%-?\s*generation", tokenizer.get_chat_template()):
-        encoded = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+        encoded = render(row, messages, chat, tokenizer, return_dict=True, return_assistant_tokens_mask=True)
         return causal_example(encoded["input_ids"], encoded["assistant_masks"], max_length)
-    whole = tokenizer.apply_chat_template(chat, tokenize=False)
-    prompt = tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
+    whole = render(row, messages, chat, tokenizer, tokenize=False)
+    prompt = render_prompt(row, messages, chat, tokenizer)
     if not whole.startswith(prompt):  # a template may write a turn differently when it is the last one
-        prompt = whole[: next(i for i, (a, b) in enumerate(zip(whole, prompt, strict=False)) if a != b)]
-    before = tokenizer(prompt, add_special_tokens=False).input_ids
-    after = tokenizer(whole[len(prompt) :], add_special_tokens=False).input_ids
+        prompt = whole[: next((i for i, (a, b) in enumerate(zip(whole, prompt, strict=False)) if a != b), len(whole))]
+    before = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+    after = tokenizer(whole[len(prompt) :], add_special_tokens=False, verbose=False).input_ids
     return causal_example(before + after, [False] * len(before) + [True] * len(after), max_length)
 
 
 def encode_chat_pair(row, tokenizer, max_length, messages):
     """Seq2seq on a chat: the last assistant turn is written from everything before it."""
-    chat = until_last_answer(row[messages])
+    chat, reason = answered_chat(row, messages)
     if not chat:
-        return {"input_ids": [], "labels": []}
-    prompt = tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
-    pair = {"prompt": prompt, "text": chat[-1]["content"]}
-    return encode_text_pair(pair, tokenizer, max_length, text="text", prompt="prompt")
+        return {"dropped": reason}
+    prompt = render_prompt(row, messages, chat, tokenizer)
+    return text_pair(prompt, chat[-1]["content"].strip() and chat[-1]["content"], tokenizer, max_length)
 
 
-def encode_class(row, tokenizer, max_length, text, label, classes):
-    """Classification: a text and the index of its class; MASKED for a class outside ``classes``."""
-    has_class = row[text] and str(row[label]) in classes
-    ids = token_ids(tokenizer, row[text], max_length)
-    return {"input_ids": ids, "labels": classes.index(str(row[label])) if has_class else MASKED}
+def encode_class(row, tokenizer, max_length, text, label, classes, names):
+    """Classification: a text and the index of its class."""
+    value, name = read(row, text, text_of), read(row, label, lambda value: class_of(value, names))
+    if not value or not name:
+        return {"dropped": EMPTY if not value else "without a class"}
+    if name not in classes:
+        return {"dropped": f"of a class outside the {len(classes):,} trained"}
+    ids, is_cut = token_ids(tokenizer, value, max_length)
+    return {"input_ids": ids, "labels": classes.index(name), "truncated": is_cut}
 
 
-def token_ids(tokenizer, text, max_length, **options):
-    return tokenizer(text or "", truncation=True, max_length=max_length, **options).input_ids
+def render_prompt(row, column, chat, tokenizer):
+    """Render the turns before the last; templates do not take a chat without any."""
+    return render(row, column, chat[:-1], tokenizer, tokenize=False, add_generation_prompt=True) if chat[1:] else ""
+
+
+def token_ids(tokenizer, text, max_length, *, is_target=False, **options):
+    """Return the tokens, at most ``max_length``, and whether there were more."""
+    texts = {"text_target" if is_target else "text": text}
+    ids = tokenizer(**texts, truncation=True, max_length=max_length, **options).input_ids
+    is_cut = len(ids) >= max_length and len(tokenizer(**texts, verbose=False, **options).input_ids) > max_length
+    return ids, is_cut
 
 
 def ended(ids, tokenizer, max_length):
-    """Append the end token, unless the tokenizer did or the text was truncated."""
-    return ids if ids[-1:] == [tokenizer.eos_token_id] or len(ids) >= max_length else [*ids, tokenizer.eos_token_id]
+    """Append the end token, unless the tokenizer did, has none or the text was truncated."""
+    end = tokenizer.eos_token_id
+    return ids if end is None or ids[-1:] == [end] or len(ids) >= max_length else [*ids, end]
 
 
 def causal_example(ids, is_target, max_length):
     """Mask and truncate; the first token is never a target, because nothing before it predicts it."""
-    is_target = [False, *is_target[1:]]
-    labels = [token if target else MASKED for token, target in zip(ids, is_target, strict=True)]
-    return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+    labels = [token if target and i else MASKED for i, (token, target) in enumerate(zip(ids, is_target, strict=True))]
+    return {"input_ids": ids[:max_length], "labels": labels[:max_length], "truncated": len(ids) > max_length}
 
 
-def until_last_answer(messages):
-    """Drop the turns after the last assistant turn, and the keys that datasets filled with None."""
-    chat = [{key: value for key, value in message.items() if value is not None} for message in messages or []]
-    while chat and chat[-1]["role"] != "assistant":
-        chat.pop()
-    return chat
-
-
-def make_collator(recipe: RecipeArguments, tokenizer: transformers.PreTrainedTokenizerBase, model: Any) -> Any:
+def make_collator(recipe: RecipeArguments, tokenizer: Tokenizer, model: Any) -> Any:
     """Return the collator of transformers that pads this task's rows."""
     if recipe.task == "sequence-classification":
         return DataCollatorWithPadding(tokenizer)

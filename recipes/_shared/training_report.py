@@ -10,11 +10,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from _shared.arguments import LoopArguments
+from _shared.models import num_positions
 from hf_gradutils import InvarianceReport
 from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.plots import Run, plot_runs
 
 NUM_SAMPLES = 3
+NUM_NEW = 40
 TEXT_WIDTH = 96
 
 Sample = tuple[str, str, str]  # the input, the model's answer, the right answer
@@ -48,13 +50,19 @@ def sample_completions(
             output = model.generate(
                 inputs=inputs,
                 attention_mask=torch.ones_like(inputs),
-                max_new_tokens=40,
+                max_new_tokens=max_new_tokens(model, start),
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
             )
         texts = (prompt, output[0, start:], targets)
         samples.append(tuple(tokenizer.decode(text, skip_special_tokens=True) for text in texts))
     return samples
+
+
+def max_new_tokens(model: PreTrainedModel, num_tokens: int) -> int:
+    """Return how many tokens to generate after these: few, and no more than the model has positions for."""
+    limit = num_positions(model)
+    return NUM_NEW if limit is None else min(NUM_NEW, limit - num_tokens)
 
 
 def sample_predictions(
@@ -123,8 +131,9 @@ def print_report(
     rows.append(("evaluation loss", f"{evaluation['eval_loss']:.4f}   (held-out examples)"))
     if "eval_accuracy" in evaluation:
         rows.append(("evaluation accuracy", f"{evaluation['eval_accuracy']:.1%}"))
-    rows.append(("targets trained on", f"{num_targets:,}"))
-    rows.append(("targets per second", f"{num_targets_now / train_time_s:,.0f}"))
+    if steps:  # a run shorter than logging_steps logs none
+        rows.append(("targets trained on", f"{num_targets:,}"))
+        rows.append(("targets per second", f"{num_targets_now / train_time_s:,.0f}"))
     rows.append(("wall time", f"{train_time_s:.1f} s   (evaluation included)"))
     print("\nResult")
     for name, value in rows:

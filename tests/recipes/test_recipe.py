@@ -1,11 +1,13 @@
 """finetune.py as a user launches it: default data, the user's own, and bad input."""
 
 import json
+import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from tests.harness.ranks import RankFailure
-from tests.harness.recipe_cases import TWO_RANKS, launch, log_of, run_in_ranks, steps_of
+from tests.harness.recipe_cases import TWO_RANKS, launch, log_of, run_in_ranks, skip_without_trl, steps_of
 
 pytestmark = pytest.mark.slow
 
@@ -118,12 +120,82 @@ def test_an_unknown_key_in_the_configuration_is_named(home, tmp_path):
     assert "Traceback" not in run.stderr
 
 
-def test_bad_input_ends_two_ranks_with_a_line_each(home, tmp_path):
-    data = _json_lines(tmp_path / "masked.jsonl", [{"prompt": "long " * 80, "text": "never reached"}] * 30)
-    own = ["--dataset_name", data, "--prompt_column", "prompt", "--output_dir", tmp_path / "run"]
-    run = launch(home, *TWO_RANKS, "recipes/finetune.py", "configs/causal_lm.yaml", *SMALL, *FEW, *own)
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "recipe", "text", "reason"),
+    [
+        (TWO_RANKS, "finetune.py", {"a": 1}, "an object with the keys 'a'; expected text"),
+        (TORCHRUN, "finetune_utilities.py", 4, "the number 4; expected text"),
+    ],
+    ids=["accelerate", "torchrun"],
+)
+def test_bad_input_is_a_line_on_each_rank_and_rank_0_the_root_cause(launcher, recipe, text, reason, home, tmp_path):
+    good = [{"text": "good"}] * 16
+    data = _json_lines(tmp_path / "my.jsonl", [*good, {"text": text}, *good])
+    own = ["--dataset_name", data, "--output_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache"]
+    run = launch(home, *launcher, f"recipes/{recipe}", "configs/causal_lm.yaml", *SMALL, *own)
     assert run.returncode != 0
-    for rank in (0, 1):
-        own_lines = [line for line in run.stderr.splitlines() if line.startswith(f"rank {rank}: error:")]
-        assert len(own_lines) == 1, run.stderr[-3000:]
-        assert "has a target left" in own_lines[0]
+    first, waiting = (
+        [line for line in run.stderr.splitlines() if line.startswith(f"rank {rank}: error:")] for rank in (0, 1)
+    )
+    assert len(first) == len(waiting) == 1, run.stderr[-3000:]
+    line = f"my.jsonl, row 17, column 'text': {reason}"
+    assert line in first[0]
+    assert waiting[0] == first[0].replace("rank 0: error: ", "rank 1: error: rank 0 could not prepare the data: ")
+    root_cause = run.stderr.partition("Root Cause")[2]
+    assert "(local_rank: 0)" in root_cause
+    assert f"traceback : {first[0]}" in root_cause
+
+
+def test_on_two_nodes_too_the_reason_is_on_rank_0_and_one_line_on_the_others(home, tmp_path):
+    data = _json_lines(tmp_path / "my.jsonl", [{"text": "good"}] * 16)
+    own = ["--dataset_name", data, "--text_column", "body", "--output_dir", tmp_path / "run"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    agents = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "static"]
+    agents += ["--master_addr", "127.0.0.1", "--master_port", port, "--local_addr", "127.0.0.1"]
+    with ThreadPoolExecutor(2) as pool:
+        nodes = [
+            pool.submit(launch, home, *agents, "--node_rank", node, "recipes/finetune.py", *SMALL, *FEW, *own)
+            for node in (0, 1)
+        ]
+    first, other = (node.result().stderr for node in nodes)
+    reason = "the data set has no column 'body'; it has text"
+    lines = [line for line in (first + other).splitlines() if line.startswith("rank ")]
+    assert [line.partition(" (")[0] for line in lines] == [
+        f"rank 0: error: {reason}",
+        f"rank 1: error: rank 0 could not prepare the data: {reason}",
+    ]
+    assert "rank      : 0 (local_rank: 0)" in first.partition("Root Cause")[2]
+    assert lines[1] in other.partition("Root Cause")[2], "the one rank of that node"
+
+
+def test_a_first_run_tells_what_it_trains_on_and_how_long_it_takes(trained, home, tmp_path, capsys):
+    rows = ["", *(f"number {i} is followed by number {i + 1}" for i in range(78)), "long " * 600]
+    (tmp_path / "my.csv").write_text("body\n" + "".join(f'"{row}"\n' for row in rows))
+    own = ["--model", trained[0], "--dataset_name", tmp_path / "my.csv", "--text_column", "body"]
+    own += ["--save_strategy", "no", "--output_dir", tmp_path / "run"]
+    run_in_ranks(home, "finetune.py", own, 1)
+    out = capsys.readouterr().out
+    assert "my.csv: dropped 1 of 80 rows: 1 empty (row 1); " in out
+    assert "1 row truncated to 512 tokens" in out
+    assert "first row, ░ not trained on ░: ░n░umber " in out
+    assert "30 optimizer steps" in out
+    assert "after 10 steps: " in out
+
+
+def test_trl_trains_on_chats_of_any_form_and_counts_the_others(trained, home, tmp_path, capsys):
+    skip_without_trl("trl")
+    question, answer = {"role": "user", "content": "What follows 3?"}, {"role": "assistant", "content": "4"}
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 3}}}
+    chats = [[question, answer]] * 30 + [[{"from": "human", "value": "3?"}, {"from": "gpt", "value": "4"}]] * 6
+    chats += [[question, {"role": "assistant", "content": None, "tool_calls": [call]}], None, [], [question]]
+    data = _json_lines(tmp_path / "chats.jsonl", [{"chat": chat} for chat in chats])
+    own = ["configs/chat.yaml", *SMALL, "--max_length", "64", "--dataset_name", data, "--messages_column", "chat"]
+    own += ["--max_steps", "2", "--save_strategy", "no", "--eval_strategy", "no", "--output_dir", tmp_path / "run"]
+    run_in_ranks(home, "finetune_trl.py", own, 1)
+    out = capsys.readouterr().out
+    assert "dropped 3 of 40 rows: 2 empty (rows 38, 39), 1 without an answer (row 40); 35 to train on" in out
+    assert "░4<eos>" in out

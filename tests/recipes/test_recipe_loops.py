@@ -21,13 +21,16 @@ CONFIGS = {"finetune_trl.py": "configs/chat.yaml"}
     ],
     ids=["no Trainer", "utilities, DDP", "utilities, FSDP2", "trl"],
 )
-def test_two_ranks_take_the_steps_of_one(recipe, spread, home, tmp_path):
+def test_two_ranks_take_the_steps_of_one(recipe, spread, home, tmp_path, capsys):
     skip_without_trl(recipe)
     config = CONFIGS.get(recipe, "configs/causal_lm.yaml")
     for num_ranks, batch_size, accumulation in ((1, 8, 2), (2, 2, 4)):
         cut = ["--per_device_train_batch_size", batch_size, "--gradient_accumulation_steps", accumulation]
         cut += ["--per_device_eval_batch_size", 4 * batch_size, *(spread if num_ranks > 1 else [])]
         run_in_ranks(home, recipe, [config, *TRAINING, *cut, "--output_dir", tmp_path / str(num_ranks)], num_ranks)
+    out = capsys.readouterr().out
+    for line in ("to train on, ", "targets per row: ", "first row, ░ not trained on ░: ", "3 optimizer steps"):
+        assert len([said for said in out.splitlines() if line in said]) == 2, "once a run, on rank 0"
     one, two = steps_of(tmp_path / "1"), steps_of(tmp_path / "2")
     assert [step["num_targets"] for step in one] == [step["num_targets"] for step in two]
     assert one[0] == pytest.approx(two[0], rel=1e-5)
@@ -78,7 +81,7 @@ def test_each_checks_itself_and_trains_nothing(recipe, spread, home, tmp_path):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("finetune_no_trainer.py --report_to tensorbored", "report_to must be none or one of all, "),
+        ("finetune_no_trainer.py --report_to tensorbored", "report_to must be none or one of aim, "),
         ("finetune_no_trainer.py --per_device_train_batch_size 500", "are too few for 1 × 500"),
         ("finetune_utilities.py --report_to comet", "argument --report_to/--report-to: invalid choice: 'comet'"),
         ("finetune_utilities.py --save_steps 0", "save_steps must be at least 1, got 0"),
