@@ -1,4 +1,4 @@
-"""What the body of a ``with`` statement reads, by its byte code; checked on Python 3.11 to 3.14.
+"""The variables that the body of a ``with`` statement reads, from its byte code; checked on Python 3.11 to 3.14.
 
 A body that cannot be found, of a context that a call enters, reads nothing.
 """
@@ -17,7 +17,7 @@ _LOCALS = ("locals", "vars", "eval", "exec", "dir")
 
 
 class Reads(NamedTuple):
-    """What the body of a block reads, by its byte code."""
+    """The variables that the body of a block reads, and how they are set."""
 
     chains: frozenset[tuple[str, ...]]
     """Variables with the attributes that are read of them: ``("self", "path")``."""

@@ -1,4 +1,4 @@
-"""How a first rank's failure travels: from its own exception through the store to the error on the waiting ranks."""
+"""A first rank's failure on its way through the store: from its exception to the error on the waiting ranks."""
 
 import json
 import re
@@ -13,7 +13,7 @@ MAX_REPORT_CHARS = 20_000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failure:
-    """What the waiting ranks are told."""
+    """The failure as waiting ranks receive it."""
 
     global_rank: int
     message: str

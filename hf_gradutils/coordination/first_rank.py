@@ -71,11 +71,11 @@ class FirstRankPerNode(contextlib.ContextDecorator):
     a rank that went on would meet the process group's timeout in its next collective; what failed on one
     node is raised there on all.
 
-    Blocks pair up by name and by how often each rank has been there. A rank that has skipped passages, in a loop that
-    leaves out what is there already, is never let in while its first rank is in a later passage, nor before that comes
-    to the same work: that reads the same values (text, numbers, paths, data sets). Where values differ between ranks,
-    this takes 2 s once for each block (10 s if it reads the variable of a ``for`` loop), and a warning. Nothing inside
-    may need the other ranks (no collectives).
+    Passages pair up by name and by the values that the block reads (text, numbers, paths, data sets), so ranks may skip
+    some, as in a loop that leaves out what is there already. If the first rank has not had a rank's values, that rank
+    is held back for 2 s, or 10 s if a ``for`` loop sets them; then it enters with a warning, and passages of that block
+    pair up by their number alone from there on. A rank paired by number also waits while its first rank is in a later
+    passage. Nothing inside may need the other ranks (no collectives).
 
     Args:
         name: The same on all ranks; it says what the block works on, whose values then do not matter. Default: where
@@ -98,7 +98,8 @@ class FirstRankPerNode(contextlib.ContextDecorator):
     at least the first rank of every node does.
 
     Raises:
-        FirstRankError: on waiting ranks, when the first rank failed, ended, or ``timeout_s`` passed.
+        FirstRankError: on waiting ranks, when the first rank failed, ended, or ``timeout_s`` passed; or when a rank
+            that failed by itself enters again and its first rank does not within 60 s.
         LauncherError: there are several ranks and no way to reach them.
         InvalidArgumentError: an option out of range, or a generator or coroutine function to decorate.
     """
@@ -219,7 +220,7 @@ class FirstRankPerNode(contextlib.ContextDecorator):
                 wait_for_nodes(entry.block)
 
     def _wait_for_turn(self, block: Block) -> tuple[Block, list[Turn], bool]:
-        """Return when this rank may enter: the passage that it was paired with, its own turns, begun, and is_first."""
+        """Wait until this rank may enter; returns the passage it follows, its own turns, which have begun, is_first."""
         own: list[Turn] = []
         try:
             with _first_rank_errors(block):

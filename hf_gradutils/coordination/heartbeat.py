@@ -160,7 +160,7 @@ class Pulse:
         if answer is Answer.LIVES:
             return False
         if answer is Answer.HAS_ENDED and silent_s > ENDED_AFTER_S:
-            # Counted again: a rank that has caught its breath may have beaten and stopped since.
+            # Read again: the rank may have resumed and ended normally since.
             return self._channel.count(self._key) == num_beats
         limit_s = UNREACHABLE_S if self._line.has_been_reached else SILENCE_S
         return silent_s > max(limit_s, asks_after_s + LOOK_AFTER_S)  # a first answer takes a moment

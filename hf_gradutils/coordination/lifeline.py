@@ -37,7 +37,7 @@ KEEPALIVE = (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4))
 """A host that is gone is noticed on a held connection after 25 s."""
 
 ANYWHERE = "203.0.113.1", 9
-"""An address that nobody has (RFC 5737): the way there is that to any other host."""
+"""A documentation address (RFC 5737), which is routed like any other host's."""
 
 _NO_LIFELINE: dict[str, Any] = {"port": 0, "addresses": [], "network": ""}
 
@@ -163,7 +163,7 @@ def _is_local(address: str) -> bool:
 
 
 class Answer(enum.Enum):
-    """What a lifeline tells about its process."""
+    """The state of a process, by its lifeline."""
 
     LIVES = enum.auto()
     HAS_ENDED = enum.auto()

@@ -1,4 +1,4 @@
-"""How often this process has passed through each block, and which passages of other ranks that were."""
+"""Counts of this process's passages through each block, and the other ranks' passages that they were paired with."""
 
 import threading
 from collections import Counter
@@ -10,7 +10,7 @@ class Passage:
     """One passage of this rank through a block."""
 
     count: int
-    """How often this rank has been there before."""
+    """Number of earlier passages of this rank there."""
 
     is_repeated: bool = False
     """True if this rank failed by itself in its previous passage with the same work."""
@@ -46,7 +46,7 @@ class Passages:
             return self._counts[name] > count
 
     def pair(self, name: str, turn: str, count: int) -> None:
-        """Note the passage of the rank in turn, by its count, that this rank's was."""
+        """Note the passage of the turn's rank, by its count, that this rank's was."""
         with self._lock:
             self._paired[name, turn] = count
 

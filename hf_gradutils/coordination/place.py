@@ -12,7 +12,7 @@ _WRAPPERS = ("contextlib", "hf_gradutils.coordination.first_rank")
 
 
 class Place(NamedTuple):
-    """Where a rank enters a block, and for what."""
+    """The name of a block and the work of one passage through it."""
 
     name: str
     work: Work

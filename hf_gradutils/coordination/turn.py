@@ -27,17 +27,17 @@ logger = logging.getLogger("hf_gradutils.first_rank")
 T = TypeVar("T")
 
 HOLD_S = 2.0
-"""Seconds that a rank waits for the rank in turn to come to the same work, before their values count as different by
+"""Seconds that a rank waits for the turn's rank to come to the same work, before their values count as different by
 nature: a folder of each rank's own."""
 
 HOLD_IN_LOOP_S = 10.0
-"""The same where the block works on the variable of a ``for`` loop."""
+"""The same where a ``for`` loop sets the values."""
 
 AGAIN_S = 60.0
-"""Seconds that a rank which has failed by itself waits for the rank in turn to come to the same work again."""
+"""Seconds that a rank which has failed by itself waits for the turn's rank to come to the same work again."""
 
 FOUND = "found"
-"""A verdict of a rank for itself."""
+"""Ends a wait on this rank alone; never written to the store."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +50,7 @@ class Block:
     passage: Passage
     work: Work = NO_WORK
     has_turn: bool = False
-    """True on a first rank."""
+    """True if this rank is the first of its node."""
 
     def key(self, pattern: str, **fields: object) -> str:
         """Fill a pattern: the same key on all ranks, different between passages."""
@@ -83,7 +83,7 @@ class Turn:
         self._num_beats_key = block.key(keys.TURN_NUM_BEATS, turn=turn)
         self._stop_heartbeat: Callable[[], None] = lambda: None
         self._num_seen = 0
-        """Passages of the rank in turn that are known to have another work."""
+        """Passages of the turn's rank that are known to have another work."""
 
         pulse = Pulse(self._channel, global_rank, self._num_beats_key)
         self.duty = Duty(global_rank, self.report_key, f"was done with {block.name}", pulse)
@@ -118,7 +118,7 @@ class Turn:
             self._stop_heartbeat()  # behind the report: who listens no more has ended
 
     def wait(self) -> int:
-        """Return on a rank behind it once the part has ended well; the count of that passage of the rank in turn.
+        """Wait, on a rank behind it, until the part has ended well; the count of that passage of the turn's rank.
 
         Passages with the same work belong together, else those of the same count. If that is not certain, what the rank
         in turn is in at that moment is waited for as well: this rank may have skipped passages and need that one.
@@ -134,7 +134,7 @@ class Turn:
         return count
 
     def check_that_it_comes_again(self) -> None:
-        """Return once the rank in turn has come to this work, to which this rank comes again after its own error.
+        """Return once the turn's rank has come to this work, to which this rank comes again after its own error.
 
         Raises FirstRankError if it does not: it was done, and this rank would wait until it ends.
         """
@@ -146,7 +146,7 @@ class Turn:
             )
 
     def read_report(self) -> str | None:
-        """How the rank in turn has ended the passage that this rank's belongs to; None before."""
+        """The report on the passage that this rank's belongs to; None before there is one."""
         same = self._next_with_same_work() if self.block.work.text else None
         if same is None:
             return self._channel.read(self.report_key)
@@ -156,7 +156,7 @@ class Turn:
         return report
 
     def is_running(self) -> bool:
-        """True if the rank in turn is in the passage that this rank's belongs to."""
+        """True while the turn's rank is in the passage that this rank's belongs to."""
         counts = [self.block.passage.count]
         if self.block.work.text and (same := self._next_with_same_work()) is not None:
             counts.append(same)
@@ -178,7 +178,7 @@ class Turn:
         return f"rank {waiting} waits for rank {self.global_rank}{where}, {state} ({self.block.describe()})"
 
     def _key(self, pattern: str, count: int) -> str:
-        """The key of a passage of the rank in turn."""
+        """The key of a passage of the turn's rank."""
         return pattern.format(name=self.block.name, turn=self._turn, count=count)
 
     def _at(self, count: int) -> "Turn":
@@ -217,7 +217,7 @@ class Turn:
         return (self.block.passage.count, False) if same is None else (same, self.block.work.is_certain)
 
     def _hold(self) -> int | None:
-        """Wait for a while for the rank in turn to come to this rank's work; the count of that passage."""
+        """Wait for a while for the turn's rank to come to this rank's work; the count of that passage."""
         tell_where(self.block, holds=self._next_with_same_work() is None)
         limit_s = HOLD_IN_LOOP_S if self.block.work.is_of_loop else HOLD_S
         same = self._poll_for_a_while(limit_s, self._next_with_same_work)
@@ -236,7 +236,7 @@ class Turn:
         return same
 
     def _next_with_same_work(self) -> int | None:
-        """The first passage of the rank in turn with this rank's work, behind the last one that was paired."""
+        """The first passage of the turn's rank with this rank's work, behind the last one that was paired."""
         last = self._channel.passages.last_paired(self.block.name, self._turn)
         for count in range(max(last + 1, self._num_seen), self._read_latest() + 1):
             if self._read_digest(count) == self.block.work.digest:
@@ -249,11 +249,11 @@ class Turn:
         return None if begun is None else str(json.loads(begun)["digest"])
 
     def _read_latest(self) -> int:
-        """The count of the passage that the rank in turn has begun last; −1 before its first."""
+        """The count of the passage that the turn's rank has begun last; −1 before its first."""
         return int(self._channel.read(self._latest_key) or -1)
 
     def _poll_for_a_while(self, limit_s: float, attempt: Callable[[], T | None]) -> T | None:
-        """Poll while the rank in turn lives, for ``limit_s`` or until the limit of the entry."""
+        """Poll while the turn's rank lives, for ``limit_s`` or until the limit of the entry."""
         options = self.block.options
         until = min(time.monotonic() + limit_s, options.deadline or math.inf)
 

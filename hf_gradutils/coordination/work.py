@@ -48,7 +48,7 @@ NUM_OWN_REFERENCES = 3
 
 
 class Work(NamedTuple):
-    """What one passage of a rank through a block is about."""
+    """The values that one passage through a block works on."""
 
     text: str
     """For messages: ``k='b'`` for the variables of ``for`` loops, of others the names. Empty if there are no values."""
@@ -70,10 +70,10 @@ class _Group(enum.IntEnum):
     """Kinds of variables, from the most telling on: the first that there are count, and none below."""
 
     OF_FOR = 1
-    """What a ``for`` loop around the block sets."""
+    """Variables that a ``for`` loop around the block sets."""
 
     OTHER = 2
-    """What a ``while`` loop sets, parameters, and plain values of the function."""
+    """Variables that a ``while`` loop sets, parameters, and plain values of the function."""
 
     OBJECT = 3
     """Objects, which may also keep results."""

@@ -1,4 +1,4 @@
-"""What is wrong with a file that cannot be read: datasets wraps the cause."""
+"""The cause of a file that cannot be read, which ``datasets`` wraps in errors of its own."""
 
 from _shared.errors import UserError, one_line
 

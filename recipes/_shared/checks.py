@@ -1,4 +1,4 @@
-"""What can be seen wrong in the training arguments before rows are prepared, which may take hours."""
+"""Checks of the training arguments that need no data: preparing it may take hours."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""How many rows there were, which were dropped and why, and how many targets the others have."""
+"""Counts of rows read, dropped by reason and truncated, and of targets per row."""
 
 import statistics
 from collections import defaultdict
@@ -19,7 +19,7 @@ NUM_NAMED = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What became of the rows of one part."""
+    """Counts of one part, training or held-out."""
 
     source: Source
     num_read: int

@@ -14,8 +14,8 @@ from pathlib import Path
 from hf_gradutils.errors import FirstRankError, GradUtilsError
 
 PATIENCE_S = {"rank 0": 5, "own error": 10, "error of another rank": 15}
-"""How long a rank stays after its line. The launcher takes the first rank that exits for the root cause and ends the
-others at once: the rank whose error it is goes first, rank 0 if all have it, and the others have printed by then."""
+"""Seconds that a rank stays after its line. The launcher takes the first rank that exits for the root cause and ends
+the others at once, so the rank that failed goes first (rank 0 if all did), when the others have printed theirs."""
 
 
 class UserError(Exception):

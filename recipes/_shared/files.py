@@ -21,7 +21,7 @@ from _shared.readers import READERS, features_of, read_rows
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where rows come from, to name it in messages."""
+    """The origin of rows, for messages."""
 
     name: str
     files: tuple[str, ...] = ()
@@ -45,7 +45,7 @@ class Texts:
     rows: datasets.Dataset
     source: Source
     part: Literal["training", "held-out"] = "training"
-    """What the rows are for."""
+    """The use of the rows."""
 
 
 def load_texts_of(path: str, split: str, *, wanted: Wanted, config_name: str | None, cache_dir: str) -> Texts:

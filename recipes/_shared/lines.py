@@ -24,7 +24,7 @@ Wanted = Mapping[str, str]  # the argument that names a column → the column
 
 
 class BadLineError(Exception):
-    """What is wrong with a line of a file."""
+    """A line of a file is wrong."""
 
 
 def numbered_lines(file: str) -> Iterator[tuple[int, str]]:

@@ -1,4 +1,4 @@
-"""What a run is about to train on: rows, targets, a sample with its masked part, and the time it will take."""
+"""The overview before training: rows, targets, a sample with its masked part, and the time to go."""
 
 import os
 import time

@@ -35,7 +35,7 @@ Chat = list[dict[str, Any]]
 
 
 class BadValueError(Exception):
-    """A value that cannot be meant, in a row and a column; it can be pickled, as datasets' workers need."""
+    """An invalid value in a row and column. Can be pickled, as datasets' workers need."""
 
     def __init__(self, what: str, expected: str, column: str = "", row: int = 0) -> None:
         super().__init__(what, expected, column, row)
@@ -176,7 +176,7 @@ def user_errors(source: Source) -> Iterator[None]:
 
 
 def read(row: dict[str, Any], column: str, form: Callable[[Any], Any]) -> Any:
-    """Bring a row's value to its form; a value that cannot be meant is raised with its place."""
+    """Bring a row's value to its form; an invalid value is raised with its place."""
     try:
         return form(row[column])
     except BadValueError as error:

@@ -23,7 +23,7 @@ MAKE_S = 0.3
 
 
 def is_made(path: Path) -> bool:
-    """Whether the item is whole, as a user's own check has it."""
+    """True if the item is complete, as a user would check."""
     return path.with_suffix(".done").exists()
 
 

@@ -29,7 +29,7 @@ def test_the_limit_of_a_block_holds_where_no_rank_hosts_the_store():
 
 @ranks(1, init=False, agent=False, env={"WORLD_SIZE": "2", "MASTER_ADDR": "198.51.100.1"})
 def test_the_limit_of_rank_0_holds_where_master_addr_is_another_host():
-    """At an address that nobody has (RFC 5737); torch waits 30 s for an answer if nothing says otherwise."""
+    """MASTER_ADDR is a documentation address (RFC 5737), where nothing answers; by default torch waits 30 s."""
     with Metronome() as clock:
         start = time.monotonic()
         with pytest.raises(LauncherError, match=r"^cannot host .*MASTER_ADDR must name"):

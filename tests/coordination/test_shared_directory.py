@@ -61,7 +61,7 @@ SKIPPED = {
 
 
 @pytest.mark.parametrize("case", SKIPPED)
-def test_passages_that_a_node_skips_keep_nobody(case, tmp_path):
+def test_passages_that_a_node_skips_stop_no_other(case, tmp_path):
     """Another block follows, as a rank that has gone on to a collective cannot be told from one that is late."""
     rank_0, rank_1 = run_ranks(_passes, 2, tmp_path, SKIPPED[case], nodes=2, init=False)
     assert all(rank_0)
@@ -69,7 +69,7 @@ def test_passages_that_a_node_skips_keep_nobody(case, tmp_path):
 
 
 @pytest.mark.parametrize("orders", [(["own", "shared"], ["shared"] * 2), (["shared"] * 2, ["own", "shared"])])
-def test_directories_that_change_on_one_node_only_keep_nobody(orders, tmp_path):
+def test_directories_that_change_on_one_node_only_stop_no_other(orders, tmp_path):
     rank_0, rank_1 = run_ranks(_passes, 2, tmp_path, orders, nodes=2, init=False)
     assert rank_0 == [True, True]
     assert len(rank_1) == 2

@@ -1,4 +1,4 @@
-"""What a block is about, by the byte code of its body: which values count, and that ranks which skip agree."""
+"""The work of a block, from the byte code of its body: which values count, and that ranks that skip agree."""
 
 import contextlib
 import enum

@@ -1,4 +1,4 @@
-"""What the tests of the recipes' parts share: the parts themselves, and small data."""
+"""Shared by the tests of the recipes' parts: the parts themselves, and small data."""
 
 import json
 import sys

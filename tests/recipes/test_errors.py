@@ -1,4 +1,4 @@
-"""What stops the preparation is one line on each rank, and the rank whose error it is the launcher's root cause."""
+"""Errors in the preparation are one line on each rank, and the launcher names the rank that failed as root cause."""
 
 import json
 

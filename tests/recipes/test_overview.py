@@ -1,4 +1,4 @@
-"""What is printed before training, and how long it will take."""
+"""The overview printed before training, and the time to go."""
 
 import doctest
 

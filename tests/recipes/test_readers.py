@@ -1,4 +1,4 @@
-"""Files of rows: one type per column however late it changes, quotes and separators, and what cannot be meant."""
+"""Files of rows: one type per column however late it changes, quotes and separators, and invalid values."""
 
 import json
 

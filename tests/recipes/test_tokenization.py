@@ -1,4 +1,4 @@
-"""Rows become tokens and labels; what is dropped or cut is counted, and what cannot be meant is named."""
+"""Rows become tokens and labels; dropped and truncated rows are counted, invalid values named."""
 
 import copy
 
