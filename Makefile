@@ -25,7 +25,7 @@ install: $(STAMP)  ## Create .venv and install the package with its development 
 # torch comes through pip, which also finds a wheel in a local folder; uv does not look there.
 # Everything else comes through uv, which takes seconds where pip takes minutes; pip is there for a machine whose
 # package index only pip is told about.
-WANTED := --editable ".[trl,peft,plot]" --group dev "$(TRANSFORMERS)"
+WANTED := --editable ".[trl,peft,plot,deepspeed]" --group dev "$(TRANSFORMERS)"
 
 $(STAMP): pyproject.toml
 	@echo "Setting up $(VENV) with $(TORCH) and $(TRANSFORMERS) ..."
@@ -45,7 +45,7 @@ demo: $(STAMP)  ## Fine-tune on two ranks (GPUs where there are some, else CPU) 
 test: $(STAMP)  ## Run the tests
 	@$(BIN)/python -m pytest
 
-# `make test` runs a quarter of those, always the same.
+# `make test` runs an eighth of those, always the same.
 test-wide: $(STAMP)  ## Run the tests, with all combinations of those that have many
 	@$(BIN)/python -m pytest --wide
 
@@ -57,7 +57,7 @@ test-fast: $(STAMP)  ## Run the tests that need one rank and no other process
 test-gpu: $(STAMP)  ## Run the tests that need a GPU; without one it says so and succeeds
 	@$(BIN)/python -m pytest tests/gpu
 
-matrix: $(STAMP)  ## Measure every head in every layout beside the stock Trainer, write docs/exactness.md; about 20 minutes
+matrix: $(STAMP)  ## Measure every head in every layout beside the stock Trainer, write docs/exactness.md; most of an hour
 	@$(BIN)/python -m benchmarks.exactness --out docs/exactness.md
 
 # Counts decide whether it fails; times only inform. Without a GPU the page keeps what was measured on one.

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -14,16 +14,17 @@ from torch.optim import Optimizer
 
 from hf_gradutils.accelerator._clipping import clip_by_norm, clip_by_value
 from hf_gradutils.accelerator._copies import CopyableAccelerator
-from hf_gradutils.accelerator._half_precision import reduce_in_float32, reduce_parameters_in_float32
+from hf_gradutils.accelerator._deepspeed_limits import check_backend
+from hf_gradutils.accelerator._deepspeed_optimizer import use_engine
+from hf_gradutils.accelerator._half_precision import reduce_parameters_in_float32
 from hf_gradutils.accelerator._micro_batch import MicroBatch, as_number
 from hf_gradutils.accelerator._optimizer import GradUtilsOptimizer, check_can_scale, innermost
 from hf_gradutils.accelerator._padding import padded_to_the_same_number
 from hf_gradutils.accelerator._plugin import GradUtilsPlugin
-from hf_gradutils.accelerator._readers import reader_of_gradients
-from hf_gradutils.accelerator._weighing import expect, run_backward
+from hf_gradutils.accelerator._shards import ShardingAccelerator
+from hf_gradutils.accelerator._weighing import run_backward, start_window
 from hf_gradutils.accelerator._windows import Windows
 from hf_gradutils.coordination import FirstRankPerNode
-from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.gradients.partial_sums import sum_increments
 from hf_gradutils.upstream.accelerate import (
     dataloaders_of,
@@ -31,11 +32,12 @@ from hf_gradutils.upstream.accelerate import (
     optimizers_of,
     sharding_tied_embeddings_together,
 )
+from hf_gradutils.upstream.deepspeed import clipping_is_set
 from hf_gradutils.upstream.fsdp import fsdp2_keep_losses
 from hf_gradutils.window import WindowReport
 
 
-class GradUtilsAccelerator(CopyableAccelerator):
+class GradUtilsAccelerator(CopyableAccelerator, ShardingAccelerator):
     """``accelerate.Accelerator``, exact: the gradient of one process with the whole batch.
 
         accelerator = GradUtilsAccelerator(gradient_accumulation_plugin=GradUtilsPlugin(num_steps=4))
@@ -61,8 +63,7 @@ class GradUtilsAccelerator(CopyableAccelerator):
         **kwargs: As accelerate takes them.
 
     Raises:
-        InvalidArgumentError: the two numbers of steps differ; or DeepSpeed, Megatron-LM or XLA, which scale gradients
-            themselves.
+        InvalidArgumentError: the two numbers of steps differ; or the backend cannot be made exact.
     """
 
     def __init__(
@@ -75,11 +76,7 @@ class GradUtilsAccelerator(CopyableAccelerator):
         plugin = GradUtilsPlugin.of(gradient_accumulation_plugin)
         steps = plugin.num_micro_batches(gradient_accumulation_steps)
         super().__init__(*args, gradient_accumulation_plugin=plugin.of_accelerate(steps), **kwargs)
-        if self.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA):
-            raise InvalidArgumentError(
-                f"{self.distributed_type.value} scales and clips gradients itself, so they cannot be made exact; use "
-                "FSDP2 (accelerate launch --use_fsdp --fsdp_version 2), which shards what ZeRO-3 shards"
-            )
+        check_backend(self, kwargs)
         self._add_windows(plugin, steps)
 
     @classmethod
@@ -92,9 +89,7 @@ class GradUtilsAccelerator(CopyableAccelerator):
         return accelerator
 
     def _add_windows(self, plugin: GradUtilsPlugin, num_micro_batches: int) -> None:
-        self.windows = Windows(
-            weakref.proxy(self), plugin, num_micro_batches=num_micro_batches, widens_gradients=reduce_in_float32(self)
-        )
+        self.windows = Windows(weakref.proxy(self), plugin, num_micro_batches=num_micro_batches)
 
     def local_main_process_first(self) -> FirstRankPerNode:
         """Like ``Accelerator.local_main_process_first``, as :class:`FirstRankPerNode`."""
@@ -110,8 +105,10 @@ class GradUtilsAccelerator(CopyableAccelerator):
         if self.windows.plugin.accumulate_in_float32 is True:
             for model in models:
                 reduce_parameters_in_float32(self, model)
+        says_clipping = clipping_is_set(self)  # before accelerate sets it
         with sharding_tied_embeddings_together(models) if self.is_fsdp2 else contextlib.nullcontext():
             prepared = super().prepare(*args, **kwargs)
+        use_engine(self.windows, clipping_is_set=says_clipping)
         for model in models_of(self):
             sum_increments(model)
             if self.windows.widens_gradients and isinstance(model, FSDPModule):
@@ -142,6 +139,7 @@ class GradUtilsAccelerator(CopyableAccelerator):
 
     def free_memory(self, *objects: Any) -> Any:
         self.windows.forget()
+        self.windows.engine = None  # which accelerate destroys
         self.windows.prepared.release()
         self.windows.loss_scale.release()
         return super().free_memory(*objects)
@@ -166,14 +164,21 @@ class GradUtilsAccelerator(CopyableAccelerator):
         with self.windows.training((model,)), self.windows.sync_context(model, is_last=False):
             yield
 
-    def start_window(self, num_targets: Tensor | int, *, model: nn.Module | Sequence[nn.Module] | None = None) -> None:
-        """Make gradients final in the backward, for hooks and optimizers that read them there.
+    def start_window(
+        self,
+        num_targets: Tensor | int,
+        *,
+        num_micro_batches: int | None = None,
+        model: nn.Module | Sequence[nn.Module] | None = None,
+    ) -> None:
+        """Make gradients final in the backward, for DeepSpeed, and for hooks and optimizers that read them there.
 
         Call it before the first ``backward`` of a window of several micro-batches; one of a single micro-batch does so
         by itself where something reads gradients.
 
         Args:
             num_targets: Targets of all the window's micro-batches on this rank.
+            num_micro_batches: So many ``accumulate`` gives the window; for loaders that are read ahead, to their end.
             model: As in :meth:`backward`.
 
         Collectives: one all-reduce of one number over all ranks, beside the first forward. Host syncs: none.
@@ -181,12 +186,7 @@ class GradUtilsAccelerator(CopyableAccelerator):
         Raises:
             InvalidArgumentError: ``num_targets`` is not one number; or the window has begun.
         """
-        window = self.windows.of_loss(model)
-        if window.is_open:
-            raise InvalidArgumentError("start_window was called after the first backward of the window; call it before")
-        if window.needs_counts is None:
-            window.needs_counts, window.reader = False, reader_of_gradients(window.whole, optimizers_of(self))
-        expect(self.windows, window, as_number(num_targets, self.device).double().reshape(1).clone())
+        start_window(self.windows, self.windows.of_loss(model), as_number(num_targets, self.device), num_micro_batches)
 
     def backward(
         self,

@@ -28,11 +28,30 @@ def clip_by_norm(
     max_norm, plugin = check_max_norm(max_norm), windows.plugin
     p = plugin.norm_type if norm_type is None else check_norm_type(norm_type)
     ending = windows.by_models.with_any_of(parameters)
+    if windows.engine is not None:
+        if p != plugin.norm_type:
+            raise InvalidArgumentError(f"DeepSpeed's engine clips by another norm than norm_type={p:g}; leave it out")
+        return _clip_by_engine(windows, ending, parameters, max_norm)
     if len(ending) == 1 and ending[0].is_open and ending[0].is_all(parameters) and p == plugin.norm_type:
         return windows.close(ending[0], max_norm)[0].grad_norm
     _close_all(windows, ending)
     holder, trained = windows.by_models.holder_of(parameters, models_of(accelerator))
     return clip_parameters(holder, trained, max_norm, norm_type=p, ownership=plugin.ownership)
+
+
+def _clip_by_engine(windows: Windows, ending: list[ModelWindow], parameters: list[Tensor], max_norm: float) -> Tensor:
+    """Close the window by DeepSpeed's engine, which clips; the norm before, again if it has ended in this step."""
+    assert windows.engine is not None
+    if len(ending) != 1 or not ending[0].is_all(parameters) or not (ending[0].is_open or ending[0].num_closed):
+        raise InvalidArgumentError(
+            "DeepSpeed's engine clips all its gradients by one norm, in its step: call clip_grad_norm_ with all "
+            "parameters of the model, after the last backward of a window"
+        )
+    if ending[0].is_open:
+        return windows.close(ending[0], max_norm)[0].grad_norm
+    windows.engine.check_clipping(max_norm)
+    assert windows.report is not None
+    return windows.report.grad_norm
 
 
 def clip_by_value(
@@ -42,6 +61,8 @@ def clip_by_value(
     parameters = _at_the_end(accelerator, "clip_grad_value_", parameters)
     if not clip_value > 0:
         raise InvalidArgumentError(f"clip_value must be > 0, got {clip_value}")
+    if windows.engine is not None:
+        raise InvalidArgumentError("DeepSpeed's engine clips by a norm only, and by itself; leave out clip_grad_value_")
     _close_all(windows, windows.by_models.with_any_of(parameters))
     for gradient in (p.grad for p in parameters if p.grad is not None):
         if isinstance(gradient, DTensor) and any(placement.is_partial() for placement in gradient.placements):

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from hf_gradutils.accelerator._optimizer import GradUtilsOptimizer
 from hf_gradutils.accelerator._plugin import GradUtilsPlugin
 from hf_gradutils.accelerator._windows import Windows
+from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.upstream.accelerate import dataloaders_of, optimizers_of, schedulers_of
 
 
@@ -24,7 +25,13 @@ class CopyableAccelerator(Accelerator):  # type: ignore[misc]
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the windows, after raising what the device found wrong with the last step."""
+        """All but the windows, after raising what the device found wrong with the last step.
+
+        Raises:
+            InvalidArgumentError: DeepSpeed's engine cannot be pickled.
+        """
+        if self.windows.engine is not None:
+            raise InvalidArgumentError("DeepSpeed's engine cannot be pickled; save_state or save_model writes it")
         self.windows.raise_pending()
         self.windows.loss_scale.update()
         return vars(self) | {"windows": (self.windows.plugin, self.windows.num_micro_batches)}

@@ -35,6 +35,7 @@ from hf_gradutils.accelerator._prepared import PreparedModels
 from hf_gradutils.errors import InvalidArgumentError, TargetCountError
 from hf_gradutils.sync import find_wrappers, reduces_gradients
 from hf_gradutils.upstream.accelerate import optimizers_of
+from hf_gradutils.upstream.deepspeed import is_engine
 from hf_gradutils.upstream.dtensor import local_tensor
 from hf_gradutils.upstream.fsdp import fsdp2_shards
 from hf_gradutils.upstream.torch import grads_of, tensors_in
@@ -61,7 +62,7 @@ class OutsideChanges:
         self._plain: weakref.WeakKeyDictionary[nn.Module, _PlainBackward] = weakref.WeakKeyDictionary()
 
     def watch(self, models: Iterable[nn.Module]) -> None:
-        """Note backwards through models that DDP or FSDP wraps, from their next forward on, and what DDP averages."""
+        """Note backwards through models that something wraps, from their next forward on, and what DDP averages."""
         for model in models:
             for _, wrapper in self._prepared.wrappers(model):
                 if isinstance(wrapper, DistributedDataParallel) and wrapper not in self._averaged:
@@ -69,7 +70,8 @@ class OutsideChanges:
                     ignored = wrapper.parameters_to_ignore
                     self._averaged[wrapper] = {id(p) for name, p in named if p.requires_grad or name in ignored}
             is_compiled = getattr(model, "_compiled_call_impl", None) is not None  # together with its hooks
-            if model not in self._plain and self._prepared.wrappers(model) and not is_compiled:
+            is_moved = self._prepared.wrappers(model) or is_engine(model)
+            if model not in self._plain and is_moved and not is_compiled:
                 self._plain[model] = _PlainBackward(model, self.running)
 
     def forget(self) -> None:
@@ -144,6 +146,8 @@ class OutsideChanges:
         """
         noted = [self._plain[model].take() for model in window.models if model in self._plain]
         wrappers = self._wrappers(window)
+        if any(map(is_engine, window.models)) and any(is_noted for is_noted, _ in noted):
+            raise TargetCountError(NOT_WEIGHTED)
         if window.is_final or (window.num_closed and window.first is None):
             return
         # FSDP keeps gradients elsewhere until the last micro-batch, where zero_grad does not reach them.
@@ -200,8 +204,8 @@ class OutsideChanges:
 class _PlainBackward:
     """A forward hook that notes a ``backward`` of a wrapped model's outputs that the Accelerator has not begun.
 
-    DDP and FSDP move gradients by themselves, so that these do not show it. Noted is the first parameter behind each
-    output when its gradient is added up, which ``torch.autograd.grad`` does not do.
+    DDP, FSDP and DeepSpeed move gradients by themselves, so that these do not show it. Noted is the first parameter
+    behind each output when its gradient is added up, which ``torch.autograd.grad`` does not do.
 
     Args:
         model: To hook; None for a copy, which notes nothing.

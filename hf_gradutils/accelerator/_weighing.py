@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_gradutils._collectives import add_up, start_all_reduce, world_domain
 from hf_gradutils._devices import on_device
+from hf_gradutils.accelerator._deepspeed import ONE_LOSS
 from hf_gradutils.accelerator._micro_batch import MicroBatch, as_number
 from hf_gradutils.accelerator._model_windows import ModelWindow
 from hf_gradutils.accelerator._optimizer import innermost
@@ -46,6 +48,11 @@ def run_backward(
     kwargs: dict[str, Any],
 ) -> None:
     """:meth:`GradUtilsAccelerator.backward`."""
+    if windows.engine is None and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise InvalidArgumentError(
+            "DeepSpeed's engine is gone, or was never made: call accelerator.prepare(model, optimizer, loader) first. "
+            "Under DeepSpeed a Trainer can train only once, the stock Trainer too: make a new one"
+        )
     loss = loss.reshape(()) if loss.numel() == 1 else loss
     micro_batch = windows.micro_batch or MicroBatch()
     if micro_batch.count_late is not None and micro_batch.num_targets is None:
@@ -67,7 +74,9 @@ def run_backward(
     was_bare, window.is_bare = window.is_bare, windows.models is None
     if window.is_open and windows.have_one_micro_batch and was_bare and window.is_bare:
         raise InvalidArgumentError(_AGAIN)
-    if window.is_open and window.needs_counts and window not in micro_batch.counted:
+    if windows.engine is not None and window in micro_batch.counted:
+        raise InvalidArgumentError(ONE_LOSS)
+    if window.is_open and window.needs_counts and window not in micro_batch.counted and windows.engine is None:
         _goes_on(windows, window)
     is_last = bool(kwargs.get("retain_graph")) and _averages_once(windows, window)
     targets = micro_batch.count_once(window, targets, is_last=is_last)
@@ -75,13 +84,34 @@ def run_backward(
     is_reported = micro_batch.division is None
     weighted = _weigh(windows, window, loss, targets, weight, is_share=is_share, is_reported=is_reported)
     learning_rate = kwargs.pop("learning_rate", None)  # of LOMO, which steps in the backward
+    kwargs.pop("scale_wrt_gas", None)  # a Trainer's word to DeepSpeed
     reducing = _reducing(windows, window) if accelerator.sync_gradients else contextlib.nullcontext()
     with reducing, windows.outside.in_backward(window):
-        # accelerate would divide by the number of micro-batches; its other branches are for engines refused here.
-        if learning_rate is not None and accelerator.has_lomo_optimizer:
+        # accelerate would divide by the number of micro-batches.
+        if windows.engine is not None:
+            windows.engine.backward(weighted, is_last=accelerator.sync_gradients, **kwargs)
+        elif learning_rate is not None and accelerator.has_lomo_optimizer:
             accelerator.lomo_backward(weighted, learning_rate)
         else:
             weighted.backward(**kwargs)  # type: ignore[no-untyped-call]
+
+
+def start_window(
+    windows: Windows, window: ModelWindow, num_targets: Tensor, num_micro_batches: int | None = None
+) -> None:
+    """:meth:`GradUtilsAccelerator.start_window`."""
+    if window.is_open:
+        raise InvalidArgumentError("start_window was called after the first backward of the window; call it before")
+    if window.needs_counts is None:
+        window.needs_counts = False
+        window.reader = reader_of_gradients(window.whole, optimizers_of(windows.accelerator))
+    if num_micro_batches is not None:
+        if num_micro_batches < 1:
+            raise InvalidArgumentError(f"num_micro_batches must be ≥ 1, got {num_micro_batches}")
+        # The loader may have been read ahead, so that its end says nothing.
+        windows.accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False
+        windows.accelerator.gradient_accumulation_steps, windows.accelerator.step = num_micro_batches, 0
+    expect(windows, window, num_targets.double().reshape(1).clone())
 
 
 def expect(windows: Windows, window: ModelWindow, numbers: Tensor) -> Callable[[], Tensor]:
@@ -99,7 +129,8 @@ def expect(windows: Windows, window: ModelWindow, numbers: Tensor) -> Callable[[
     """
     domain = world_domain()
     reduced = start_all_reduce(domain, on_device(numbers, windows.accelerator.device))
-    window.sums.expect(lambda: reduced()[0], domain.num_ranks)
+    num_averaged = domain.num_ranks if windows.engine is None else windows.engine.num_averaged
+    window.sums.expect(lambda: reduced()[0], num_averaged)
     return reduced
 
 
@@ -118,7 +149,11 @@ def _weigh(
         windows.loss_scale.update()
     if not (window.has_scale or window.sums.is_expected):
         _choose_loss_scale(windows, window, num_targets)
-    if window.needs_counts is None:
+    if windows.engine is not None:
+        window.reader, window.needs_counts = "", windows.have_one_micro_batch
+        if not (window.is_open or window.sums.is_expected or window.needs_counts):
+            raise InvalidArgumentError(f"DeepSpeed's engine averages and steps by itself: {_HOW_TO_START}")
+    elif window.needs_counts is None:
         window.reader = reader_of_gradients(window.whole, optimizers_of(windows.accelerator))
         window.needs_counts = _needs_counts(windows, window)
     if window.needs_counts and not (window.is_open or window.sums.is_expected):

@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 
+from hf_gradutils.accelerator._deepspeed import Engine, close_by_engine
 from hf_gradutils.accelerator._first_window import NOT_WEIGHTED, OF_NO_MODEL, check_weighted
-from hf_gradutils.accelerator._half_precision import accumulates_in_float32
+from hf_gradutils.accelerator._half_precision import accumulates_in_float32, reduce_in_float32
 from hf_gradutils.accelerator._loss_scale import LossScale
 from hf_gradutils.accelerator._micro_batch import MicroBatch
 from hf_gradutils.accelerator._model_windows import ModelWindow, ModelWindows, parameters_of
@@ -44,15 +46,12 @@ class Windows:
         accelerator: Has prepared the models, optimizers and schedulers.
         plugin: Settings.
         num_micro_batches: Micro-batches per window.
-        widens_gradients: FSDP2 accumulates gradients in float32 that stock accelerate accumulates in half precision.
 
     Raises:
         InvalidArgumentError: the device has no float64.
     """
 
-    def __init__(
-        self, accelerator: Accelerator, plugin: GradUtilsPlugin, *, num_micro_batches: int, widens_gradients: bool
-    ):
+    def __init__(self, accelerator: Accelerator, plugin: GradUtilsPlugin, *, num_micro_batches: int):
         if accelerator.device.type == "mps":
             raise InvalidArgumentError(
                 "MPS has no float64, in which counts and norms are summed; pass cpu=True to the Accelerator, or "
@@ -60,7 +59,8 @@ class Windows:
             )
         self.plugin = plugin
         self.num_micro_batches = num_micro_batches
-        self.widens_gradients = widens_gradients
+        self.widens_gradients = reduce_in_float32(accelerator)
+        """FSDP2 accumulates gradients in float32 that stock accelerate accumulates in half precision."""
         self.report: WindowReport | None = None
         self.models: tuple[nn.Module, ...] | None = None
         """The models that a loss trains now: those of ``accumulate``, ``no_sync`` or ``one_micro_batch``."""
@@ -69,14 +69,18 @@ class Windows:
         self.has_data_left: bool | None = None
         """Of a Trainer's loader, after this micro-batch; as in :meth:`AccumulationWindow.close`, whoever closes."""
         self.prepared = PreparedModels(accelerator, with_half_shards=plugin.accumulate_in_float32 is True)
+        self.engine: Engine | None = None
+        """DeepSpeed's, once it is prepared."""
         self.loss_scale = LossScale(accelerator)
         self.accelerator = accelerator
-        self.accumulates_wide = accumulates_in_float32(plugin.accumulate_in_float32, num_micro_batches)
+        has_engine = accelerator.distributed_type == DistributedType.DEEPSPEED
+        is_wide = accumulates_in_float32(plugin.accumulate_in_float32, num_micro_batches)
+        self.accumulates_wide = is_wide and not has_engine
         self._forgotten: weakref.WeakSet[GradUtilsOptimizer] = weakref.WeakSet()
         """Prepared before accelerate freed its memory, as a Trainer does when it begins, and stepping still."""
         self.outside = OutsideChanges(accelerator, self.prepared, moves_gradients=self.accumulates_wide)
         each_batch = accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
-        sync = plugin.effective_sync(each_batch=each_batch, widens_gradients=widens_gradients)
+        sync = plugin.effective_sync(each_batch=each_batch, widens_gradients=self.widens_gradients)
         self._policy = PolicyChoice(sync, accelerator.device)
         self.forget()
 
@@ -117,6 +121,8 @@ class Windows:
 
     def sync_context(self, model: nn.Module, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
         """The context of one micro-batch's forward and backward, with the communication of the policy."""
+        if self.engine is not None and self.accelerator.sync_gradients and not is_last:
+            raise InvalidArgumentError("no_sync has no effect under DeepSpeed; use `accelerator.accumulate(model)`")
         policy = self._policy.policy(model, is_last=is_last)
         wrappers = self.prepared.wrappers(model)
         if self.accumulates_wide:
@@ -152,13 +158,15 @@ class Windows:
 
     def forget_dropped(self, window: ModelWindow, micro_batch: MicroBatch | None = None) -> None:
         """Drop a window's sums if its gradients are gone, by ``zero_grad``: only what comes now is wanted."""
-        if window.is_open and self.outside.are_gone(window, micro_batch):
+        if window.is_open and self.engine is None and self.outside.are_gone(window, micro_batch):
             is_again = micro_batch is not None and micro_batch.counted.pop(window, None) is not None
             window.sums.discard(keeps_count=is_again or not window.needs_counts)
             window.is_open = False
 
     def discard(self, window: ModelWindow) -> None:
         """Drop a window's gradients, communicated or not, and its sums."""
+        if self.engine is not None:
+            self.engine.discard()
         discard_deferred(window.whole)
         self.prepared.round_gradients(*window.models)
         window.sums.discard()
@@ -188,12 +196,13 @@ class Windows:
         Raises:
             NonfiniteGradientError: the gradient of this step is not finite, or that of the step before was not.
         """
+        if self.micro_batch is not None and self.micro_batch.computed is not None:
+            # A step that clips has not returned its loss yet.
+            self.micro_batch.report(window, self.micro_batch.computed)
+        if self.engine is not None:
+            return close_by_engine(self, self.engine, window, max_norm, step or window.num_closed + 1)
         self._shard_again(window)
         self.outside.check(window, ends=True)
-        if self.micro_batch is not None and self.micro_batch.computed is not None:
-            self.micro_batch.report(
-                window, self.micro_batch.computed
-            )  # a step that clips has not returned its loss yet
         optimizers = self.optimizers_of(window)
         if self.plugin.fold_into_optimizer:
             check_can_scale(optimizers, self.loss_scale.scaler)  # again: a checkpoint may have changed ``fused``
@@ -214,11 +223,8 @@ class Windows:
             self.outside.check_averaged(window)
         self.loss_scale.agree_on_overflow(optimizers, report)
         self.prepared.round_gradients(*window.models)
-        window.is_open, window.is_folded = False, folds
-        window.num_closed += 1
-        self.outside.end(window)
-        if self.micro_batch is not None:
-            self.micro_batch.ended.append(window)
+        window.is_folded = folds
+        self.end(window)
         order = self._judge(window, report, optimizers, step or window.num_closed)
         if folds:
             order = replace(order, divisor=report.multiplier.reciprocal().float())
@@ -226,6 +232,14 @@ class Windows:
             optimizer.order = order if optimizer.order is None else optimizer.order.and_then(order)
             window.ordered.append((optimizer, optimizer.order))
         return report, not order.skip
+
+    def end(self, window: ModelWindow) -> None:
+        """Note that a window has ended."""
+        window.is_open = False
+        window.num_closed += 1
+        self.outside.end(window)
+        if self.micro_batch is not None:
+            self.micro_batch.ended.append(window)
 
     def _judge(
         self, window: ModelWindow, report: WindowReport, optimizers: Sequence[GradUtilsOptimizer], step: int

@@ -170,7 +170,7 @@ def discard_deferred(model: nn.Module) -> None:
     ``reduce_scatter`` with HSDP shards without the other replicas' parts. Otherwise they enter the next window.
     Collectives: none.
     """
-    model.zero_grad(set_to_none=True)
+    model.zero_grad()  # of DeepSpeed's engine too, which takes no argument
     for module in model.modules():
         if isinstance(module, FSDPModule):
             discard_fsdp2_gradients(module)

@@ -5,6 +5,7 @@ from typing import Any
 
 from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.trainer._batches import TrainingBatches
+from hf_gradutils.trainer._ulysses import check_resumes
 
 
 class Accumulation:
@@ -13,7 +14,7 @@ class Accumulation:
     def __init__(self, trainer: Any, batches: TrainingBatches):
         self._trainer = trainer
         self._batches = batches
-        self.num_skipped = 0
+        self._num_skipped = 0
         """Batches of the first epoch that a checkpoint has trained."""
         self.settled: int | None = None
         """As when the loss was settled; None before."""
@@ -24,6 +25,11 @@ class Accumulation:
         """Micro-batches that have begun."""
         self.drawn: Sized | None = None
         """As long as this window, and not its batches, which would stay until the next."""
+
+    def skip(self, num_batches: int) -> None:
+        """Begin after batches that a checkpoint has trained. Raises as :func:`check_resumes`."""
+        check_resumes(self._trainer, num_batches)
+        self._num_skipped = num_batches
 
     @property
     def number(self) -> int:
@@ -41,7 +47,7 @@ class Accumulation:
         are a multiple of the number, and at the end of the epoch.
         """
         if epoch is not self._epoch:
-            self._num_in_epoch = self.num_skipped if self._epoch is None else 0
+            self._num_in_epoch = self._num_skipped if self._epoch is None else 0
             self._epoch = epoch
         self._num_in_window = 0
         self._has_changed |= self._is_other

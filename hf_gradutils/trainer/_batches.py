@@ -13,6 +13,7 @@ from transformers.trainer_utils import has_length
 from hf_gradutils._collectives import add_up, find_largest, world_domain
 from hf_gradutils.accelerator import another
 from hf_gradutils.errors import InvalidArgumentError
+from hf_gradutils.trainer._ulysses import check_lengths
 
 
 class BatchStream:
@@ -138,8 +139,10 @@ class TrainingBatches:
         num_batches = len(dataloader) if self.has_length else 0
         extremes = find_largest(world_domain(), most=num_batches, minus_least=-num_batches)
         most, least = int(extremes["most"]), -int(extremes["minus_least"])
-        self.num_in_epoch = most
+        self.num_in_epoch = most * self._trainer.get_sp_size()
         self._pads = not self.has_length or most != least
+        if most != least:
+            check_lengths(self._trainer, num_batches)
         return _OfLength(dataloader, most) if most != least else dataloader
 
     def trained_without_length(self, max_steps: int) -> tuple[int, int]:

@@ -6,6 +6,8 @@ from typing import Any
 from torch import Tensor
 from transformers import Trainer
 
+from hf_gradutils.upstream.deepspeed import is_partitioned
+
 
 class Operations:
     """Floating-point operations of micro-batches, with the parameters counted once in a training."""
@@ -21,6 +23,8 @@ class Operations:
         main_input = inputs.get(name) if isinstance(inputs, Mapping) else None
         is_trainers = getattr(floating_point_ops, "__func__", None) is Trainer.floating_point_ops
         if not (is_trainers and isinstance(main_input, Tensor) and hasattr(model, "num_parameters")):
+            return int(floating_point_ops(inputs))
+        if is_partitioned(next(model.parameters(), main_input)):  # ZeRO-3 may gather some later
             return int(floating_point_ops(inputs))
         if self._per_token is None:
             self._per_token = 6 * model.num_parameters(exclude_embeddings=True)

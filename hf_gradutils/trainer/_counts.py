@@ -49,9 +49,13 @@ class WindowCounts:
             self._division = Division(
                 accumulation,
                 may_divide=accumulation > 1 and "gradient_accumulation_steps" in names,
-                num_ranks=self._num_ranks,
+                num_ranks=self._num_averaged,
                 warns="current_gradient_accumulation_steps" not in names and trainer.is_world_process_zero(),
             )
+        windows = trainer.accelerator.windows
+        if windows.engine is not None:
+            self.is_first = True
+            return
         reason = self._reason(model)
         if setting == "streamed" and reason:
             raise InvalidArgumentError(f"{reason}, which counts='streamed' cannot give it; set counts='auto'")
@@ -62,7 +66,7 @@ class WindowCounts:
         # A hook may be on one rank only (wandb.watch): all ranks must begin windows alike.
         num_ranks = add_up(world_domain(), first=setting == "auto" and bool(reason))["first"]
         was_first, self.is_first = self.is_first, setting == "first" or bool(num_ranks)
-        window = trainer.accelerator.windows.of_loss(model)
+        window = windows.of_loss(model)
         is_alone = accumulation == 1 and trainer.accelerator.num_processes == 1
         window.needs_counts = is_alone and setting == "auto"  # then the weight is 1, whatever the backward does
         window.reader = reader_of_gradients(model, [trainer.optimizer])
@@ -95,8 +99,8 @@ class WindowCounts:
         """
         trainer = self._trainer
         own = [batch for batch in batches if not self._batches.is_padding(batch)]
-        sharing = trainer.get_cp_size() * trainer.get_sp_size()
-        numbers = [sum((self._unit.count(batch).double() for batch in own), self._zero) / sharing]
+        targets = sum((self._unit.count(batch).double() for batch in own), self._zero)
+        numbers = [targets / trainer.get_cp_size()]  # which cuts whole rows later; DeepSpeed has cut them
         local = self.stock_count(own) if hands_count else None
         numbers.append(self._zero if local is None else on_device(local, self._zero.device).double())
         window = trainer.accelerator.windows.of_loss(trainer.model_wrapped)
@@ -155,11 +159,14 @@ class WindowCounts:
     @property
     def _share(self) -> float:
         """What a loss that is divided by the count of the whole window is multiplied by."""
-        return self._unit.contract.factor * self._num_ranks
+        return self._unit.contract.factor * self._num_averaged
 
     @property
-    def _num_ranks(self) -> int:
-        """With data of their own."""
+    def _num_averaged(self) -> int:
+        """By whose number gradients are divided."""
+        engine = self._trainer.accelerator.windows.engine
+        if engine is not None:
+            return int(engine.num_averaged)
         return int(self._trainer.accelerator.num_processes // self._trainer.get_tp_size())
 
     # ---- In a micro-batch ----
@@ -209,7 +216,7 @@ class WindowCounts:
         is_window_count = not (micro_batch.is_models and micro_batch.has_other_count)
         micro_batch.is_share = divides and micro_batch.is_given_share and is_window_count
         if micro_batch.is_share:
-            micro_batch.weight = torch.full_like(self._zero, contract.factor * self._num_ranks)
+            micro_batch.weight = torch.full_like(self._zero, contract.factor * self._num_averaged)
         else:
             factor = contract.factor if divides or not contract.divides else 1.0
             micro_batch.weight = own if factor == 1 else own * factor

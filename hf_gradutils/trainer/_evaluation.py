@@ -132,6 +132,5 @@ class EvaluationLoss:
 
 
 def num_data_ranks(trainer: Any) -> int:
-    """Ranks, or groups of ranks, that see batches of their own."""
-    sharing = trainer.get_tp_size() * trainer.get_cp_size() * trainer.get_sp_size()
-    return int(trainer.accelerator.num_processes // sharing)
+    """Ranks, or groups of ranks, that see batches of their own: shards of rows in training, and rows in evaluation."""
+    return int(trainer.accelerator.num_processes // (trainer.get_tp_size() * trainer.get_cp_size()))

@@ -18,10 +18,11 @@ from hf_gradutils._collectives import add_up, world_domain
 from hf_gradutils._devices import on_device
 from hf_gradutils.errors import TargetCountError
 from hf_gradutils.targets.counter import TargetCounter
-from hf_gradutils.targets.rows import count_rows, is_divisible
+from hf_gradutils.targets.rows import count_rows, entries_of, is_divisible
 from hf_gradutils.trainer._contract import LossContract, as_if_alone, ask_loss, warn_of, warn_of_change
 from hf_gradutils.trainer._overrides import is_transformers, is_users
 from hf_gradutils.trainer._settle import LATER_STEPS, UnitSettler
+from hf_gradutils.trainer._ulysses import as_own_shard
 from hf_gradutils.upstream.accelerate import without_accelerate_state
 
 
@@ -97,8 +98,8 @@ class LossUnit:
         return self._forward[1]
 
     @contextlib.contextmanager
-    def own_mean(self, num_targets: Tensor | None) -> Iterator[None]:
-        """Give a loss function the micro-batch's own count, and label smoothing the shift of the head.
+    def own_mean(self, num_targets: Tensor | None, inputs: Any) -> Iterator[Any]:
+        """Give a loss function the micro-batch's own count, and label smoothing the shift of the head; yields inputs.
 
         Trainer passes a count over the whole window, and chooses the shift by the model's class name, which
         ``fully_shard`` changes.
@@ -106,8 +107,10 @@ class LossUnit:
         trainer, counter = self._trainer, self.counter or TargetCounter()
         counts_boxes = counter.loss_unit == "boxes"
         loss_func, smoother = trainer.compute_loss_func, trainer.label_smoother
+        shifts = bool(counter.head_shifts) and "shift_labels" not in entries_of(inputs)
         if loss_func is None and smoother is None and not counts_boxes:
-            yield
+            with as_own_shard(trainer, inputs) as given:
+                yield given
             return
 
         if loss_func is not None:
@@ -115,12 +118,13 @@ class LossUnit:
                 outputs, labels, num_items_in_batch=num_targets
             )
         if smoother is not None:
-            trainer.label_smoother = lambda outputs, labels, *_, **__: smoother(
-                outputs, labels, shift_labels=bool(counter.head_shifts)
-            )
+            trainer.label_smoother = lambda outputs, labels, *_, **__: smoother(outputs, labels, shift_labels=shifts)
         try:
-            with without_accelerate_state() if counts_boxes else contextlib.nullcontext():
-                yield
+            with (
+                without_accelerate_state() if counts_boxes else contextlib.nullcontext(),
+                as_own_shard(trainer, inputs) as given,
+            ):
+                yield given
         finally:
             trainer.compute_loss_func, trainer.label_smoother = loss_func, smoother
 

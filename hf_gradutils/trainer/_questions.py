@@ -19,6 +19,8 @@ from hf_gradutils.targets.sample import DatasetRows
 from hf_gradutils.trainer._kept import variables
 from hf_gradutils.trainer._no_trace import Snapshot, without_trace
 from hf_gradutils.trainer._overrides import is_transformers, is_users
+from hf_gradutils.trainer._ulysses import rows_loader
+from hf_gradutils.upstream.deepspeed import is_engine
 from hf_gradutils.upstream.torch import is_multiple
 
 if TYPE_CHECKING:
@@ -64,9 +66,10 @@ class TrainerLosses:
         if loader is None:  # a check before training
             with contextlib.suppress(Exception):  # of a Trainer that makes its batches itself
                 loader = trainer.get_train_dataloader()
+        loader, shard_of = rows_loader(trainer, loader)
         if not (hasattr(loader, "dataset") and hasattr(loader, "collate_fn")):  # the user's own, of any kind
             return DatasetRows(None, list, list, trainer.args.device)
-        prepare = lambda batch: trainer._prepare_inputs(batch)  # noqa: E731 - a bound method would hold the Trainer
+        prepare = lambda batch: trainer._prepare_inputs(shard_of(batch))  # noqa: E731 - a bound method would hold it
         batch_sampler = getattr(loader, "batch_sampler", None)
         return DatasetRows(loader.dataset, loader.collate_fn, prepare, trainer.args.device, batch_sampler)
 
@@ -97,9 +100,10 @@ class TrainerLosses:
 
     @property
     def _model(self) -> Any:
-        """The model as ``compute_loss`` is given it in training, with DDP around it, but not compiled."""
+        """The model as ``compute_loss`` is given it in training, in DDP or an engine, but not compiled."""
         wrapped = getattr(self._trainer.model_wrapped, "_orig_mod", self._trainer.model_wrapped)
-        return wrapped if isinstance(wrapped, DistributedDataParallel) else self._trainer.model
+        is_wrapped = isinstance(wrapped, DistributedDataParallel) or is_engine(wrapped)
+        return wrapped if is_wrapped else self._trainer.model
 
     def models_own(self, batch: Any, count: Tensor | None = None) -> Tensor:
         """The loss that the model computes for a batch with labels, given a count or not."""

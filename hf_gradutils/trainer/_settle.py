@@ -20,7 +20,10 @@ from hf_gradutils.targets.counter import TargetCounter
 from hf_gradutils.targets.known_heads import known_head
 from hf_gradutils.targets.mean import Verdict
 from hf_gradutils.targets.probe import HOW_TO_FIX
+from hf_gradutils.targets.rows import entries_of
 from hf_gradutils.targets.unit import LossExaminer
+from hf_gradutils.trainer import _ulysses as ulysses
+from hf_gradutils.trainer._overrides import is_users
 from hf_gradutils.trainer._questions import TrainerLosses, rounding_of
 
 if TYPE_CHECKING:
@@ -87,6 +90,9 @@ class UnitSettler:
                 rounding=rounding_of(trainer),
                 batch_size=trainer.args.per_device_train_batch_size,
             )
+            is_shard = ulysses.is_on(trainer) and "shift_labels" in entries_of(batch)
+            may_fail = is_users(trainer, "compute_loss")
+            shifts = is_shard and ulysses.check_head(self.losses.models_own, batch, may_fail=may_fail)
             settled = self._examiner.settle(
                 batch,
                 check=check,
@@ -94,7 +100,7 @@ class UnitSettler:
                 smooths_labels=trainer.label_smoother is not None,
                 rows_differ=is_split and self.losses.is_the_users,
             )
-        unit.counter = replace(counter, head_shifts=settled.head_shifts)
+        unit.counter = replace(counter, head_shifts=shifts or settled.head_shifts)
         if settled.verdict is not None:
             self._start(settled.verdict)
         return settled.targets_per_micro_batch

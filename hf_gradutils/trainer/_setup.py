@@ -1,5 +1,6 @@
 """A Trainer's Accelerator, and settings with which it cannot be exact."""
 
+import logging
 from typing import Any
 
 from accelerate.utils import DistributedType
@@ -8,6 +9,9 @@ from transformers import TrainerCallback
 from hf_gradutils.accelerator import GradUtilsAccelerator
 from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.targets import trl
+from hf_gradutils.trainer._ulysses import check_sequence_parallel
+
+logger = logging.getLogger("hf_gradutils.trainer")
 
 
 def adopt_accelerator(trainer: Any) -> None:
@@ -28,10 +32,11 @@ def check_setup(trainer: Any) -> None:
             f"one process cannot train on {trainer.args.n_gpu} GPUs; start it with `accelerate launch --num_processes "
             f"{trainer.args.n_gpu}`, or with CUDA_VISIBLE_DEVICES=0 for one GPU"
         )
-    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED or trainer.get_sp_size() > 1:
-        raise InvalidArgumentError(
-            "DeepSpeed's engine scales and clips gradients itself, so they cannot be made exact; use FSDP2 (fsdp=True, "
-            "fsdp_config={'version': 2}), which shards what ZeRO-3 shards"
+    check_sequence_parallel(trainer)
+    if trainer.is_deepspeed_enabled and trainer.optimizer is not None and trainer.is_world_process_zero():
+        logger.warning(
+            "transformers makes another optimizer under DeepSpeed, by optim and learning_rate, in place of the one "
+            "that was passed; override create_optimizer instead"
         )
     if trainer.accelerator.distributed_type == DistributedType.XLA:
         raise InvalidArgumentError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_gradutils.accelerator import Counters, MicroBatch, check_weighted
-from hf_gradutils.errors import NonfiniteGradientError
+from hf_gradutils.errors import InvalidArgumentError, NonfiniteGradientError
 from hf_gradutils.targets.counter import with_one_target
 from hf_gradutils.trainer._accumulation import Accumulation
 from hf_gradutils.trainer._batches import MicroBatches, TrainingBatches
@@ -49,8 +49,8 @@ class OptimizerSteps:
         windows = trainer.accelerator.windows
         windows.has_data_left = self._batches.has_data_left
         self.accumulation.begin_micro_batch()
-        if self._batches.is_padding(inputs) and num_data_ranks(trainer) == 1:
-            return torch.zeros((), device=device)  # no other rank waits for this micro-batch
+        if self._batches.is_padding(inputs) and num_data_ranks(trainer) == 1 and windows.engine is None:
+            return torch.zeros((), device=device)  # no other rank waits for this micro-batch, nor does an engine
         self._begin(model, inputs)
         # A micro-batch's own mean is wanted: Trainer must not divide it by the number of micro-batches.
         trainer.current_gradient_accumulation_steps = 1
@@ -146,6 +146,8 @@ class OptimizerSteps:
         if self.accumulation.is_settled:
             return
         trainer.accelerator.windows.num_micro_batches = accumulation
+        if trainer.accelerator.windows.engine is not None:
+            trainer.accelerator.windows.engine.check_clipping(trainer.args.max_grad_norm or math.inf)
         is_split = accumulation > 1 or trainer.accelerator.num_processes > trainer.get_tp_size()
         targets_per_micro_batch = unit.settle(inputs, is_split=is_split)
         assert unit.counter is not None
@@ -169,6 +171,11 @@ class OptimizerSteps:
             self._settle(self._trainer.model_wrapped, self._batches.first())
         if not self.counts.is_first:
             return batches, None
+        if self._trainer.accelerator.windows.of_loss(self._trainer.model_wrapped).is_open:
+            raise InvalidArgumentError(
+                "an epoch ended inside a window, whose targets were counted first, also those of batches that never "
+                "came: set control.should_epoch_stop in on_step_end, not in on_substep_end"
+            )
         batches = list(batches)
         self.accumulation.drawn = range(len(batches))
         self._settle(self._trainer.model_wrapped, batches[0])

@@ -60,7 +60,7 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
         **kwargs: As the Trainer class takes them.
 
     Raises:
-        InvalidArgumentError: a negative ``max_grad_norm``, one process for several GPUs, DeepSpeed, a trainer of
+        InvalidArgumentError: a negative ``max_grad_norm``, one process for several GPUs, a trainer of
             trl that weights or batches by itself, or settings of the plugin that ``TrainingArguments`` has too.
     """
 
@@ -161,7 +161,7 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
         trained = super()._init_training_state(max_steps, num_update_steps_per_epoch, *args, **kwargs)
         if self.state.global_step and not self._batches.has_length:
             trained = self._batches.trained_without_length(max_steps)
-        self._steps.accumulation.num_skipped = trained[1]
+        self._steps.accumulation.skip(trained[1])
         return trained
 
     def get_batch_samples(
@@ -207,7 +207,7 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
         self._evaluation.see(inputs)
         steps, count = self._steps, num_items_in_batch
         steps.see_count(count)
-        with self._unit.own_mean(count):
+        with self._unit.own_mean(count, inputs) as inputs:
             if not is_transformers(super().compute_loss):
                 return steps.in_loss(super().compute_loss, model, inputs, return_outputs, num_items_in_batch=count)
             given: Any = copy.copy(inputs) if isinstance(inputs, Mapping) else inputs  # Trainer takes labels out

@@ -130,7 +130,7 @@ def has_users_hook_after_accumulation(parameter: Tensor) -> bool:
 
 
 _PLUMBING = (
-    *("hf_gradutils.", "accelerate.", "torch.distributed.", "torch.nn.parallel."),
+    *("hf_gradutils.", "accelerate.", "deepspeed.", "torch.distributed.", "torch.nn.parallel."),
     *("transformers.distributed.", "transformers.integrations.", "transformers.trainer."),
 )
 """Modules whose hooks sum or move gradients, whatever their scale."""

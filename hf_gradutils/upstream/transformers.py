@@ -4,6 +4,7 @@ import contextlib
 import inspect
 from typing import Any
 
+from accelerate import DistributedType
 from torch import nn
 from torch.distributed import ProcessGroup
 
@@ -63,6 +64,8 @@ def trainer_no_sync(trainer: Any, model: nn.Module) -> contextlib.AbstractContex
     """The context in which ``transformers.Trainer`` runs a micro-batch that does not end its window."""
     from transformers.distributed.fsdp import is_fsdp_managed_module
 
+    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return contextlib.nullcontext()
     if getattr(trainer, "is_distributed_loading_by_transformers", False) and is_fsdp_managed_module(trainer.model):
         return trainer._defer_fsdp_gradient_reduction()  # type: ignore[no-any-return]
     return trainer.accelerator.no_sync(model)  # type: ignore[no-any-return]

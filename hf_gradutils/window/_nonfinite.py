@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_gradutils._collectives import gather_objects
 from hf_gradutils.errors import InvalidArgumentError, NonfiniteGradientError
 from hf_gradutils.targets.counter import check_count
-from hf_gradutils.window._window import WindowReport
+from hf_gradutils.window._report import WindowReport
 
 OnNonfinite: TypeAlias = Literal["raise", "skip", "ignore"]
 """``raise``: stop, with weights, optimizer, scheduler and counters as before the step. ``skip``: go on without it.
@@ -36,17 +36,22 @@ class StepGuard:
         self._num_in_a_row = 0
         self._pending: tuple[WindowReport, int, _HostFlag] | None = None
 
-    def judge(self, report: WindowReport, step: int) -> bool:
+    def judge(self, report: WindowReport, step: int, *, is_finite: bool | None = None) -> bool:
         """True if the optimizer may take this step.
 
+        Args:
+            report: Of the window.
+            step: For messages.
+            is_finite: The gradient, if the host knows it already.
+
         Collectives: none if it is finite; else one object gather over all ranks. Host syncs: one; none under
-        ``ignore``.
+        ``ignore`` and with ``is_finite``.
 
         Raises:
             NonfiniteGradientError: it is not finite, under ``raise``, or under ``skip`` once too often in a row.
             TargetCountError: it is not finite because the targets could not be counted.
         """
-        if self.on_nonfinite == "ignore" or report.is_finite:
+        if self.on_nonfinite == "ignore" or (report.is_finite if is_finite is None else is_finite):
             self._num_in_a_row = 0
             return True
         self.num_skipped += 1
@@ -123,6 +128,7 @@ def _error(report: WindowReport, step: int) -> NonfiniteGradientError:
     losses = {rank: values for rank, (_, values) in records.items()}
 
     where = [f"rank {rank}: {_some(names, _MOST_NAMES)}" for rank, names in parameters.items()]
+    places = f" in {_some(where, _MOST_RANKS, '; ')}" if where else ""
     bad_losses = [
         f"micro-batch {index + 1} of {len(values)} on rank {rank}: {value}"
         for rank, values in losses.items()
@@ -133,9 +139,9 @@ def _error(report: WindowReport, step: int) -> NonfiniteGradientError:
         values = [value for rank_losses in losses.values() for value in rank_losses]
         bad_losses = [f"all finite, {min(values):.4g} to {max(values):.4g}"] if values else ["none"]
     return NonfiniteGradientError(
-        f"step {step}: the gradient is inf or NaN in {_some(where, _MOST_RANKS, '; ')} (losses: "
-        f"{_some(bad_losses, _MOST_RANKS)}); weights, optimizer and scheduler are as before the step: look at those "
-        "batches, lower the learning rate, or pass on_nonfinite='skip'",
+        f"step {step}: the gradient is inf or NaN{places} (losses: {_some(bad_losses, _MOST_RANKS)}); weights, "
+        "optimizer and scheduler are as before the step: look at those batches, lower the learning rate, or pass "
+        "on_nonfinite='skip'",
         step=step,
         parameters=parameters,
         losses=losses,

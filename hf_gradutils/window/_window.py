@@ -13,91 +13,20 @@ final as soon as it is there, for hooks and for optimizers that step in the back
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from hf_gradutils._collectives import Domain
+from hf_gradutils._collectives import all_reduce_, world_domain
 from hf_gradutils._devices import on_device
 from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.gradients.names import NormGroups
 from hf_gradutils.gradients.of_model import Gradients, gradients_of
 from hf_gradutils.gradients.ownership import Ownership
 from hf_gradutils.gradients.scaling import clip_divisor, scale_
-from hf_gradutils.gradients.total_norm import Norms, total_norm
-
-_FEWEST = 1e-12
-"""Divisor of a window without targets, whose gradients are zero with any finite one."""
-
-
-class _Totals(NamedTuple):
-    """Sums over micro-batches, and over ranks once they are reduced. Each shape (), float64."""
-
-    num_targets: Tensor
-    """Σ n/K."""
-    loss: Tensor
-    """Σ n·L/K."""
-    ranks_with_data: Tensor | None = None
-    """Ranks that have batches for another window; None without ``has_data_left``."""
-
-
-@dataclass(frozen=True, slots=True)
-class WindowReport:
-    """Loss, targets and norms of one optimizer step.
-
-    Tensors on the device, float64; properties are computed on access, and wait for the device only when they are read.
-    """
-
-    grad_norm: Tensor
-    """Shape (): norm of the exact mean gradient before clipping."""
-    multiplier: Tensor
-    """Shape (): factor by which the gradients were, or are still to be, multiplied."""
-    micro_batch_losses: list[Tensor]
-    """This rank's own mean losses, in order."""
-    domain: Domain
-    """The ranks that trained."""
-    _norms: Norms
-    _totals: _Totals
-    _divisor: Tensor
-    """Σ n/K / R: divisor that turns a norm of ``.grad`` into one of the mean gradient."""
-    _loss_scale: float
-    _num_replicas: int
-    _is_sum: bool
-
-    @property
-    def loss(self) -> Tensor:
-        """Σ n·L / Σ n over micro-batches and data ranks, shape (); 0 for a window without targets."""
-        count = self._totals.num_targets
-        if self._is_sum:
-            count = torch.full_like(count, self._num_replicas / self._loss_scale)
-        return self._totals.loss / count.clamp(min=_FEWEST)
-
-    @property
-    def num_targets(self) -> Tensor:
-        """Σ n over micro-batches and data ranks, shape (); a tensor-parallel replica counts once."""
-        return self._totals.num_targets * (self._loss_scale / self._num_replicas)
-
-    @property
-    def num_ranks_with_data(self) -> Tensor:
-        """Ranks that have batches for another window, shape (); only with ``has_data_left``."""
-        assert self._totals.ranks_with_data is not None
-        return self._totals.ranks_with_data
-
-    @property
-    def is_finite(self) -> Tensor:
-        """True if every element of the gradient on every rank is finite; shape (), bool, the same on all ranks."""
-        return self.grad_norm.isfinite()
-
-    @property
-    def group_norms(self) -> dict[str, Tensor]:
-        """Norm group → norm of its part of the exact mean gradient before clipping, shape ()."""
-        return {group: norm / self._divisor for group, norm in self._norms.of_groups().items()}
-
-    def nonfinite_parameters(self) -> list[str]:
-        """Names of this rank's parameters whose gradients are not finite. A host sync."""
-        return self._norms.nonfinite_parameters()
+from hf_gradutils.gradients.total_norm import total_norm
+from hf_gradutils.targets.counter import check_count
+from hf_gradutils.window._report import FEWEST, Totals, WindowReport
 
 
 class AccumulationWindow:
@@ -121,12 +50,13 @@ class AccumulationWindow:
         self._is_sum = is_sum
         self._device = self._inverse_loss_scale.device  # with an index: accelerate's "cuda" has none
         self._sums: Tensor | None = None
-        """``_Totals``, in one tensor: it goes through one reduction."""
+        """``Totals``, in one tensor: it goes through one reduction."""
         self._losses: list[Tensor] = []
         self._last_factor = self._inverse_loss_scale
         self._expected: Callable[[], Tensor] | None = None
         self._scale: Tensor | None = None
         """K · R / S, once it is known first."""
+        self._num_averaged = 1
         self._has_shares = False
         self._planned: Gradients | None = None
         self.has_new_parameters = True
@@ -142,21 +72,21 @@ class AccumulationWindow:
         """True if the window's number of targets is known first."""
         return self._expected is not None
 
-    def expect(self, num_targets: Callable[[], Tensor], num_ranks: int) -> None:
+    def expect(self, num_targets: Callable[[], Tensor], num_averaged: int) -> None:
         """Make gradients final in the backward.
 
         Args:
             num_targets: Returns S, Σ n over the window's micro-batches and all ranks, shape (), on the sums' device.
                 Called once, before the first backward.
-            num_ranks: R.
+            num_averaged: Ranks by whose number gradients are divided: R, or what an engine divides by.
         """
 
         def scale() -> Tensor:
             if self._is_sum:
-                return torch.full_like(self._inverse_loss_scale, self._loss_scale * num_ranks / self._num_replicas)
-            return self._loss_scale * num_ranks / num_targets().clamp(min=_FEWEST)
+                return torch.full_like(self._inverse_loss_scale, self._loss_scale * num_averaged / self._num_replicas)
+            return self._loss_scale * num_averaged / num_targets().clamp(min=FEWEST)
 
-        self._expected, self._scale = scale, None
+        self._expected, self._scale, self._num_averaged = scale, None, num_averaged
 
     def share(self, weight: Tensor) -> Tensor:
         """The factor from a micro-batch's own mean to its share of the window's mean, whose targets are expected."""
@@ -254,19 +184,16 @@ class AccumulationWindow:
         planned = gradients_of(model, ownership=ownership, norm_groups=norm_groups)
         self.has_new_parameters, self._planned = planned is not self._planned, planned
         gradients = planned.read(self._device)
-        sums = torch.zeros(2, dtype=torch.float64, device=self._device) if self._sums is None else self._sums
-        if has_data_left is not None:
-            sums = torch.cat((sums, torch.full_like(sums[:1], float(has_data_left))))
-        norms, sums = total_norm(gradients, norm_type, sums)
-        totals = _Totals(*sums.unbind())
+        norms, sums = total_norm(gradients, norm_type, self._to_add_up(has_data_left))
+        totals = Totals(*sums.unbind())
         losses, in_backward, has_shares = self._losses, self._scale, self._has_shares
         self.discard()
 
-        num_ranks = gradients.plan.domain.num_ranks
+        num_ranks = gradients.plan.domain.num_ranks if in_backward is None else self._num_averaged
         if self._is_sum:
             divisor = torch.full_like(norms.total, self._num_replicas / (self._loss_scale * num_ranks))
         else:
-            divisor = (totals.num_targets / num_ranks).clamp(min=_FEWEST)
+            divisor = (totals.num_targets / num_ranks).clamp(min=FEWEST)
         if in_backward is not None:
             # 1, unless labels were changed or left out after they had been counted.
             divisor = torch.ones_like(divisor) if has_shares else divisor * in_backward
@@ -286,6 +213,55 @@ class AccumulationWindow:
             _num_replicas=self._num_replicas,
             _is_sum=self._is_sum,
         )
+
+    @torch.no_grad()
+    def close_by_engine(self, take_step: Callable[[], float], *, has_data_left: bool | None = None) -> WindowReport:
+        """End a window whose gradients an engine keeps and steps on itself, which are its mean already.
+
+        Args:
+            take_step: Lets the engine step; returns the norm before clipping, inf for a step that it left out.
+            has_data_left: As in :meth:`close`.
+
+        Collectives: one all-reduce over all ranks; every rank must call. Host syncs: one.
+
+        Raises:
+            InvalidArgumentError: there were other targets in the micro-batches than expected; no step was taken.
+            TargetCountError: targets could not be counted; likewise.
+        """
+        domain = world_domain()
+        totals = Totals(*all_reduce_(domain, self._to_add_up(has_data_left)).unbind())
+        losses, in_backward, has_shares = self._losses, self._scale, self._has_shares
+        self.discard()
+        if in_backward is not None and not (self._is_sum or has_shares):
+            expected = self._loss_scale * self._num_averaged / in_backward
+            num_expected, num_targets = torch.stack((expected, totals.num_targets * self._loss_scale)).tolist()
+            check_count(num_targets)
+            if not math.isclose(num_expected, num_targets, rel_tol=1e-9, abs_tol=1e-6):
+                raise InvalidArgumentError(
+                    f"the micro-batches of this step had {num_targets:g} targets, but {num_expected:g} were counted "
+                    "before the first, by which the gradient was divided: let the collator change labels and not the "
+                    "step, and give start_window the targets of all the window's micro-batches, without padding"
+                )
+        norm = torch.full_like(totals.loss, take_step())
+        return WindowReport(
+            grad_norm=norm,
+            multiplier=torch.ones_like(norm),
+            micro_batch_losses=losses,
+            domain=domain,
+            _norms=None,
+            _totals=totals,
+            _divisor=torch.ones_like(norm),
+            _loss_scale=self._loss_scale,
+            _num_replicas=self._num_replicas,
+            _is_sum=self._is_sum,
+        )
+
+    def _to_add_up(self, has_data_left: bool | None) -> Tensor:
+        """:class:`Totals` of this rank, in one tensor."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self._device) if self._sums is None else self._sums
+        if has_data_left is None:
+            return sums
+        return torch.cat((sums, torch.full_like(sums[:1], float(has_data_left))))
 
 
 def loss_scale_for(targets_per_window: float) -> float:

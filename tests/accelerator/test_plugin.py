@@ -35,7 +35,7 @@ def test_the_number_of_micro_batches_comes_from_one_place(monkeypatch):
     assert steps(gradient_accumulation_steps=3) == 3
 
 
-@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
+@pytest.mark.parametrize("kind", [DistributedType.XLA, DistributedType.MEGATRON_LM])
 def test_what_scales_gradients_itself_is_refused(kind, monkeypatch):
     reset_accelerate()
     monkeypatch.setattr(GradUtilsAccelerator, "distributed_type", kind)

@@ -27,13 +27,14 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceS
 from torch.distributed.tensor import DTensor
 
 from hf_gradutils import GradUtilsAccelerator, GradUtilsTrainerMixin
+from tests.harness import deepspeed_cases
 from tests.harness.ranks import run_ranks
 from tests.harness.trainer_cases import fsdp_on_cpu
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
 KILLING = [str(Path(__file__))]
-"""Launched in place of a recipe, with ``<rank>@<step>`` and the recipe as its arguments."""
+"""Launched in place of a recipe, with ``<rank>@<step>``, or ``none@0``, and the recipe as its arguments."""
 
 SMALL = ["--hidden_size", "32", "--num_heads", "2", "--num_layers", "2", "--vocab_size", "600", "--max_length", "48"]
 SMALL += ["--max_examples", "120", "--max_eval_examples", "15", "--per_device_train_batch_size", "4"]
@@ -42,6 +43,8 @@ SMALL += ["--learning_rate", "1e-2", "--warmup_steps", "0"]
 
 TWO_RANKS = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 TWO_RANKS += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+
+CPU_OF_DEEPSPEED = {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 """What ``accelerate launch`` tells the ranks."""
@@ -93,6 +96,11 @@ def skip_without_trl(recipe: str) -> None:
         pytest.skip("trl is optional")
 
 
+def skip_without_deepspeed() -> None:
+    if find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is optional")
+
+
 def log_of(folder: Path) -> list[dict[str, float]]:
     return json.loads((folder / "trainer_state.json").read_text())["log_history"]
 
@@ -114,6 +122,8 @@ def _run(recipe: str, arguments: list[str], killed: str) -> dict[str, Any]:
 
 def run_recipe(recipe: str, arguments: list[str]) -> None:
     script = str(RECIPES / recipe)
+    if "ACCELERATE_USE_DEEPSPEED" in os.environ:
+        deepspeed_cases.use_cpu()
     with (
         mock.patch.object(sys, "argv", [script, *arguments]),
         mock.patch.object(sys, "path", [str(RECIPES), *sys.path]),

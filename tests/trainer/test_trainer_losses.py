@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
 
 from hf_gradutils import GradUtilsTrainer
 from hf_gradutils.accelerator import GradUtilsPlugin
-from hf_gradutils.errors import InvalidArgumentError, LossUnitError, TargetCountError
+from hf_gradutils.errors import LossUnitError, TargetCountError
 from tests.harness.gradients import relative_error
 from tests.harness.heads import collate
 from tests.harness.layouts import on_layouts
@@ -137,23 +136,6 @@ def test_data_without_any_target_is_an_error_on_every_rank(layout):
         row["labels"] = torch.full_like(row["labels"], -100)
     with pytest.raises(TargetCountError, match="every label is -100"):
         train("llama causal", 2, data=data, layout=layout)
-
-
-class _UnderDeepSpeed(GradUtilsTrainer):
-    def create_accelerator_and_postprocess(self):
-        super().create_accelerator_and_postprocess()
-        self.accelerator.state._shared_state["distributed_type"] = DistributedType.DEEPSPEED
-
-
-class _UnderSequenceParallelism(GradUtilsTrainer):
-    def get_sp_size(self):
-        return 2
-
-
-@pytest.mark.parametrize("trainer_class", [_UnderDeepSpeed, _UnderSequenceParallelism])
-def test_deepspeed_is_refused_and_what_to_use_instead_named(trainer_class):
-    with pytest.raises(InvalidArgumentError, match=r"^DeepSpeed.*; use FSDP2 \(fsdp=True"):
-        train("bert classes", trainer_class=trainer_class)
 
 
 @pytest.mark.parametrize("max_grad_norm", [-1.0, math.nan])

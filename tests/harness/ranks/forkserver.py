@@ -18,6 +18,8 @@ ALWAYS_PRELOADED = (
 PRELOADED_IF_IMPORTED = (
     "accelerate",
     "datasets",
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.original_muon",
     "peft",
     "transformers",
     "transformers.trainer",
@@ -32,6 +34,8 @@ PRELOADED_IF_IMPORTED = (
     "tests.harness.trainer_cases",
 )
 """Loaded in the forkserver if the pytest process has them when the first ranks are wanted."""
+LATE = {"deepspeed": "deepspeed.runtime.zero.muon.muon_optimizer"}
+"""Module → another that it loads when it is used, in seconds: torch's compiler."""
 
 _is_started = False
 
@@ -42,7 +46,11 @@ def start_forkserver() -> None:
     if _is_started:
         return
     multiprocessing.set_forkserver_preload(
-        [*ALWAYS_PRELOADED, *(name for name in PRELOADED_IF_IMPORTED if name in sys.modules)]
+        [
+            *ALWAYS_PRELOADED,
+            *(name for name in PRELOADED_IF_IMPORTED if name in sys.modules),
+            *(late for name, late in LATE.items() if name in sys.modules),
+        ]
     )
     prior = dict(os.environ)
     # One thread each: a pool of threads would not survive the fork.

@@ -22,6 +22,9 @@ UPSTREAM_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     (r"The \.grad attribute of a Tensor that is not a leaf", UserWarning),  # torch.compile, of what DDP returns
     ("`is_gradient_checkpointing` is deprecated", FutureWarning),  # peft 0.21, of transformers 5.23
     ("Slicing a flattened dim from root mesh will be deprecated", UserWarning),  # accelerate 1.15, of HSDP's meshes
+    ("`torch.jit.script_method` is deprecated", DeprecationWarning),  # torch 2.13, of its own module that ZeRO imports
+    ("`torch.distributed.* is deprecated", FutureWarning),  # torch 2.13, of what ZeRO calls
+    ("torch.distributed.nn.functional.* is deprecated", FutureWarning),  # the same, of transformers' Ulysses
     (".*Profiler clears events at the end of each cycle", UserWarning),  # torch 2.11
 )
 """`(message regex, category)` of warnings that are neither ours nor the test's to avoid; no colon in a message."""
