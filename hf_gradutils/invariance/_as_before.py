@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hf_gradutils._undisturbed import in_evaluation_mode
 from hf_gradutils.accelerator import GradUtilsAccelerator
+from hf_gradutils.invariance._deepspeed import steps_are_dry
 from hf_gradutils.sync import discard_deferred
 from hf_gradutils.targets.auxiliary_loss import without_auxiliary
 from hf_gradutils.upstream.accelerate import models_of, optimizers_of
@@ -99,6 +100,7 @@ def model_untouched(model: nn.Module) -> Iterator[None]:
             without_auxiliary(model),
             staying_in_mode(model),
             staying_in_mode(inside),
+            steps_are_dry(model),
         ):
             yield
     finally:
@@ -119,8 +121,9 @@ def accelerator_untouched(accelerator: Accelerator, model: nn.Module) -> Iterato
     before = accelerator.sync_gradients, accelerator.gradient_accumulation_steps, accelerator.step
     windows = accelerator.windows if isinstance(accelerator, GradUtilsAccelerator) else None
     kept = None if windows is None else (windows.by_models, windows.report)
-    orders = [(optimizer, optimizer.order) for optimizer in optimizers_of(accelerator)] if windows is not None else []
-    with model_untouched(model):
+    orders = [(optimizer, optimizer.order) for optimizer in optimizers_of(accelerator) if hasattr(optimizer, "order")]
+    engines = [] if windows is None or windows.engine is None else [windows.engine]
+    with model_untouched(model), attributes_kept(*engines):
         try:
             yield
         finally:

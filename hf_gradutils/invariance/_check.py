@@ -22,6 +22,7 @@ from hf_gradutils.gradients.names import unwrapped_name
 from hf_gradutils.gradients.of_model import in_layout_of
 from hf_gradutils.gradients.plan import plan_by_name
 from hf_gradutils.invariance._as_before import attributes_kept
+from hf_gradutils.invariance._deepspeed import dry_step_of
 from hf_gradutils.invariance._reference import Measured, differences_from, from_first_rank, one_process
 from hf_gradutils.invariance._report import (
     NOTHING_IS_TRAINED,
@@ -43,6 +44,7 @@ from hf_gradutils.invariance._subjects import (
 from hf_gradutils.invariance._trainer_subject import TrainerSubject
 from hf_gradutils.invariance._whole_model import MakeModel
 from hf_gradutils.sync import discard_deferred
+from hf_gradutils.upstream.deepspeed import drop_hooks, is_engine, why_not_measured
 from hf_gradutils.upstream.torch import trained_parameters
 
 logger = logging.getLogger("hf_gradutils.invariance")
@@ -97,6 +99,7 @@ def check_invariance(
     finally:
         trainer.callback_handler.callbacks = callbacks
         trainer.accelerator.free_memory()
+        drop_hooks(trainer.model)
     assert probe.report is not None
     return probe.report
 
@@ -119,7 +122,8 @@ def check_loop_invariance(
         model: Prepared.
         rows: The dataset; the same on all ranks.
         collate: Rows → batch.
-        loss_and_targets: (model, batch) → the micro-batch's own mean loss, and its number of targets.
+        loss_and_targets: (model, batch) → the micro-batch's own mean loss, and its number of targets. With DeepSpeed
+            and our Accelerator it is called once more for each micro-batch, because targets are counted first.
         num_samples: As in :func:`check_invariance`.
         tolerance: As in :func:`check_invariance`.
         make_model: As in :func:`check_invariance`.
@@ -146,7 +150,8 @@ def check_window_invariance(
         rows: As in :func:`check_loop_invariance`.
         collate: As in :func:`check_loop_invariance`.
         run_window: This rank's micro-batches → the loss of the window over all ranks. Leaves the gradient of the
-            optimizer step in ``.grad``, and takes no step.
+            optimizer step in ``.grad``, and takes no step. With an engine of DeepSpeed it calls ``engine.step``, which
+            takes none here.
         loss_and_targets: As in :func:`check_loop_invariance`.
         num_samples: As in :func:`check_invariance`.
         tolerance: As in :func:`check_invariance`.
@@ -195,6 +200,10 @@ def _check(subject: Subject, num_samples: int, tolerance: float, make_model: Mak
         tolerance = max(tolerance, ROUNDED_TOLERANCE)
     per_rank = max(2, -(-num_samples // subject.num_data_ranks))
     rows = subject.rows(per_rank * subject.num_data_ranks)
+    reason = why_not_measured(subject.model) if is_engine(subject.model) else ""
+    if reason:
+        row = Comparison(name="gradients", not_compared=reason)
+        return InvarianceReport((row,), tolerance, describe(subject, len(rows)))
     own = rows[subject.data_rank * per_rank : (subject.data_rank + 1) * per_rank]
     with subject.as_it_was():
         comparisons = _compare(subject, rows, own, tolerance, make_model)
@@ -237,6 +246,9 @@ def _compare(
 
 
 def _measure(subject: Subject, parts: list[Rows], seed: int) -> Measured:
+    step = dry_step_of(subject.model)
+    if step is not None:
+        return Measured.of(*step.measure(lambda: subject.run(parts, seed)))
     loss = subject.run(parts, seed)
     gradients = {}
     for name, p in subject.model.named_parameters():

@@ -19,6 +19,7 @@ from hf_gradutils.invariance._whole_model import MakeModel, whole_model, whole_t
 from hf_gradutils.sync import free_bytes
 from hf_gradutils.targets.auxiliary_loss import without_auxiliary
 from hf_gradutils.upstream.accelerate import as_single_process
+from hf_gradutils.upstream.deepspeed import without_configuration
 
 T = TypeVar("T")
 
@@ -55,12 +56,15 @@ def one_process(subject: Subject, rows: Rows, seed: int, make_model: MakeModel |
 
     Collectives: one gather per sharded parameter, and one broadcast; every rank must call.
     """
-    try:
-        whole = whole_model(subject.model, make_model=make_model)
-    except InvalidArgumentError as error:
-        return str(error)
-    truth, reason = Measured(math.nan, math.nan, {}), ""
-    with _world_of_one_rank() as is_first:
+    truth, whole, reason = Measured(math.nan, math.nan, {}), None, ""
+    with without_configuration():
+        try:
+            whole = whole_model(subject.model, make_model=make_model)
+        except InvalidArgumentError as error:
+            reason = str(error)
+        except Exception as error:  # of rank 0 alone, for which the others wait below
+            reason = f"the whole model cannot be made on one process: {type(error).__name__}: {error}"
+    with without_configuration(), _world_of_one_rank() as is_first:
         if is_first and whole is not None:
             try:
                 truth = _alone(subject, whole, rows, seed)

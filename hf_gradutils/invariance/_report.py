@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 _MOST_NAMES = 3
+_CLOSE = 1e-3
+"""Relative difference up to which a gradient is a multiple, unless arithmetic is rounded more."""
 _FEW_ARE_WRONG = (
     "something sums what earlier micro-batches left in them again (a tensor-parallel hook on qk-norm), or holds only a "
     "part of them (experts: pass ownership={'<name pattern>': 'sharded'}); GradUtilsTrainer takes such hooks out"
@@ -126,7 +128,7 @@ def compare_gradients(
     worst = sorted(wrong.items(), key=lambda item: -item[1])[:_MOST_NAMES]
     loss_error = abs(loss[1] - loss[0]) / max(abs(loss[0]), 1e-12)
     problem = ""
-    factor = _factor(differences, error)
+    factor = _factor(differences, error, max(_CLOSE, tolerance))
     if varies_by > tolerance and factor is None and (error > tolerance or loss_error > tolerance):
         return Comparison(
             name=name,
@@ -153,14 +155,14 @@ def relative_error(differences: Mapping[str, Difference]) -> float:
     return _root(math.fsum(d.error for d in differences.values()) / total) if total else math.nan
 
 
-def _factor(differences: Mapping[str, Difference], error: float) -> float | None:
+def _factor(differences: Mapping[str, Difference], error: float, close: float) -> float | None:
     """The number by which the reference is to be multiplied to give the gradient; None if it is 1 or there is none."""
     if not math.isfinite(error):
         return None
     total = math.fsum(d.want for d in differences.values())
     factor = math.fsum(d.product for d in differences.values()) / total
     residue = _root(max(0.0, error**2 - (factor - 1.0) ** 2))
-    return factor if residue < 1e-3 * max(1.0, abs(factor)) and abs(factor - 1.0) > 1e-3 else None
+    return factor if residue < close * max(1.0, abs(factor)) and abs(factor - 1.0) > close else None
 
 
 def _in_words(

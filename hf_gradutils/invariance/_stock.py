@@ -60,6 +60,7 @@ def as_stock(trainer: Any, model: nn.Module, num_targets: Tensor | None = None) 
 
     def backward(loss: Tensor, num_targets: object = None, *, model: object = None, **kwargs: Any) -> None:
         seen.by_accelerator, seen.plain = seen.by_accelerator + 1, seen.plain - 1
+        kwargs.pop("scale_wrt_gas", None)  # a Trainer's word to DeepSpeed
         loss.backward(**kwargs)  # type: ignore[no-untyped-call]
 
     trainer.__class__, accelerator.__class__ = _without_ours(type(trainer)), Accelerator

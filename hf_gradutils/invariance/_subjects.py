@@ -17,12 +17,16 @@ from hf_gradutils._precision import is_exact_in_itself, uses_exact_arithmetic
 from hf_gradutils.accelerator import GradUtilsAccelerator
 from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.invariance._as_before import accelerator_untouched, model_untouched, seed_all
+from hf_gradutils.invariance._deepspeed import dry_step_of
 from hf_gradutils.sync import discard_deferred
 from hf_gradutils.upstream.accelerate import optimizers_of
 
 Rows: TypeAlias = list[Any]
 RunWindow: TypeAlias = Callable[[list[Any]], Tensor | float]
-"""This rank's micro-batches → the window's loss; leaves the gradient of the optimizer step in ``.grad``."""
+"""This rank's micro-batches → the window's loss; leaves the gradient of the optimizer step in ``.grad``.
+
+DeepSpeed's engine keeps it elsewhere: there the function calls ``engine.step``, which takes no step in a check.
+"""
 LossAndTargets: TypeAlias = Callable[[nn.Module, Any], tuple[Tensor, Tensor | int]]
 """(model, batch) → its own mean loss, and its number of targets."""
 
@@ -119,6 +123,9 @@ class AcceleratorLoop(_Loop):
         if isinstance(accelerator, GradUtilsAccelerator):
             accelerator.windows.forget()
         accelerator.gradient_accumulation_steps = len(parts)
+        if step := dry_step_of(model):
+            step.start_window(len(parts))
+            self._start_window(parts, seed)
         total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
         for index, part in enumerate(parts):
             is_last = index == len(parts) - 1
@@ -133,9 +140,21 @@ class AcceleratorLoop(_Loop):
                     accelerator.backward(loss)
             total += loss.detach() / len(parts)
         if isinstance(accelerator, GradUtilsAccelerator):
-            accelerator.windows.close(accelerator.windows.of_loss(model), step=1)
+            accelerator.windows.close(accelerator.windows.of_loss(model), step=1)  # unclipped, as the engine is now
             return finish_step(accelerator, model)
         return mean_over_ranks(total)
+
+    def _start_window(self, parts: Sequence[Rows], seed: int) -> None:
+        """Say how many targets there are, which DeepSpeed's engine has to know first."""
+        if not isinstance(self.accelerator, GradUtilsAccelerator):
+            return
+        num_targets: Any = 0
+        with torch.no_grad():
+            for part in parts:
+                batch = self.batch(part)
+                seed_all(seed)
+                num_targets = num_targets + self.loss_and_targets(self.model, batch)[1]
+        self.accelerator.start_window(num_targets, model=self.model)
 
     def _sync_context(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
         if not is_last:
@@ -164,6 +183,8 @@ class TorchLoop(_Loop):
 
     def run(self, parts: Sequence[Rows], seed: int) -> float:
         discard_deferred(self.model)
+        if step := dry_step_of(self.model):
+            step.start_window(len(parts))
         seed_all(seed)
         return float(self.run_window([self.batch(part) for part in parts]))
 
@@ -175,7 +196,7 @@ def finish_step(accelerator: GradUtilsAccelerator, model: nn.Module) -> float:
     """Scale gradients as a fused optimizer would have in its step; returns the loss."""
     report = accelerator.report
     assert report is not None
-    for optimizer in optimizers_of(accelerator):
+    for optimizer in optimizers_of(accelerator) if accelerator.windows.engine is None else []:
         order, optimizer.order = optimizer.order, None
         if order is not None and order.divisor is not None:
             for p in model.parameters():

@@ -16,6 +16,7 @@ from hf_gradutils.invariance._as_before import accelerator_untouched, attributes
 from hf_gradutils.invariance._stock import Backwards, as_stock
 from hf_gradutils.invariance._subjects import Rows, finish_step, in_float64, mean_over_ranks
 from hf_gradutils.sync import discard_deferred
+from hf_gradutils.upstream.deepspeed import is_engine
 from hf_gradutils.upstream.transformers import trainer_no_sync
 from hf_gradutils.upstream.trl import TRL_AUXILIARY
 
@@ -107,6 +108,8 @@ class TrainerSubject:
             accelerator_untouched(self.accelerator, self.model),
         ):
             trainer.callback_handler.callbacks = []
+            if is_engine(self.model):
+                trainer.args.max_grad_norm = 0.0  # as its engine does in a check
             vars(trainer)["log"] = lambda *args, **kwargs: None
             vars(trainer).update({name: False for name in TRL_AUXILIARY if name in vars(trainer)})
             try:

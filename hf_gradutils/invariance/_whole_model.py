@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor
 from hf_gradutils._devices import device_of
 from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.gradients.names import unwrapped_name
+from hf_gradutils.invariance._deepspeed import whole_state
+from hf_gradutils.upstream.deepspeed import drop_hooks, is_engine, is_partitioned
 from hf_gradutils.upstream.torch import copy_gradient_hooks
 
 MakeModel: TypeAlias = Callable[[], nn.Module]
@@ -38,10 +40,15 @@ def whole_model(model: nn.Module, *, make_model: MakeModel | None = None) -> nn.
     is_sharded = any(isinstance(m, FSDPModule | FullyShardedDataParallel) for m in inside.modules()) or any(
         isinstance(p, DTensor) for p in inside.parameters()
     )
-    if not is_sharded:
+    is_in_partitions = any(map(is_partitioned, inside.parameters()))
+    if not (is_sharded or is_in_partitions):
         return _copy(inside) if is_first else None
     build = make_model or _builder_of(inside)
-    state = get_model_state_dict(inside, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state: dict[str, Any]
+    if is_in_partitions:
+        state = whole_state(inside, keeps=is_first)
+    else:
+        state = get_model_state_dict(inside, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if not is_first:
         return None
     built = build()
@@ -49,7 +56,8 @@ def whole_model(model: nn.Module, *, make_model: MakeModel | None = None) -> nn.
     built.load_state_dict({name: state[name] for name in built.state_dict() if name in state})
     for new, old in zip(built.parameters(), inside.parameters(), strict=True):
         new.requires_grad_(old.requires_grad)
-    return built.to(device_of(inside))
+    device: Any = model.device if is_engine(model) else device_of(inside)
+    return built.to(device)
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
@@ -70,6 +78,7 @@ def _copy(model: nn.Module) -> nn.Module:
         copied = copy.deepcopy(model)
         for old, new in zip(model.parameters(), copied.parameters(), strict=True):
             copy_gradient_hooks(old, new)
+        drop_hooks(copied)
         return copied
     finally:
         for p, gradient in gradients.items():

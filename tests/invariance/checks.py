@@ -1,5 +1,7 @@
 """Checks and trainings of one model, for the tests of the check."""
 
+from functools import partial
+
 from hf_gradutils import check_invariance
 from hf_gradutils.errors import GradUtilsError
 from tests.harness.trainer_cases import train
@@ -29,6 +31,11 @@ class EnoughError(Exception):
 
 def report_of(trainer_class, head=HEAD, layout="one_rank", *, num_samples=8, **options):
     """The report of a check, without the training after it."""
+    return report_of_training(partial(train, layout=layout), trainer_class, head, num_samples=num_samples, **options)
+
+
+def report_of_training(train, trainer_class, head, *, num_samples=8, **options):
+    """The same, with a training of another kind."""
     reports = []
 
     class Checking(trainer_class):
@@ -40,7 +47,7 @@ def report_of(trainer_class, head=HEAD, layout="one_rank", *, num_samples=8, **o
             raise EnoughError
 
     try:
-        train(head, 4, layout=layout, trainer_class=Checking, **options)
+        train(head, 4, trainer_class=Checking, **options)
     except EnoughError:
         return reports[0]
     raise AssertionError("the check did not end")
