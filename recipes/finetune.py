@@ -10,14 +10,17 @@ for ``dataset_name`` is the docstrings of the Python standard library on this ma
 """
 
 import sys
+from functools import partial
 
 import transformers
 from transformers import TrainingArguments, set_seed
+from transformers.trainer_pt_utils import get_model_param_count
 
 from _shared.arguments import RecipeArguments, parse_arguments
 from _shared.checkpoints import find_checkpoint, read_state
 from _shared.classes import find_classes
 from _shared.data import load_texts, load_tokenizer
+from _shared.deepspeed import loads_on_all_ranks
 from _shared.errors import UserError, exit_with_error, plain_errors
 from _shared.models import load_model, split_over_ranks
 from _shared.overview import PaceCallback, print_overview
@@ -38,9 +41,10 @@ def main() -> None:
         classes = find_classes(recipe, train_texts)
         train, train_counts = tokenize(train_texts, recipe, tokenizer, classes)
         held_out, held_out_counts = tokenize(held_out_texts, recipe, tokenizer, classes)
-        model = load_model(recipe, tokenizer, max_length=recipe.max_length, task=recipe.task, classes=classes)
+        load = partial(load_model, recipe, tokenizer, max_length=recipe.max_length, task=recipe.task, classes=classes)
+        model = None if loads_on_all_ranks() else load()
     print_overview(train, (train_counts, held_out_counts), tokenizer, task=recipe.task, classes=classes)
-    model = split_over_ranks(model, training)
+    model = split_over_ranks(model or load(), training)
 
     metrics = {}
     if recipe.task == "sequence-classification":
@@ -56,7 +60,7 @@ def main() -> None:
         **metrics,
     )
     if trainer.is_world_process_zero():
-        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        num_parameters = get_model_param_count(model)  # whole ones, also of ZeRO 3's shards
         print(
             f"{recipe.task}: {num_parameters / 1e6:.1f}M parameters, {len(train)} training and {len(held_out)} "
             f"held-out examples, {training.world_size} × {training.device.type}, "

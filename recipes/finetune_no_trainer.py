@@ -10,18 +10,22 @@ launcher's configuration chooses the layout and the precision.
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
+from accelerate import PartialState
+from accelerate.utils import DataLoaderConfiguration, DeepSpeedPlugin, DistributedDataParallelKwargs
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import get_scheduler, set_seed
+from transformers.trainer_pt_utils import get_model_param_count
 
 from _shared.arguments import LoopArguments, RecipeArguments, parse_arguments
 from _shared.checkpoints import drop_old_checkpoints, find_checkpoint, read_state, write_state
 from _shared.classes import find_classes
 from _shared.data import load_texts, load_tokenizer
+from _shared.deepspeed import counted_first, match_deepspeed, uses_deepspeed
 from _shared.errors import UserError, exit_with_error, plain_errors
 from _shared.models import load_model, split_over_ranks
 from _shared.overview import Pace, print_overview
@@ -33,6 +37,7 @@ from hf_gradutils.errors import GradUtilsError
 
 def main() -> None:
     recipe, training = parse_arguments(sys.argv[1:], RecipeArguments, LoopArguments)
+    deepspeed = match_deepspeed(DeepSpeedPlugin(), training) if uses_deepspeed() else None
     set_seed(training.seed)
 
     # One rank downloads and tokenizes for every node that shares the cache; the other ranks then load from the cache.
@@ -46,8 +51,12 @@ def main() -> None:
     print_overview(train, (train_counts, held_out_counts), tokenizer, task=recipe.task, classes=classes)
     model = split_over_ranks(model, training)
 
+    is_cpu = not torch.accelerator.is_available()
+    if deepspeed:  # which cpu=True would leave out, without a word
+        PartialState(cpu=is_cpu)
     accelerator = GradUtilsAccelerator(
-        cpu=not torch.accelerator.is_available(),
+        cpu=is_cpu and not deepspeed,
+        deepspeed_plugin=deepspeed,
         gradient_accumulation_plugin=GradUtilsPlugin(num_steps=training.gradient_accumulation_steps),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=training.seed),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=training.ddp_find_unused_parameters)],
@@ -79,7 +88,7 @@ def main() -> None:
         settings = {name: value for name, value in (vars(recipe) | vars(training)).items() if value is not None}
         accelerator.init_trackers("finetune_no_trainer", config=settings)
     accelerator.print(
-        f"{recipe.task}: {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f}M parameters, "
+        f"{recipe.task}: {get_model_param_count(model) / 1e6:.1f}M parameters, "
         f"{len(train)} training and {len(held_out)} held-out examples, {accelerator.num_processes} × "
         f"{accelerator.device.type}, {training.per_device_train_batch_size} examples × "
         f"{training.gradient_accumulation_steps} accumulated on each",
@@ -114,6 +123,9 @@ def main() -> None:
         epoch, num_done = divmod(step, steps_per_epoch)
         loader.set_epoch(epoch)
         rest = accelerator.skip_first_batches(loader, num_done * training.gradient_accumulation_steps)
+        if deepspeed:  # it averages in the backward, and has to know the targets of a window by then
+            count = partial(count_targets, task=recipe.task)
+            rest = counted_first(accelerator, rest, training.gradient_accumulation_steps, count)
         for batch in rest:
             learning_rate = scheduler.get_last_lr()[0]
             with accelerator.accumulate(model):

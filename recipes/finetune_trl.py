@@ -17,6 +17,7 @@ from _shared.arguments import ChatArguments, parse_arguments
 from _shared.chats import count_chats, prepare_chats
 from _shared.checkpoints import find_checkpoint, read_state
 from _shared.data import load_chats, load_tokenizer
+from _shared.deepspeed import loads_on_all_ranks
 from _shared.errors import UserError, exit_with_error, plain_errors
 from _shared.models import load_model, split_over_ranks
 from _shared.overview import PaceCallback, print_overview
@@ -44,7 +45,8 @@ def main() -> None:
         tokenizer = load_tokenizer(recipe, train_texts)
         train, dropped = prepare_chats(train_texts, recipe.messages_column, tokenizer)
         held_out, held_out_dropped = prepare_chats(held_out_texts, recipe.messages_column, tokenizer)
-        model = load_model(recipe, tokenizer, max_length=training.max_length)
+        model = None if loads_on_all_ranks() else load_model(recipe, tokenizer, max_length=training.max_length)
+    model = model or load_model(recipe, tokenizer, max_length=training.max_length)
     model = split_over_ranks(model, training)
 
     with plain_errors(), route_first_rank():  # trl tokenizes the chats here, on the first rank of each node first

@@ -13,6 +13,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from _shared.checks import check_at_least, check_training
+from _shared.deepspeed import precision_flags
 from _shared.errors import UserError
 
 
@@ -210,6 +211,8 @@ def parse_arguments(argv: list[str], *classes: type) -> tuple[Any, ...]:
         flags += flags_of_yaml(argv[0])
         argv = argv[1:]
     flags += argv  # the last value wins
+    if issubclass(classes[-1], TrainingArguments):
+        flags += precision_flags()
 
     names = {option.removeprefix("--") for option in parser._option_string_actions}
     for flag in parser.parse_known_args(flags)[1]:

@@ -9,6 +9,7 @@ from accelerate.utils import LoggerType
 from transformers import SchedulerType, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations, integration_utils
 
+from _shared.deepspeed import match_deepspeed
 from _shared.errors import UserError
 
 
@@ -24,6 +25,8 @@ def check_training(training: Any) -> None:
     check_at_least(training, 1, "gradient_accumulation_steps")
     if (limit := training.max_grad_norm) < 0:
         raise UserError(f"max_grad_norm must be >= 0, got {limit}; 0 turns clipping off, 1.0 is usual")
+    if plugin := getattr(training, "deepspeed_plugin", None):
+        match_deepspeed(plugin, training)
     schedulers = [scheduler.value for scheduler in SchedulerType]
     if training.lr_scheduler_type not in schedulers:
         known = ", ".join(schedulers)
