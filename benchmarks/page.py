@@ -83,8 +83,8 @@ def _dumps(value: Any, indent: str = "") -> str:
 # ---- When, with what and where ----
 
 
-def provenance(module: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Date, command, seed, versions and machine of a measurement."""
+def provenance(module: str, options: argparse.Namespace, *packages: str) -> dict[str, Any]:
+    """Date, command, seed, versions (of more packages too) and machine of a measurement."""
     given = {name: value for name, value in vars(options).items() if name not in ("out", "render")}
     words = ["python", "-m", module]
     for name, value in given.items():
@@ -94,7 +94,7 @@ def provenance(module: str, options: argparse.Namespace) -> dict[str, Any]:
         "date": str(datetime.datetime.now(datetime.UTC).date()),
         "command": shlex.join(words),
         "seed": given.get("seed"),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {name: importlib.metadata.version(name) for name in (*PACKAGES, *packages)},
         "machine": {"cores": len(os.sched_getaffinity(0)), "cpu": _cpu(), "load": round(os.getloadavg()[0], 1)},
     }
 

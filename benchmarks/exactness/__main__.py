@@ -1,23 +1,26 @@
 """Every head in every layout: ours beside the stock Trainer, against float64, in float32 and in half precision.
 
-    python -m benchmarks.exactness [--part float32] [--heads llama,bert] [--layouts ddp2,tp2] [--seed 1] [--out FILE]
+    python -m benchmarks.exactness [--part deepspeed] [--heads llama,bert] [--layouts ddp2,tp2] [--seed 1] [--out FILE]
 
 Prints a line per head and layout, writes the page, and fails if a cell of ours is wrong, or crashes where the stock
-Trainer does not. The data is drawn afresh on every call; ``--seed`` repeats one. ``--part`` keeps the other part of
-the page as it is.
+Trainer does not. The data is drawn afresh on every call; ``--seed`` repeats one. ``--part`` keeps the other parts of
+the page as they are, and so does DeepSpeed's part where DeepSpeed is not installed.
 """
 
 import argparse
 import random
 import sys
 import time
+from importlib.util import find_spec
 from typing import Any
 
 from benchmarks import page
-from benchmarks.exactness import accumulation, float32, half, half_bounds, memory
+from benchmarks.exactness import accumulation, deepspeed, float32, half, half_bounds, memory
 from benchmarks.exactness.render import render
 from tests.harness.heads import HEADS
 from tests.harness.layouts import HEAD_LAYOUTS
+
+PARTS = ("float32", "half", "deepspeed")
 
 Part = tuple[dict[str, Any], list[str]]
 """(what the page shows, what is not as promised)."""
@@ -25,7 +28,7 @@ Part = tuple[dict[str, Any], list[str]]
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("float32", "half"), help="measure this one alone (default: both)")
+    parser.add_argument("--part", choices=PARTS, help="measure this one alone (default: all)")
     parser.add_argument("--heads", help="comma-separated parts of head names (default: all)")
     parser.add_argument("--layouts", help="comma-separated layouts (default: all)")
     parser.add_argument("--seed", type=int, help="of the data (default: drawn)")
@@ -42,9 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"seed {options.seed}: {len(heads)} heads x {len(layouts)} layouts", flush=True)
 
     started, faults = time.monotonic(), []
-    measured = page.provenance("benchmarks.exactness", options)
-    for name, measure in (("float32", _float32), ("half", _half)):
-        if options.part in (None, name):
+    for name, measure in zip(PARTS, (_float32, _half, _deepspeed), strict=True):
+        if options.part in (None, name) and (name != "deepspeed" or find_spec("deepspeed")):
+            measured = page.provenance("benchmarks.exactness", options, *(["deepspeed"] if name == "deepspeed" else []))
             part, found = measure(heads, layouts, options)
             data[name] = {"measured": measured, **part}
             faults += found
@@ -69,6 +72,12 @@ def _half(heads: list[str], layouts: list[str], options: argparse.Namespace) -> 
         found |= {"accumulation": accumulation.record(accumulated), "memory": memory.record(peaks)}
         faults += half_bounds.unmeasured(cells, layouts) + accumulation.faults(accumulated) + memory.faults(peaks)
     return found, faults
+
+
+def _deepspeed(heads: list[str], layouts: list[str], options: argparse.Namespace) -> Part:
+    """Stages of ZeRO have the place of layouts."""
+    wide, half = deepspeed.measure_all(heads, options.seed)
+    return {"float32": deepspeed.record(wide), "half": deepspeed.record(half)}, deepspeed.faults(wide, half)
 
 
 if __name__ == "__main__":

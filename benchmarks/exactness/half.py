@@ -100,7 +100,7 @@ def measure(head: str, layout: str, precision: str, trainer: str, seed: int) -> 
         want, _ = truth_of_micro_batches(head, splits)
         is_right = wide is not None and relative_error(wide, want) <= RIGHT
         for checkpointing, got in steps.items():
-            alone = _in_one_process(head, splits, precision, casts=layout in SHARDED, checkpointing=checkpointing)
+            alone = in_one_process(head, splits, precision, casts=layout in SHARDED, checkpointing=checkpointing)
             cells[accumulation, checkpointing] = Cell(closeness(got, want), closeness(alone, want), is_right)
     return cells
 
@@ -133,7 +133,7 @@ def _gradient(
     return tap.steps[0]
 
 
-def _in_one_process(
+def in_one_process(
     head: str, micro_batches: Sequence[Any], precision: str, *, casts: bool, checkpointing: bool
 ) -> dict[str, Tensor]:
     """The gradient that plain torch computes in this precision, in float64."""

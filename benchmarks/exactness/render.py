@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import page
-from benchmarks.exactness import accumulation, float32, half_bounds, memory
+from benchmarks.exactness import accumulation, deepspeed_tables, float32, half_bounds, memory
 from benchmarks.trainings import TRAINERS
 from hf_gradutils.accelerator._half_precision import MANY_MICRO_BATCHES
 
@@ -17,6 +17,7 @@ Layouts = dict[str, dict[str, Any]]
 def render(data: dict[str, Any]) -> str:
     """The page; parts that have not been measured say so."""
     wide, half = data.get("float32", {}), data.get("half", {})
+    deepspeed = data.get("deepspeed", {})
     precisions: dict[str, Layouts] = half.get("precisions", {})
     return page.fill(
         Path(__file__).with_name("page.md"),
@@ -38,6 +39,7 @@ def render(data: dict[str, Any]) -> str:
         many=MANY_MICRO_BATCHES,
         accumulation=_accumulation(half["accumulation"]) if "accumulation" in half else page.NOT_MEASURED,
         memory=_memory(half["memory"]) if "memory" in half else page.NOT_MEASURED,
+        **deepspeed_tables.places(deepspeed),
     )
 
 
