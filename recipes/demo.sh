@@ -14,6 +14,7 @@ esac
 cores=$(nproc 2>/dev/null || echo 2)
 export OMP_NUM_THREADS=$(( cores / ranks > 0 ? cores / ranks : 1 ))
 export TOKENIZERS_PARALLELISM=false
+[ "$num_gpus" -gt 0 ] || export DS_ACCELERATOR=cpu  # where DeepSpeed is installed, accelerate imports it, and it warns
 
 # accelerate starts several processes only with --multi_gpu, on CPU too; port 0 picks a free port.
 launch=("$BIN/accelerate" launch --num_processes "$ranks" --num_machines 1 --mixed_precision no
