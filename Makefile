@@ -57,7 +57,7 @@ test-fast: $(STAMP)  ## Run the tests that need one rank and no other process
 test-gpu: $(STAMP)  ## Run the tests that need a GPU; without one it says so and succeeds
 	@$(BIN)/python -m pytest tests/gpu
 
-matrix: $(STAMP)  ## Measure every head in every layout beside the stock Trainer, write docs/exactness.md; most of an hour
+matrix: $(STAMP)  ## Measure every head in every layout beside the stock Trainer, write docs/exactness.md; takes long
 	@$(BIN)/python -m benchmarks.exactness --out docs/exactness.md
 
 # Counts decide whether it fails; times only inform. Without a GPU the page keeps what was measured on one.

@@ -178,13 +178,13 @@ class GradUtilsAccelerator(CopyableAccelerator, ShardingAccelerator):
 
         Args:
             num_targets: Targets of all the window's micro-batches on this rank.
-            num_micro_batches: So many ``accumulate`` gives the window; for loaders that are read ahead, to their end.
+            num_micro_batches: Those after which ``accumulate`` ends the window; for loops that draw its batches first.
             model: As in :meth:`backward`.
 
         Collectives: one all-reduce of one number over all ranks, beside the first forward. Host syncs: none.
 
         Raises:
-            InvalidArgumentError: ``num_targets`` is not one number; or the window has begun.
+            InvalidArgumentError: ``num_targets`` or ``num_micro_batches`` is no such number; or the window has begun.
         """
         start_window(self.windows, self.windows.of_loss(model), as_number(num_targets, self.device), num_micro_batches)
 

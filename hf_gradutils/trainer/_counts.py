@@ -163,7 +163,7 @@ class WindowCounts:
 
     @property
     def _num_averaged(self) -> int:
-        """By whose number gradients are divided."""
+        """Divisor of the average over ranks: those with data of their own, unless an engine has another one."""
         engine = self._trainer.accelerator.windows.engine
         if engine is not None:
             return int(engine.num_averaged)

@@ -1,4 +1,4 @@
-"""What an accumulation window was: its loss, its targets and the norms of its gradient."""
+"""The report of an accumulation window: its loss, its targets and the norms of its gradient."""
 
 from dataclasses import dataclass
 from typing import NamedTuple

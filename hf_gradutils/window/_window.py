@@ -78,7 +78,7 @@ class AccumulationWindow:
         Args:
             num_targets: Returns S, Σ n over the window's micro-batches and all ranks, shape (), on the sums' device.
                 Called once, before the first backward.
-            num_averaged: Ranks by whose number gradients are divided: R, or what an engine divides by.
+            num_averaged: Divisor of the average over ranks: R, unless an engine divides by another number.
         """
 
         def scale() -> Tensor:

@@ -115,6 +115,15 @@ def test_communication_in_half_precision_is_warned_of():
     assert 1e-4 < relative_error(done.change, want) < 1e-2
 
 
+@ranks(1)
+def test_an_optimizer_that_transformers_would_drop_is_warned_of():
+    model = make_model(HEAD)
+    passed = (torch.optim.SGD(model.parameters(), lr=0.0), None)
+    with warnings_of("hf_gradutils.trainer") as said:
+        train(HEAD, 2, settings=config(0), model=model, optimizers=passed)
+    assert any("override create_optimizer" in message for message in said)
+
+
 def test_the_engine_and_its_optimizers_have_what_is_asked_of_them():
     source = inspect.getsource(deepspeed.DeepSpeedEngine) + inspect.getsource(configure_zenflow)
     for name in ENGINE_ATTRIBUTES:

@@ -298,3 +298,20 @@ def test_a_loop_that_reads_ahead_steps_in_a_short_last_window_too():
         assert relative_error({name: (before[name] - after[name]) / 0.1 for name in after}, want) < TOLERANCE
     with pytest.raises(InvalidArgumentError, match="num_micro_batches must be ≥ 1"):
         accelerator.start_window(3, num_micro_batches=0)
+
+
+@ranks(2)
+def test_a_window_whose_last_micro_batch_has_no_backward_is_not_stepped_on():
+    for stage in (0, 1):
+        accelerator = make_accelerator(stage, 0.0, 2)
+        before = whole_weights(make_model(HEAD))
+        model, optimizer, loader = prepared(accelerator, size=4)
+        batches = list(loader)
+        accelerator.start_window((batches[0]["labels"] != -100).sum(), num_micro_batches=2)
+        with accelerator.accumulate(model):
+            accelerator.backward(model(**batches[0]).loss, num_targets=(batches[0]["labels"] != -100).sum())
+            optimizer.step()
+        with accelerator.accumulate(model), pytest.raises(InvalidArgumentError, match="had no backward"):
+            optimizer.step()
+        after = whole_weights(accelerator.unwrap_model(model))
+        assert all(torch.equal(before[name], after[name]) for name in after)

@@ -5,6 +5,7 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
+from hf_gradutils.accelerator import GradUtilsPlugin
 from hf_gradutils.errors import InvalidArgumentError
 from tests.harness.gradients import relative_error
 from tests.harness.layouts import on_layouts
@@ -363,3 +364,32 @@ def test_the_stock_trainer_follows_a_change_that_fits():
     _, tap = train(CAUSAL, 4, trainer_class=trainer_class, data=data, arguments=options, callback=Sets({1: 2}))
     for step, own in zip(tap.steps, rows_of_steps(64, [4, 2], "one_rank"), strict=True):
         assert relative_error(step, truth(CAUSAL, [data[i] for i in own])[0]) < TOLERANCE
+
+
+class _EndsTheEpochEarly(TrainerCallback):
+    """Ends the first epoch inside a window."""
+
+    has_ended = False
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        control.should_epoch_stop, self.has_ended = not self.has_ended, True
+
+
+@pytest.mark.parametrize("counts", ["first", "streamed"])
+def test_an_epoch_that_ends_inside_a_window_goes_on_or_says_that_it_cannot(counts):
+    arguments = STILL | {"max_steps": 3, "per_device_train_batch_size": 2}  # two epochs
+
+    def run():
+        return train(
+            CAUSAL,
+            4,
+            grad_plugin=GradUtilsPlugin(counts=counts),
+            arguments=arguments,
+            callback=_EndsTheEpochEarly(),
+        )
+
+    if counts == "first":
+        with pytest.raises(InvalidArgumentError, match="an epoch ended inside a window"):
+            run()
+    else:
+        assert len(run()[1].steps) == 2
