@@ -20,6 +20,7 @@ from hf_gradutils.accelerator._first_window import NOT_WEIGHTED, adds_up_a_param
 from hf_gradutils.accelerator._model_windows import ModelWindow
 from hf_gradutils.accelerator._plugin import GradUtilsPlugin
 from hf_gradutils.errors import InvalidArgumentError, NonfiniteGradientError, TargetCountError
+from hf_gradutils.targets.probe import LATER_STEPS
 from hf_gradutils.upstream.deepspeed import (
     add_up_from_here,
     drop_gradients,
@@ -48,8 +49,6 @@ _THAWED = (
     "parameters train that did not when DeepSpeed made its engine, which leaves them as they are; freeze what is to be "
     "frozen later after prepare (in a Trainer: in on_train_begin)"
 )
-_LOOKED_AT = (1, 10, 100, 1000)
-"""Windows, after the first, in which it is looked at what ranks train."""
 _FIXED_SCALE = 'fp16 has a fixed "loss_scale": lower it, or set 0, with which DeepSpeed adapts it'
 
 
@@ -186,7 +185,7 @@ class Engine:
                     "and 2 mix up their gradients (DeepSpeed 0.19.8): use stage 0 or FSDP2, or let each loss reach all "
                     "parameters: loss + 0.0 * sum(p.sum() for p in the_others)"
                 )
-        self._reached = [] if window.num_closed + 1 in _LOOKED_AT else None
+        self._reached = [] if window.num_closed + 1 in LATER_STEPS else None
 
     def _close_on_grad(self, window: ModelWindow, step: int, has_data_left: bool | None) -> tuple[WindowReport, bool]:
         """The same at stage 0 in float32, where DeepSpeed clips, but neither reports a norm nor looks at it."""

@@ -31,6 +31,9 @@ the loss itself and that of few targets."""
 _SMALLEST_LOSS = 1e-6
 """A mean loss nearer to 0 than this is rounding of larger numbers that cancel; it is not compared."""
 
+LATER_STEPS = (1, 10, 100, 1000)
+"""Optimizer steps after which training is looked at again, for what the first could not show."""
+
 HOW_TO_FIX = (
     "set loss_unit or count_targets to what the loss averages over: loss_unit='rows' for a mean of rows' means, "
     "loss_unit='sum' for a sum, count_targets=lambda batch: weights[batch['labels']].sum() for class weights. A loss "

@@ -18,10 +18,11 @@ from hf_gradutils._collectives import add_up, world_domain
 from hf_gradutils._devices import on_device
 from hf_gradutils.errors import TargetCountError
 from hf_gradutils.targets.counter import TargetCounter
+from hf_gradutils.targets.probe import LATER_STEPS
 from hf_gradutils.targets.rows import count_rows, entries_of, is_divisible
 from hf_gradutils.trainer._contract import LossContract, as_if_alone, ask_loss, warn_of, warn_of_change
 from hf_gradutils.trainer._overrides import is_transformers, is_users
-from hf_gradutils.trainer._settle import LATER_STEPS, UnitSettler
+from hf_gradutils.trainer._settle import UnitSettler
 from hf_gradutils.trainer._ulysses import as_own_shard
 from hf_gradutils.upstream.accelerate import without_accelerate_state
 

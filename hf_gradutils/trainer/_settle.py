@@ -19,7 +19,7 @@ from hf_gradutils.targets import trl
 from hf_gradutils.targets.counter import TargetCounter
 from hf_gradutils.targets.known_heads import known_head
 from hf_gradutils.targets.mean import Verdict
-from hf_gradutils.targets.probe import HOW_TO_FIX
+from hf_gradutils.targets.probe import HOW_TO_FIX, LATER_STEPS
 from hf_gradutils.targets.rows import entries_of
 from hf_gradutils.targets.unit import LossExaminer
 from hf_gradutils.trainer import _ulysses as ulysses
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("hf_gradutils.loss_unit")
 
-LATER_STEPS = (1, 10, 100, 1000)
-"""Optimizer steps after which a loss of the user's own is looked at again."""
 _NUM_TRIES = 16
 """Windows whose first batches are looked at until one can tell."""
 
