@@ -10,6 +10,14 @@ def uses_exact_arithmetic(accelerator: Accelerator, model: nn.Module) -> bool:
     return accelerator.mixed_precision == "no" and is_exact_in_itself(model, accelerator.device)
 
 
+def rounding_of(accelerator: Accelerator, model: nn.Module) -> float:
+    """The distance from 1 to the next number of the coarsest dtype that the model computes in; 0 from float32 on."""
+    if uses_exact_arithmetic(accelerator, model):
+        return 0.0
+    is_bf16 = accelerator.mixed_precision == "bf16" or any(p.dtype == torch.bfloat16 for p in model.parameters())
+    return torch.finfo(torch.bfloat16 if is_bf16 else torch.float16).eps  # TF32 rounds like float16
+
+
 def is_exact_in_itself(model: nn.Module, device: torch.device) -> bool:
     """True for a model in float32 or float64 whose products are not rounded, without regard to autocast."""
     if not all(p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.is_floating_point()):

@@ -1,28 +1,51 @@
-"""Contexts that restore a model's modes and all random states."""
+"""Contexts that restore a model's modes and all random states, or fix what is drawn."""
 
 import contextlib
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 
 from hf_gradutils._devices import device_of
+
+_SMALL = 2**20
+"""Elements."""
+_DDP_FLAG = "require_forward_param_sync"
+"""Attribute by which a forward without gradients says that the next one need not send buffers."""
+
+
+def random_states(device: torch.device) -> Callable[[], None]:
+    """A function that puts back the random states of Python, numpy and torch, on the CPU and on a device."""
+    numpy = sys.modules.get("numpy")
+    state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
+    of_cpu = torch.get_rng_state()
+    accelerator = None if device.type == "cpu" else torch.get_device_module(device)
+    of_device = accelerator.get_rng_state(device) if accelerator else None
+
+    def put_back() -> None:
+        random.setstate(state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
+        torch.set_rng_state(of_cpu)
+        if accelerator:
+            accelerator.set_rng_state(of_device, device)
+
+    return put_back
 
 
 @contextlib.contextmanager
 def random_states_kept(device: torch.device) -> Iterator[None]:
     """The random states of Python, numpy and torch, on the CPU and on a device, are as before afterwards."""
-    numpy = sys.modules.get("numpy")
-    state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
+    put_back = random_states(device)
     try:
-        with _torchs_kept(device):
-            yield
+        yield
     finally:
-        random.setstate(state)
-        if numpy:
-            numpy.random.set_state(numpy_state)
+        put_back()
 
 
 @contextlib.contextmanager
@@ -36,11 +59,26 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
         yield
 
 
-def _torchs_kept(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    if device.type == "cpu":
-        return torch.random.fork_rng(devices=[])  # looking for a GPU would start CUDA
-    index = torch.accelerator.current_device_index() if device.index is None else device.index
-    return torch.random.fork_rng([index], device_type=device.type)
+@contextlib.contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Buffers that forwards without gradients change are as before afterwards, and DDP sends them again.
+
+    Those of floating point, of any size, and small ones; there is no second copy of quantized weights.
+    """
+    kept = [buffer for buffer in model.buffers() if buffer.is_floating_point() or buffer.numel() <= _SMALL]
+    before = [(buffer, buffer._version, buffer.detach().clone()) for buffer in kept]
+    named = [(vars(module)["_buffers"], dict(vars(module)["_buffers"])) for module in model.modules()]
+    flags = {_DDP_FLAG: vars(model)[_DDP_FLAG]} if isinstance(model, DistributedDataParallel) else {}
+    try:
+        yield
+    finally:
+        for buffers, objects in named:
+            buffers.update(objects)
+        with torch.no_grad():
+            for buffer, version, value in before:
+                if buffer._version != version:
+                    buffer.copy_(value)
+        vars(model).update(flags)
 
 
 @contextlib.contextmanager
@@ -54,3 +92,41 @@ def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes.items():
                 module.training = training
+
+
+class RowsDrawAlike(TorchFunctionMode):
+    """torch's random numbers depend on nothing but their shape, and are the same for every entry of the first dim.
+
+    A loss that draws for each row, in this context, is a function of the rows that may be cut between them. Numbers of
+    a generator that is named are left alone.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        drawn = func(*args, **(kwargs or {}))
+        draw = _DRAWS.get(func)
+        if draw is None or not drawn.numel() or (kwargs or {}).get("generator") is not None:
+            return drawn
+        shape = (1, *drawn.shape[1:]) if drawn.dim() else ()
+        values = torch.empty(shape, dtype=torch.float64, device="cpu")  # rounded to any precision
+        draw(values, torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            return drawn.copy_(values)
+
+
+def _uniform(values: Tensor, generator: torch.Generator) -> None:
+    values.uniform_(generator=generator)
+
+
+def _normal(values: Tensor, generator: torch.Generator) -> None:
+    values.normal_(generator=generator)
+
+
+_DRAWS: dict[Any, Callable[[Tensor, torch.Generator], None]] = {
+    torch.rand: _uniform,
+    torch.rand_like: _uniform,
+    torch.randn: _normal,
+    torch.randn_like: _normal,
+}
+"""What is called → a draw from the same distribution."""

@@ -37,9 +37,11 @@ LATER_STEPS = (1, 10, 100, 1000)
 HOW_TO_FIX = (
     "set loss_unit or count_targets to what the loss averages over: loss_unit='rows' for a mean of rows' means, "
     "loss_unit='sum' for a sum, count_targets=lambda batch: weights[batch['labels']].sum() for class weights. A loss "
-    "of the whole batch (contrastive) has no exact accumulation: train it on one process with "
-    "gradient_accumulation_steps=1, or accept the mean of its micro-batches with check_loss_unit=False, as for rows "
-    "that belong together where check_invariance passes"
+    "that compares all rows of the batch (contrastive) is exact in two passes: GradUtilsTrainer does so for heads that "
+    "it knows, and for one of your own with whole_batch_loss=WholeBatchLoss(embed, loss, parameters). A loss that adds "
+    "means over different targets is exact if compute_loss returns [(loss, count), …]. Otherwise train on one "
+    "process with gradient_accumulation_steps=1, or accept the mean of the micro-batches' losses with "
+    "check_loss_unit=False, as for rows that belong together where check_invariance passes"
 )
 
 

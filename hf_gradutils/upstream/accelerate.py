@@ -1,7 +1,8 @@
-"""Private names of accelerate (1.15)."""
+"""Private names of accelerate (1.15), and one of transformers' detection losses."""
 
 import contextlib
 import functools
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -42,15 +43,25 @@ def sharding_tied_embeddings_together(models: Sequence[nn.Module]) -> Iterator[N
         fsdp.fully_shard = fully_shard
 
 
+_ASKING_TORCH = ("loss_lw_detr", "loss_rf_detr")
+"""Modules of transformers' losses that ask torch, with this function, if there are other ranks."""
+_IS_SPREAD = "_is_torch_distributed_initialized"
+
+
 @contextlib.contextmanager
 def without_accelerate_state() -> Iterator[None]:
     """Let transformers' detection losses divide by this rank's own boxes.
 
-    They average the number over the ranks of accelerate's state, which divides once too often.
+    They average the number over the ranks of accelerate's state, or of torch, which divides once too often.
     """
     state, PartialState._shared_state = PartialState._shared_state, {}
     try:
-        yield
+        with contextlib.ExitStack() as stack:
+            for module in (sys.modules.get(f"transformers.loss.{name}") for name in _ASKING_TORCH):
+                if (is_spread := vars(module or object).get(_IS_SPREAD)) is not None:
+                    stack.callback(setattr, module, _IS_SPREAD, is_spread)
+                    setattr(module, _IS_SPREAD, lambda: False)
+            yield
     finally:
         PartialState._shared_state = state
 

@@ -8,10 +8,15 @@ import transformers
 from torch import nn
 from transformers.loss.loss_for_object_detection import ImageLoss
 
+from benchmarks.heads.classes import build
+from benchmarks.heads.configs import tiny_config
+from benchmarks.heads.rows import collate, find_rows
 from hf_gradutils.accelerator import GradUtilsPlugin
 from hf_gradutils.errors import LossUnitError, TargetCountError
+from hf_gradutils.targets.contrastive_heads import whole_batch_loss_of
 from hf_gradutils.targets.counter import TargetCounter
-from hf_gradutils.targets.known_heads import NO_UNIT, UNITS, known_head
+from hf_gradutils.targets.known_heads import DRAWS_BY_ROW, NO_UNIT, UNITS, known_head
+from hf_gradutils.targets.several_means import several_means_of
 from hf_gradutils.upstream.accelerate import without_accelerate_state
 from tests.harness.gradients import relative_error
 from tests.harness.heads import HEADS
@@ -21,7 +26,7 @@ from tests.harness.trainer_cases import IS_OLD, make_data, make_model, train
 TOLERANCE = 1e-5
 
 
-@pytest.mark.parametrize("name", [*NO_UNIT, *UNITS])
+@pytest.mark.parametrize("name", sorted({*NO_UNIT, *UNITS, *DRAWS_BY_ROW}))
 def test_the_classes_in_the_table_are_still_there(name):
     if IS_OLD and not hasattr(transformers, name):
         pytest.skip("newer than this transformers")
@@ -93,6 +98,120 @@ def _unlisted():
 
 # ---- Heads without a unit ----
 
+
+class _Coupled(nn.Module):
+    """A head whose rows depend on each other: the larger the mean of all, the more each counts."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.linear = nn.Linear(6, 1)
+
+    def forward(self, pixels, labels):
+        scores = self.linear(pixels)
+        return {"loss": (scores.mean().exp() * (scores.squeeze(-1) - labels).square()).mean(), "logits": scores}
+
+
+class AutoformerForPrediction(_Coupled):
+    """By its name one of those that couple the rows of a micro-batch."""
+
+
+def _numbers():
+    generator = torch.Generator().manual_seed(6)
+    pixels = torch.randn(16, 6, generator=generator)
+    return [{"pixels": row, "labels": row.sum()} for row in pixels]
+
+
+def _stacked(rows):
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+COUPLED = {"data_collator": _stacked, "arguments": {"train_sampling_strategy": "sequential"}}
+
+
+@on_layouts("one_rank", "ddp2")
+def test_a_head_without_a_unit_stops_and_says_why_and_what_to_do(layout):
+    reason = r"AutoformerForPrediction: its autocorrelation .* loss_unit or count_targets .*=1"
+    with pytest.raises(LossUnitError, match=reason):
+        train("vit images", 2, model=AutoformerForPrediction(), data=_numbers(), **COUPLED)
+
+
+def test_a_head_without_a_unit_trains_where_nothing_is_split_or_where_the_user_says_so():
+    rows = _numbers()
+    want = _gradient_of(AutoformerForPrediction(), _stacked(rows))
+    trainer, tap = train("vit images", 1, model=AutoformerForPrediction(), data=rows, **COUPLED)
+    assert relative_error(tap.steps[0], want) < TOLERANCE
+    assert trainer.state.log_history[0]["num_targets"] == len(rows)
+    accepting = {"grad_plugin": GradUtilsPlugin(check_loss_unit=False)} | COUPLED
+    trainer, tap = train("vit images", 2, model=AutoformerForPrediction(), data=rows, **accepting)
+    assert trainer.state.global_step == 1
+    assert relative_error(tap.steps[0], want) > TOLERANCE
+    with pytest.raises(LossUnitError, match=r"L\(AB\)·n\(AB\)"):
+        train(
+            "vit images",
+            2,
+            model=AutoformerForPrediction(),
+            data=rows,
+            grad_plugin=GradUtilsPlugin(loss_unit="rows"),
+            **COUPLED,
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "word"),
+    [
+        ("DFineForObjectDetection", {"num_denoising": 100}, "num_denoising=0"),
+        ("Deimv2ForObjectDetection", {"num_denoising": 100}, "num_denoising=0"),
+        ("RTDetrV2ForObjectDetection", {"num_denoising": 100}, "num_denoising=0"),
+        ("EomtDinov3ForUniversalSegmentation", {"pos_embed_rescale": 2.0}, "pos_embed_rescale"),
+        ("PatchTSTForPretraining", {"mask_type": "forecast", "num_forecast_mask_patches": [2, 3]}, "with one length"),
+        ("XCLIPModel", {"prompt_attention_dropout": 0.1, "prompt_projection_dropout": 0.0}, "dropout"),
+    ],
+)
+def test_what_a_configuration_makes_inexact_is_named_in_the_reason(name, config, word):
+    head = _of_class(name, config)
+    known = known_head(head)
+    assert known.loss_unit is None
+    assert known.reason.startswith(f"{name}: ")
+    assert word in known.reason
+    assert several_means_of(head) is None
+    assert whole_batch_loss_of(head) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("DFineForObjectDetection", {"num_denoising": 0}),
+        ("EomtDinov3ForUniversalSegmentation", {"pos_embed_rescale": None}),
+        ("PatchTSTForPretraining", {"mask_type": "forecast", "num_forecast_mask_patches": [2]}),
+        ("PatchTSTForPretraining", {"mask_type": "random", "num_forecast_mask_patches": [2, 3]}),
+        ("BertForPreTraining", {}),
+        ("CLIPModel", {}),
+    ],
+)
+def test_heads_that_are_exact_in_another_way_count_rows_where_that_is_not_wanted(name, config):
+    assert known_head(_of_class(name, config)).loss_unit == "rows"
+
+
+def _of_class(name, config):
+    head = type(name, (nn.Module,), {})()
+    head.config = transformers.PretrainedConfig(**config)
+    return head
+
+
+def test_a_head_of_several_means_trains_as_their_mean_where_the_user_accepts_that():
+    torch.manual_seed(3)
+    model = transformers.BertForPreTraining(BERT)
+    rows = [row | {"next_sentence_label": torch.tensor(i % 2)} for i, row in enumerate(make_data("bert masked"))]
+    want = _gradient_of(copy.deepcopy(model), HEADS["bert masked"].collate(rows))
+    accepting = GradUtilsPlugin(check_loss_unit=False)
+    trainer, tap = train("bert masked", 2, model=copy.deepcopy(model), data=rows, grad_plugin=accepting)
+    assert trainer.state.log_history[0]["num_targets"] == len(rows)
+    assert relative_error(tap.steps[0], want) > TOLERANCE
+    _, tap = train("bert masked", 2, model=model, data=rows)
+    assert relative_error(tap.steps[0], want) < TOLERANCE
+
+
 BERT = transformers.BertConfig(
     vocab_size=48,
     hidden_size=16,
@@ -103,36 +222,6 @@ BERT = transformers.BertConfig(
     hidden_dropout_prob=0.0,
     attention_probs_dropout_prob=0.0,
 )
-
-
-def _two_means():
-    torch.manual_seed(3)
-    return transformers.BertForPreTraining(copy.deepcopy(BERT))
-
-
-def _pretraining_rows():
-    rows = make_data("bert masked", seed=6)
-    return [row | {"next_sentence_label": torch.tensor(i % 2)} for i, row in enumerate(rows)]
-
-
-@on_layouts("one_rank", "ddp2")
-def test_a_head_without_a_unit_stops_and_says_why_and_what_to_do(layout):
-    with pytest.raises(
-        LossUnitError, match=r"BertForPreTraining: it adds two means .* loss_unit or count_targets .*=1"
-    ):
-        train("bert masked", 2, model=_two_means(), data=_pretraining_rows())
-
-
-def test_a_head_without_a_unit_trains_where_nothing_is_split_or_where_the_user_says_so():
-    rows = _pretraining_rows()
-    want = _gradient_of(_two_means(), HEADS["bert masked"].collate(rows))
-    trainer, tap = train("bert masked", 1, model=_two_means(), data=rows)
-    assert relative_error(tap.steps[0], want) < TOLERANCE
-    assert trainer.state.log_history[0]["num_targets"] == len(rows)
-    accepting = GradUtilsPlugin(check_loss_unit=False)
-    assert train("bert masked", 2, model=_two_means(), data=rows, grad_plugin=accepting)[0].state.global_step == 1
-    with pytest.raises(LossUnitError, match=r"L\(AB\)·n\(AB\)"):
-        train("bert masked", 2, model=_two_means(), data=rows, grad_plugin=GradUtilsPlugin(loss_unit="tokens"))
 
 
 def _gradient_of(model, batch):
@@ -234,6 +323,23 @@ def test_boxes_are_counted_and_images_without_any_have_their_loss(accumulation, 
     trainer, tap = train("vit images", accumulation, model=DabDetrForObjectDetection(), data=rows, **options)
     assert relative_error(tap.steps[0], want) < TOLERANCE
     assert trainer.state.log_history[0]["num_targets"] == sum(len(row["labels"]["class_labels"]) for row in rows)
+
+
+@on_layouts("one_rank", "ddp2")
+def test_boxes_are_counted_by_losses_that_ask_torch_for_other_ranks(layout):
+    pytest.importorskip("scipy")
+    torch.manual_seed(3)
+    head = build(transformers.LwDetrForObjectDetection, tiny_config(transformers.LwDetrConfig, num_labels=3))
+    make_row, _ = find_rows(head)
+    generator = torch.Generator().manual_seed(6)
+    rows = [make_row(generator) for _ in range(8)]
+    with without_accelerate_state():
+        whole = copy.deepcopy(head)
+        whole(**collate(rows))["loss"].backward()
+    want = {name: p.grad.double() for name, p in whole.named_parameters() if p.grad is not None}
+    options = {"arguments": {"train_sampling_strategy": "sequential"}, "data_collator": collate}
+    _, tap = train("vit images", 2, model=head, data=rows, **options)
+    assert relative_error(tap.steps[0], want) < TOLERANCE
 
 
 # ---- Counting by hand ----
