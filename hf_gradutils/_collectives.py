@@ -1,6 +1,7 @@
 """The ranks of a sum, and the packed collectives that reduce over them."""
 
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,6 +17,11 @@ from hf_gradutils.errors import InvalidArgumentError
 T = TypeVar("T")
 
 _CPU = torch.device("cpu")
+_LARGEST_HEADER = 512
+_NOT_ALIKE = (
+    "rows of micro-batches or ranks must be alike but for their number: as many tensors, of the same dtypes, whose "
+    "shapes differ in the first dimension only; pad the other dimensions to a fixed size"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +178,56 @@ def gather_objects(domain: Domain, own: T) -> list[T]:
     records: list[Any] = [None] * dist.get_world_size(domain.groups[0])
     dist.all_gather_object(records, own, group=domain.groups[0])
     return records
+
+
+def gather_tensors(domain: Domain, own: Sequence[Tensor], *, is_valid: bool = True) -> list[list[Tensor]]:
+    """The tensors of every rank of the domain's first axis, in order.
+
+    Args:
+        domain: Every rank of it must call.
+        own: Of this rank, at most 500, one dimension or more, on one device.
+        is_valid: False lets all ranks raise.
+
+    Collectives: two all-gathers, one of them of a few numbers. Host syncs: one.
+
+    Raises:
+        InvalidArgumentError: on all ranks, if they have other numbers, dtypes or shapes beside the first dimension.
+    """
+    if not domain.groups:
+        if not is_valid:
+            raise InvalidArgumentError(_NOT_ALIKE)
+        return [list(own)]
+    group, device = domain.groups[0], own[0].device
+    carrier = _device_for(group, device)
+    form = zlib.crc32(repr([(tensor.dtype, tuple(tensor.shape[1:])) for tensor in own]).encode())
+    header = [form if is_valid else -1, *(len(tensor) for tensor in own)]
+    sizes = torch.tensor(header + [0] * (_LARGEST_HEADER - len(header)), device=carrier)
+    of_ranks = [torch.empty_like(sizes) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(of_ranks, sizes, group=group)
+    headers: list[list[int]] = torch.stack(of_ranks).tolist()
+    if any(header[0] != form for header in headers):
+        raise InvalidArgumentError(_NOT_ALIKE)
+    lengths = [header[1 : 1 + len(own)] for header in headers]
+
+    bytes_of = [tensor.element_size() * math.prod(tensor.shape[1:]) for tensor in own]
+    num_bytes = [sum(a * b for a, b in zip(rows, bytes_of, strict=True)) for rows in lengths]
+    packed = torch.zeros(max(num_bytes), dtype=torch.uint8, device=device)  # of any dtype, in one collective
+    flat = torch.cat([tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in own])
+    packed[: flat.numel()] = flat
+    packed = packed.to(carrier)
+    records = [torch.empty_like(packed) for _ in lengths]
+    dist.all_gather(records, packed, group=group)
+
+    def unpacked(record: Tensor, rows: list[int]) -> list[Tensor]:
+        sizes = [a * b for a, b in zip(rows, bytes_of, strict=True)]
+        parts = torch.split(record.to(device)[: sum(sizes)], sizes)
+        # A copy: a view of another dtype must begin at a multiple of its size.
+        return [
+            part.clone().view(tensor.dtype).reshape(length, *tensor.shape[1:])
+            for part, tensor, length in zip(parts, own, rows, strict=True)
+        ]
+
+    return [unpacked(record, rows) for record, rows in zip(records, lengths, strict=True)]
 
 
 def _device_for(group: ProcessGroup, device: torch.device) -> torch.device:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import Store
 from torch.distributed import distributed_c10d
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 
 def default_store() -> Store:
@@ -154,12 +154,36 @@ def tensors_in(outputs: Any) -> list[Tensor]:
     return [leaf for leaf in (*leaves, *tree_leaves(fields)) if isinstance(leaf, Tensor)]
 
 
+def finds_unused_parameters(model: nn.Module) -> bool:
+    """True for DDP that takes parameters for unused which no output of the forward depends on."""
+    return isinstance(model, DistributedDataParallel) and bool(model.find_unused_parameters)
+
+
+def depending_on(outputs: Any, parameters: Sequence[Tensor]) -> Any:
+    """Outputs of the same values, the first tensor of which depends on these parameters too, with a gradient of 0."""
+    leaves, structure = tree_flatten(outputs)
+    first = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad)
+    nothing = torch.stack([parameter.float().sum() for parameter in parameters]).sum() * 0
+    leaves[first] = leaves[first] + nothing.to(leaves[first])
+    return tree_unflatten(leaves, structure)
+
+
+_DDP_SINK = "_DDPSink"
+_NOT_LINEAR = (
+    *("Add", "Sub", "Rsub", "Sum", "Lerp"),
+    *("Clamp", "Pow", "Exp", "Abs", "Log", "Sqrt", "Relu", "Softplus", "Sigmoid", "Tanh", "Where", "Masked"),
+)
+"""Beginnings of the names of nodes that add terms or bend one."""
+
+
 def is_multiple(loss: Tensor, of: Tensor) -> bool:
     """True if a loss is another one times constants, by its graph: not where terms were added."""
     node = loss.grad_fn
     while node is not None and node is not of.grad_fn:
         following = [n for n, _ in node.next_functions if n is not None]
-        if len(following) != 1 or node.name().startswith(("Add", "Sub", "Rsub", "Sum", "Lerp")):
+        if node.name().startswith(_DDP_SINK):  # all outputs of the model go through one node
+            return of.grad_fn in following
+        if len(following) != 1 or node.name().startswith(_NOT_LINEAR):
             return False
         node = following[0]
     return node is not None

@@ -49,6 +49,11 @@ class WindowReport:
     _is_sum: bool
 
     @property
+    def mean_multiplier(self) -> Tensor:
+        """The part of :attr:`multiplier` that makes gradients the mean, without clipping; shape ()."""
+        return self._divisor.reciprocal()
+
+    @property
     def loss(self) -> Tensor:
         """Σ n·L / Σ n over micro-batches and data ranks, shape (); 0 for a window without targets."""
         count = self._totals.num_targets
