@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from hf_gradutils import dist_utils as dist_utils
     from hf_gradutils import errors as errors
     from hf_gradutils import grad_utils as grad_utils
-    from hf_gradutils.accelerator import GradUtilsAccelerator, GradUtilsPlugin
+    from hf_gradutils.accelerator import GradUtilsAccelerator, GradUtilsPlugin, WholeBatchLoss
     from hf_gradutils.coordination import FirstRankPerNode, barrier_and_log
     from hf_gradutils.coordination.route import route_first_rank
     from hf_gradutils.dist_utils import clip_gradients, get_sync_ctx, reduce_loss, rescale_gradients
@@ -32,6 +32,7 @@ __all__ = [
     "GradUtilsTrainer",
     "GradUtilsTrainerMixin",
     "InvarianceReport",
+    "WholeBatchLoss",
     "barrier_and_log",
     "check_invariance",
     "check_loop_invariance",
@@ -51,7 +52,7 @@ _MODULES = ("dist_utils", "errors", "grad_utils")
 """Documented modules, which are attributes of the package as well."""
 
 _PLACES = {
-    "accelerator": ("GradUtilsAccelerator", "GradUtilsPlugin"),
+    "accelerator": ("GradUtilsAccelerator", "GradUtilsPlugin", "WholeBatchLoss"),
     "coordination": ("FirstRankPerNode", "barrier_and_log"),
     "coordination.route": ("route_first_rank",),
     "dist_utils": ("clip_gradients", "get_sync_ctx", "reduce_loss", "rescale_gradients"),

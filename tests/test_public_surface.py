@@ -24,6 +24,7 @@ TOP_LEVEL = [
     "GradUtilsTrainer",
     "GradUtilsTrainerMixin",
     "InvarianceReport",
+    "WholeBatchLoss",
     "barrier_and_log",
     "check_invariance",
     "check_loop_invariance",

@@ -14,18 +14,21 @@ from torch.optim import Optimizer
 
 from hf_gradutils.accelerator._clipping import clip_by_norm, clip_by_value
 from hf_gradutils.accelerator._copies import CopyableAccelerator
+from hf_gradutils.accelerator._counted_first import start_window
 from hf_gradutils.accelerator._deepspeed_limits import check_backend
 from hf_gradutils.accelerator._deepspeed_optimizer import use_engine
 from hf_gradutils.accelerator._half_precision import reduce_parameters_in_float32
-from hf_gradutils.accelerator._micro_batch import MicroBatch, as_number
+from hf_gradutils.accelerator._micro_batch import MicroBatch, as_numbers
 from hf_gradutils.accelerator._optimizer import GradUtilsOptimizer, check_can_scale, innermost
 from hf_gradutils.accelerator._padding import padded_to_the_same_number
 from hf_gradutils.accelerator._plugin import GradUtilsPlugin
 from hf_gradutils.accelerator._shards import ShardingAccelerator
-from hf_gradutils.accelerator._weighing import run_backward, start_window
+from hf_gradutils.accelerator._weighing import run_backward
+from hf_gradutils.accelerator._whole_batch import WholeBatchAccelerator
 from hf_gradutils.accelerator._windows import Windows
 from hf_gradutils.coordination import FirstRankPerNode
 from hf_gradutils.gradients.partial_sums import sum_increments
+from hf_gradutils.targets.terms import Terms
 from hf_gradutils.upstream.accelerate import (
     dataloaders_of,
     models_of,
@@ -37,7 +40,7 @@ from hf_gradutils.upstream.fsdp import fsdp2_keep_losses
 from hf_gradutils.window import WindowReport
 
 
-class GradUtilsAccelerator(CopyableAccelerator, ShardingAccelerator):
+class GradUtilsAccelerator(CopyableAccelerator, ShardingAccelerator, WholeBatchAccelerator):
     """``accelerate.Accelerator``, exact: the gradient of one process with the whole batch.
 
         accelerator = GradUtilsAccelerator(gradient_accumulation_plugin=GradUtilsPlugin(num_steps=4))
@@ -58,8 +61,7 @@ class GradUtilsAccelerator(CopyableAccelerator, ShardingAccelerator):
     Args:
         *args: As accelerate takes them.
         gradient_accumulation_plugin: Settings; accelerate's own plugin sets the fields that it has.
-        gradient_accumulation_steps: Micro-batches of a window if the plugin does not say; else those of ``accelerate
-            launch --gradient_accumulation_steps``, else 1.
+        gradient_accumulation_steps: Micro-batches of a window if the plugin does not say; else the launcher's, else 1.
         **kwargs: As accelerate takes them.
 
     Raises:
@@ -166,7 +168,7 @@ class GradUtilsAccelerator(CopyableAccelerator, ShardingAccelerator):
 
     def start_window(
         self,
-        num_targets: Tensor | int,
+        num_targets: Tensor | int | Sequence[Tensor | int],
         *,
         num_micro_batches: int | None = None,
         model: nn.Module | Sequence[nn.Module] | None = None,
@@ -177,20 +179,20 @@ class GradUtilsAccelerator(CopyableAccelerator, ShardingAccelerator):
         by itself where something reads gradients.
 
         Args:
-            num_targets: Targets of all the window's micro-batches on this rank.
+            num_targets: Targets of all the window's micro-batches on this rank; for several terms a list.
             num_micro_batches: Those after which ``accumulate`` ends the window; for loops that draw its batches first.
             model: As in :meth:`backward`.
 
-        Collectives: one all-reduce of one number over all ranks, beside the first forward. Host syncs: none.
+        Collectives: one all-reduce of these numbers over all ranks, beside the first forward. Host syncs: none.
 
         Raises:
             InvalidArgumentError: ``num_targets`` or ``num_micro_batches`` is no such number; or the window has begun.
         """
-        start_window(self.windows, self.windows.of_loss(model), as_number(num_targets, self.device), num_micro_batches)
+        start_window(self.windows, self.windows.of_loss(model), as_numbers(num_targets, self.device), num_micro_batches)
 
     def backward(
         self,
-        loss: Tensor,
+        loss: Tensor | Terms,
         num_targets: Tensor | int | None = None,
         *,
         model: nn.Module | Sequence[nn.Module] | None = None,
@@ -199,15 +201,14 @@ class GradUtilsAccelerator(CopyableAccelerator, ShardingAccelerator):
         """Backward of a micro-batch's own mean loss, weighted by its targets.
 
         Args:
-            loss: Shape (). Several in one micro-batch add up, and must be means over the same targets.
-            num_targets: Targets that the loss is a mean over, on this rank: a whole number, or a tensor of one
-                element. A tensor on the device costs no host sync.
-            model: The model or models that the loss trains; default: those of ``accumulate``, else the only one that
-                was prepared.
+            loss: Shape (). Several in one micro-batch add up, and must be means over the same targets; or means over
+                different ones, ``[(loss, num_targets), …]``, which :meth:`start_window` is told first.
+            num_targets: Targets that the loss is a mean over, on this rank; a tensor on the device costs no host sync.
+            model: The model or models that it trains; default: those of ``accumulate``, else the only one prepared.
             **kwargs: As accelerate takes them.
 
-        Collectives: two all-reduces in the first call for a model; then none, but one in each window of one micro-batch
-            whose targets are counted first. Host syncs: none, but in that first call.
+        Collectives: two all-reduces in the first call for a model; then one in each window of one micro-batch whose
+            targets are counted first. Host syncs: none, but in that first call.
 
         Raises:
             TargetCountError: the number of targets is missing.
@@ -279,9 +280,8 @@ class GradUtilsAccelerator(CopyableAccelerator, ShardingAccelerator):
 
     def unscale_gradients(self, optimizer: Optimizer | Sequence[Optimizer] | None = None) -> None:
         """Like ``Accelerator.unscale_gradients``; repeated calls in one step change nothing."""
-        if optimizer is None:
-            optimizer = optimizers_of(self)
-        self.windows.loss_scale.unscale([optimizer] if isinstance(optimizer, Optimizer) else list(optimizer))
+        optimizers = optimizers_of(self) if optimizer is None else optimizer
+        self.windows.loss_scale.unscale([optimizers] if isinstance(optimizers, Optimizer) else list(optimizers))
 
     @property
     def num_skipped_steps(self) -> int:

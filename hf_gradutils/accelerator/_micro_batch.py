@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_gradutils._collectives import add_up, world_domain
-from hf_gradutils.errors import InvalidArgumentError
+from hf_gradutils.errors import InvalidArgumentError, LossUnitError
 from hf_gradutils.upstream.torch import is_multiple
 
 logger = logging.getLogger("hf_gradutils.trainer")
@@ -90,6 +90,15 @@ class Division:
         return math.nan
 
 
+_NO_SHARE = (
+    "backward was called before the forward of the model, in whose outputs the micro-batch's share of the loss of the "
+    "whole batch takes the place of the loss; let training_step or compute_loss call the model that it is given"
+)
+_OTHER_LOSS = (
+    "the loss that comes to backward is not the model's: code of yours adds to it or scales it, but it is the "
+    "micro-batch's share of a loss of the whole batch, divided already. Return the model's loss as it is, or say what "
+    "your own is made of: whole_batch_loss=WholeBatchLoss(…), or a compute_loss that returns [(loss, count), …]"
+)
 _CANNOT_TELL = (
     "training_step reads gradient_accumulation_steps, and it cannot be told whether it divides its loss by it: the "
     "loss is neither that of compute_loss nor its part; divide by self.current_gradient_accumulation_steps instead (1 "
@@ -128,6 +137,10 @@ class MicroBatch:
     """The latest loss is one that transformers divides by the count it was given."""
     is_share: bool = False
     """The loss is divided by the targets of the whole window, as with transformers; ``weight`` makes it this rank's."""
+    gives_share: bool = False
+    """The loss must be :attr:`share`, which takes the place of the loss in the outputs of the head."""
+    share: Tensor | None = None
+    """The micro-batch's share in a loss of the whole batch, or of several means."""
     division: Division | None = None
     """Set where a Trainer's step is the user's own: what the step returns is reported, as with transformers."""
     drawn: Any = None
@@ -190,6 +203,17 @@ class MicroBatch:
             )
         return torch.zeros_like(num_targets)
 
+    def check_share(self, loss: Tensor, *, looks: bool) -> None:
+        """Raise LossUnitError for a loss that is not the share, where it must be. Host syncs: one if it ``looks``."""
+        if not self.gives_share or self.is_padding:
+            return
+        if self.share is None:
+            raise LossUnitError(_NO_SHARE)
+        is_same = loss is self.share or is_multiple(loss, self.share)
+        values = loss.detach().to(self.share), self.share.detach()
+        if not is_same or (looks and not torch.allclose(*values, rtol=0.0, atol=0.0, equal_nan=True)):
+            raise LossUnitError(_OTHER_LOSS)
+
     def undivided(self, loss: Tensor, weight: Tensor) -> Tensor:
         """The weight of a loss that the user's own step may have divided by the number of micro-batches.
 
@@ -248,3 +272,9 @@ def as_number(num_targets: Tensor | int, device: torch.device) -> Tensor:
         f"num_targets must be one number ≥ 0, the targets that the loss is a mean over on this rank, got {got}; for "
         "labels of causal language modelling: (labels[:, 1:] != -100).sum()"
     )
+
+
+def as_numbers(num_targets: Tensor | int | Sequence[Tensor | int], device: torch.device) -> Tensor:
+    """Return one count, or those of several terms, as a tensor of shape (terms,), float64."""
+    numbers: Any = num_targets if isinstance(num_targets, list | tuple) else [num_targets]
+    return torch.stack([as_number(number, device).double() for number in numbers])

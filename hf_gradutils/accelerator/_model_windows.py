@@ -4,7 +4,7 @@ A GAN has two, each with its own targets; an encoder and a decoder trained by on
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -38,6 +38,10 @@ class ModelWindow:
     """Each of its windows begins with its counts; None until all ranks have agreed on it."""
     ordered: list[tuple[Any, Any]] = field(default_factory=list)
     """Optimizers and what the latest end has ordered of them."""
+    totals: Callable[[], Tensor] | None = None
+    """Waits for the targets of each term over all ranks, where they are counted first."""
+    counted: Tensor | None = None
+    """Targets of each term in its micro-batches so far."""
     is_final: bool = False
     """Gradients of this window are its mean as soon as they are there."""
     is_reduced: bool = False
@@ -134,8 +138,10 @@ class ModelWindows:
         ids = set(key)
         return self._holders[key], [p for p in trained_parameters(self._holders[key]) if id(p) in ids]
 
-    def optimizers_of(self, window: ModelWindow, optimizers: Sequence[OptimizerT]) -> list[OptimizerT]:
-        """The optimizers that step on gradients of a window.
+    def optimizers_of(
+        self, window: ModelWindow, optimizers: Sequence[OptimizerT], others_known: Collection[int] = ()
+    ) -> list[OptimizerT]:
+        """The optimizers that step on gradients of a window; of no model may be the ``others_known`` by their ids.
 
         Raises:
             InvalidArgumentError: one of them also steps on parameters that belong to no window.
@@ -145,7 +151,7 @@ class ModelWindows:
         if key not in self._optimizers:
             own = {id(p) for p in window.parameters()}
             stepping = [o for o in optimizers if any(id(p) in own for p in parameters_of(o))]
-            in_windows = own.union(*({id(p) for p in other.parameters()} for other in self))
+            in_windows = own.union(others_known, *({id(p) for p in other.parameters()} for other in self))
             others = [p for o in stepping for p in parameters_of(o) if p.grad is not None and id(p) not in in_windows]
             if others and not window.is_final:
                 raise InvalidArgumentError(

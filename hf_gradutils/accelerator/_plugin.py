@@ -29,6 +29,15 @@ def check_counts(counts: object) -> None:
         raise InvalidArgumentError(f"counts must be one of {get_args(Counts)}, got {counts!r}")
 
 
+Aux: TypeAlias = Literal["mean", "exact"]
+
+
+def check_aux(aux: object) -> None:
+    """Raise InvalidArgumentError for an unknown value."""
+    if aux not in get_args(Aux):
+        raise InvalidArgumentError(f"aux must be one of {get_args(Aux)}, got {aux!r}")
+
+
 def _switch(text: str) -> bool:
     return _SWITCH[text.lower()]
 
@@ -44,6 +53,7 @@ _FROM_TEXT: dict[str, tuple[Callable[[str], Any], str]] = {
     "loss_unit": (str, "a unit"),
     "check_loss_unit": (_switch, "true or false"),
     "counts": (str, "streamed, first or auto"),
+    "aux": (str, "mean or exact"),
     "sync": (str, "a policy"),
     "accumulate_in_float32": (lambda text: "auto" if text.lower() == "auto" else _switch(text), "true, false or auto"),
     "norm_type": (float, "a number"),
@@ -62,6 +72,7 @@ _CHECKS: dict[str, Callable[[Any], object]] = {
     "loss_unit": TargetCounter,
     "count_targets": lambda count: TargetCounter(count=count),
     "counts": check_counts,
+    "aux": check_aux,
     "sync": check_sync,
     "accumulate_in_float32": check_accumulate_in_float32,
     "norm_type": check_norm_type,
@@ -117,6 +128,9 @@ class GradUtilsPlugin(GradientAccumulationPlugin):  # type: ignore[misc]
     """When the targets of a window are added up over its micro-batches and ranks: ``streamed``, at its end; ``first``,
     before its first backward, as transformers does: gradients are final in the backward, and ``num_items_in_batch`` is
     the Trainer's own; or ``auto``: streamed, but first where code of yours needs it. See ``docs/custom.md``."""
+    aux: Aux = field(default_factory=_setting("aux", "mean"))
+    """The auxiliary loss of a mixture of experts: the ``mean`` of the micro-batches' own, weighted by targets, or
+    ``exact``, that of the whole batch, for one more forward without gradients. See ``docs/whole_batch.md``."""
     sync: Sync | None = field(default_factory=_setting("sync", None))
     """When gradients are communicated: ``defer`` to the last micro-batch, ``every`` one, ``reduce_scatter`` shards in
     every one and replicas in the last, or ``auto``, by the free memory. None is ``defer``, but ``auto`` where FSDP2
@@ -161,8 +175,13 @@ class GradUtilsPlugin(GradientAccumulationPlugin):  # type: ignore[misc]
         """Micro-batches per window: ``num_steps`` or the argument, else that of ``accelerate launch``, else 1.
 
         Raises:
-            InvalidArgumentError: the two differ.
+            InvalidArgumentError: the two differ; or a setting is for a Trainer only.
         """
+        if self.aux != "mean":
+            raise InvalidArgumentError(
+                f"aux={self.aux!r} is for a Trainer, which runs both forwards of each micro-batch; leave it out in a "
+                "loop of your own"
+            )
         numbers = {self.num_steps, gradient_accumulation_steps} - {None}
         if len(numbers) > 1:
             raise InvalidArgumentError(

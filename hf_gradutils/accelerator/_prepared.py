@@ -53,18 +53,21 @@ class PreparedModels:
             )
         return self._prepared[model]
 
+    def outermost(self, model: nn.Module) -> nn.Module:
+        """The model with accelerate's wrappers around it, for one with or without."""
+        return self._outermost.get(without_wrappers(model), model)
+
     def wrappers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """Names and modules of the wrappers around and in the model that communicate gradients."""
         if model not in self._wrappers:
-            self._wrappers[model] = find_wrappers(self._outermost.get(without_wrappers(model), model))
+            self._wrappers[model] = find_wrappers(self.outermost(model))
         return self._wrappers[model]
 
     def half_parameters(self, model: nn.Module) -> HalfParameters:
         """The model's half-precision parameters, whose gradients are accumulated in float32."""
         prepared = self[model]
         if prepared not in self._half:
-            wrapped = self._outermost.get(without_wrappers(model), model)
-            self._half[prepared] = HalfParameters.of(wrapped, with_shards=self._with_half_shards)
+            self._half[prepared] = HalfParameters.of(self.outermost(model), with_shards=self._with_half_shards)
         return self._half[prepared]
 
     def round_gradients(self, *models: nn.Module) -> None:

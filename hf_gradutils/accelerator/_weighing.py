@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,8 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_gradutils._collectives import add_up, start_all_reduce, world_domain
-from hf_gradutils._devices import on_device
+from hf_gradutils._collectives import add_up, world_domain
+from hf_gradutils.accelerator._counted_first import HOW_TO_START, expect, share_of_terms
 from hf_gradutils.accelerator._deepspeed import ONE_LOSS
 from hf_gradutils.accelerator._micro_batch import MicroBatch, as_number
 from hf_gradutils.accelerator._model_windows import ModelWindow
@@ -22,6 +22,7 @@ from hf_gradutils.accelerator._readers import reader_of_gradients
 from hf_gradutils.accelerator._windows import Windows
 from hf_gradutils.errors import InvalidArgumentError, TargetCountError
 from hf_gradutils.sync import communicates, reduces_in_one_dtype
+from hf_gradutils.targets.terms import Terms
 from hf_gradutils.upstream.accelerate import optimizers_of
 from hf_gradutils.upstream.torch import grads_of
 from hf_gradutils.window import AccumulationWindow, loss_scale_for
@@ -33,16 +34,12 @@ _AGAIN = (
     "accelerator.accumulate(model):`, where they add up; if it is another micro-batch, say how many there are "
     "(gradient_accumulation_steps) and put each into one of its own"
 )
-_HOW_TO_START = (
-    "call accelerator.start_window(num_targets) before the first backward of each window, with this rank's targets of "
-    "all its micro-batches"
-)
 
 
 def run_backward(
     accelerator: Accelerator,
     windows: Windows,
-    loss: Tensor,
+    loss: Tensor | Terms,
     num_targets: Tensor | int | None,
     model: nn.Module | Sequence[nn.Module] | None,
     kwargs: dict[str, Any],
@@ -53,8 +50,11 @@ def run_backward(
             "DeepSpeed's engine is gone, or was never made: call accelerator.prepare(model, optimizer, loader) first. "
             "Under DeepSpeed a Trainer can train only once, the stock Trainer too: make a new one"
         )
-    loss = loss.reshape(()) if loss.numel() == 1 else loss
     micro_batch = windows.micro_batch or MicroBatch()
+    if not isinstance(loss, Tensor):
+        loss = share_of_terms(windows, windows.of_loss(model), loss, num_targets, micro_batch)
+        num_targets = None
+    loss = loss.reshape(()) if loss.numel() == 1 else loss
     if micro_batch.count_late is not None and micro_batch.num_targets is None:
         micro_batch.count_late()
     targets, weight, is_share = micro_batch.num_targets, micro_batch.weight, micro_batch.is_share
@@ -80,6 +80,7 @@ def run_backward(
         _goes_on(windows, window)
     is_last = bool(kwargs.get("retain_graph")) and _averages_once(windows, window)
     targets = micro_batch.count_once(window, targets, is_last=is_last)
+    micro_batch.check_share(loss, looks=not window.num_closed)
     weight = micro_batch.undivided(loss, weight)
     is_reported = micro_batch.division is None
     weighted = _weigh(windows, window, loss, targets, weight, is_share=is_share, is_reported=is_reported)
@@ -94,44 +95,6 @@ def run_backward(
             accelerator.lomo_backward(weighted, learning_rate)
         else:
             weighted.backward(**kwargs)  # type: ignore[no-untyped-call]
-
-
-def start_window(
-    windows: Windows, window: ModelWindow, num_targets: Tensor, num_micro_batches: int | None = None
-) -> None:
-    """:meth:`GradUtilsAccelerator.start_window`."""
-    if window.is_open:
-        raise InvalidArgumentError("start_window was called after the first backward of the window; call it before")
-    if window.needs_counts is None:
-        window.needs_counts = False
-        window.reader = reader_of_gradients(window.whole, optimizers_of(windows.accelerator))
-    if num_micro_batches is not None:
-        if num_micro_batches < 1:
-            raise InvalidArgumentError(f"num_micro_batches must be ≥ 1, got {num_micro_batches}")
-        # The loader may have been read ahead, so that its end says nothing.
-        windows.accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False
-        windows.accelerator.gradient_accumulation_steps, windows.accelerator.step = num_micro_batches, 0
-    expect(windows, window, num_targets.double().reshape(1).clone())
-
-
-def expect(windows: Windows, window: ModelWindow, numbers: Tensor) -> Callable[[], Tensor]:
-    """Begin to add up the targets of a whole window over all ranks, so that its gradients are final at once.
-
-    Args:
-        windows: Of the Accelerator.
-        window: Not open yet.
-        numbers: Targets of all its micro-batches on this rank, and other numbers to add up; shape (n,), float64.
-
-    Returns:
-        A function that waits for their sums.
-
-    Collectives: one all-reduce over all ranks, which the first backward waits for. Host syncs: none.
-    """
-    domain = world_domain()
-    reduced = start_all_reduce(domain, on_device(numbers, windows.accelerator.device))
-    num_averaged = domain.num_ranks if windows.engine is None else windows.engine.num_averaged
-    window.sums.expect(lambda: reduced()[0], num_averaged)
-    return reduced
 
 
 def _weigh(
@@ -152,7 +115,7 @@ def _weigh(
     if windows.engine is not None:
         window.reader, window.needs_counts = "", windows.have_one_micro_batch
         if not (window.is_open or window.sums.is_expected or window.needs_counts):
-            raise InvalidArgumentError(f"DeepSpeed's engine averages and steps by itself: {_HOW_TO_START}")
+            raise InvalidArgumentError(f"DeepSpeed's engine averages and steps by itself: {HOW_TO_START}")
     elif window.needs_counts is None:
         window.reader = reader_of_gradients(window.whole, optimizers_of(windows.accelerator))
         window.needs_counts = _needs_counts(windows, window)
@@ -203,7 +166,7 @@ def _goes_on(windows: Windows, window: ModelWindow) -> None:
         window.is_open = False
         return
     if window.reader or windows.plugin.counts == "first":
-        raise InvalidArgumentError(f"{window.reader or 'counts=first'}: {_HOW_TO_START}")
+        raise InvalidArgumentError(f"{window.reader or 'counts=first'}: {HOW_TO_START}")
     window.needs_counts = window.is_final = False
 
 
@@ -244,8 +207,8 @@ def _needs_counts(windows: Windows, window: ModelWindow) -> bool:
     if windows.have_one_micro_batch:
         return True
     if setting == "first" or ranks["stepping"]:
-        raise InvalidArgumentError(f"{reader if ranks['reading'] else 'counts=first'}: {_HOW_TO_START}")
-    logger.warning("%s, and sees sums over targets until a window ends; for true gradients %s", reader, _HOW_TO_START)
+        raise InvalidArgumentError(f"{reader if ranks['reading'] else 'counts=first'}: {HOW_TO_START}")
+    logger.warning("%s, and sees sums over targets until a window ends; for true gradients %s", reader, HOW_TO_START)
     return False
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from hf_gradutils.accelerator._deepspeed import Engine, close_by_engine
 from hf_gradutils.accelerator._first_window import NOT_WEIGHTED, OF_NO_MODEL, check_weighted
 from hf_gradutils.accelerator._half_precision import accumulates_in_float32, reduce_in_float32
+from hf_gradutils.accelerator._loss_parameters import LossParameters
 from hf_gradutils.accelerator._loss_scale import LossScale
 from hf_gradutils.accelerator._micro_batch import MicroBatch
 from hf_gradutils.accelerator._model_windows import ModelWindow, ModelWindows, parameters_of
@@ -28,13 +29,7 @@ from hf_gradutils.accelerator._plugin import GradUtilsPlugin
 from hf_gradutils.accelerator._prepared import PreparedModels, without_wrappers
 from hf_gradutils.accelerator._rollback import Counters
 from hf_gradutils.errors import InvalidArgumentError, NonfiniteGradientError
-from hf_gradutils.sync import (
-    PolicyChoice,
-    SyncContext,
-    communicates,
-    discard_deferred,
-    shard_again,
-)
+from hf_gradutils.sync import PolicyChoice, SyncContext, communicates, discard_deferred, shard_again
 from hf_gradutils.upstream.accelerate import models_of, optimizers_of, schedulers_of
 from hf_gradutils.window import AccumulationWindow, WindowReport
 
@@ -71,6 +66,7 @@ class Windows:
         self.prepared = PreparedModels(accelerator, with_half_shards=plugin.accumulate_in_float32 is True)
         self.engine: Engine | None = None
         """DeepSpeed's, once it is prepared."""
+        self.loss_parameters = LossParameters()
         self.loss_scale = LossScale(accelerator)
         self.accelerator = accelerator
         has_engine = accelerator.distributed_type == DistributedType.DEEPSPEED
@@ -191,7 +187,7 @@ class Windows:
             The report, and False if the host already knows that the step is skipped.
 
         Collectives: one all-reduce over all ranks. Host syncs: none where the optimizer skips on the device or
-            ``on_nonfinite="ignore"``, else one.
+            ``on_nonfinite="ignore"``, else one. One more of both if the loss has parameters of its own.
 
         Raises:
             NonfiniteGradientError: the gradient of this step is not finite, or that of the step before was not.
@@ -219,6 +215,7 @@ class Windows:
             scales=not folds,
             has_data_left=self.has_data_left,
         )
+        self.loss_parameters.close(report.mean_multiplier / report.multiplier if folds else report.mean_multiplier)
         if window.sums.has_new_parameters:
             self.outside.check_averaged(window)
         self.loss_scale.agree_on_overflow(optimizers, report)
@@ -255,8 +252,9 @@ class Windows:
 
     def optimizers_of(self, window: ModelWindow) -> list[GradUtilsOptimizer]:
         """The prepared optimizers that step on gradients of a window."""
-        prepared = [o for o in optimizers_of(self.accelerator) if isinstance(o, GradUtilsOptimizer)]
-        return self.by_models.optimizers_of(window, prepared + [o for o in self._forgotten if o not in prepared])
+        found = [o for o in optimizers_of(self.accelerator) if isinstance(o, GradUtilsOptimizer)]
+        found += [o for o in self._forgotten if o not in found]
+        return self.by_models.optimizers_of(window, found, self.loss_parameters.ids)
 
     def before_step(self, optimizer: GradUtilsOptimizer) -> None:
         """Close the open windows whose gradients the optimizer steps on.
