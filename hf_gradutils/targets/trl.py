@@ -13,20 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_gradutils.targets.counter import CountTargets
 from hf_gradutils.targets.rows import count_rows
 from hf_gradutils.upstream.trl import TRL_AUXILIARY, TRL_METRICS
 
 PAIRED = ("DPOTrainer", "RewardTrainer")
 """Trainers whose loss is a mean over pairs; a batch holds all chosen rows, then all rejected ones."""
 
-EXACT = ("SFTTrainer", *PAIRED)
+EXACT = ("SFTTrainer", "GKDTrainer", *PAIRED, "GRPOTrainer", "RLOOTrainer")
 
-_OWN_COUNT = "divides its loss by a count of its own"
 NOT_EXACT = {
-    "DistillationTrainer": _OWN_COUNT,
-    "GRPOTrainer": _OWN_COUNT,
+    "DistillationTrainer": "divides its loss by the tokens of all that it has generated together",
     "KTOTrainer": "estimates a divergence from each micro-batch, whose loss changes with its size",
-    "RLOOTrainer": "makes its micro-batches itself",
 }
 """Class name → reason why no weight makes its micro-batches add up."""
 
@@ -34,8 +32,7 @@ DPO_WITHOUT_UNIT = {
     **dict.fromkeys(
         ["aot", "aot_unpaired"], "sorts the pairs of its micro-batch, so a smaller micro-batch is another loss"
     ),
-    "sft": "is a mean over the tokens of the chosen answers; alone, it is exact with "
-    "count_targets=lambda batch: batch['completion_mask'].chunk(2)[0][:, 1:].sum()",
+    "sft": "is a mean over the tokens of the chosen answers, and exact only alone",
 }
 """``DPOConfig.loss_type`` → reason why it is no mean over pairs."""
 
@@ -58,9 +55,8 @@ def why_not_exact(trainer: object) -> str:
 
 def why_without_unit(trainer: Any) -> str:
     """The reason why the loss of a trainer for pairs is no mean over them; empty if it is one."""
-    loss_types = trainer.args.loss_type if trl_name(trainer) == "DPOTrainer" else []
-    for loss_type in [loss_types] if isinstance(loss_types, str) else loss_types:
-        if loss_type in DPO_WITHOUT_UNIT:
+    for loss_type in dpo_loss_types(trainer):
+        if loss_type in DPO_WITHOUT_UNIT and not _is_by_tokens(trainer):
             return f"loss_type {loss_type!r} {DPO_WITHOUT_UNIT[loss_type]}"
     return ""
 
@@ -68,6 +64,27 @@ def why_without_unit(trainer: Any) -> str:
 def num_blocks(trainer: object) -> int:
     """Number of blocks in which the rows of a batch lie, see :mod:`hf_gradutils.targets.rows`."""
     return 2 if trl_name(trainer) in PAIRED else 1
+
+
+def dpo_loss_types(trainer: Any) -> list[str]:
+    """The names of the losses that a trainer of DPO adds; none of another trainer."""
+    loss_types = trainer.args.loss_type if trl_name(trainer) == "DPOTrainer" else []
+    return [loss_types] if isinstance(loss_types, str) else list(loss_types)
+
+
+def _is_by_tokens(trainer: Any) -> bool:
+    return set(dpo_loss_types(trainer)) == {"sft"} and not trainer.use_weighting
+
+
+def paired_counter(trainer: Any) -> CountTargets:
+    """The count of what the loss of a trainer for pairs is a mean over: mostly pairs."""
+    return count_chosen_tokens if _is_by_tokens(trainer) else count_pairs
+
+
+def count_chosen_tokens(batch: Mapping[str, Any]) -> Tensor:
+    """Tokens of the chosen answers in a batch of preferences, shape ()."""
+    num_tokens: Tensor = batch["completion_mask"].chunk(2)[0][:, 1:].sum()
+    return num_tokens
 
 
 def count_pairs(batch: Mapping[str, Any]) -> Tensor:

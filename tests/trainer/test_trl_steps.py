@@ -136,23 +136,38 @@ def test_every_dpo_loss_of_trl_is_known():
     assert types == set(MEANS_OVER_PAIRS) | set(trl_trainers.DPO_WITHOUT_UNIT)
 
 
-@pytest.mark.parametrize("loss_type", ["sft", "aot", "aot_unpaired"])
+@pytest.mark.parametrize("loss_type", ["aot", "aot_unpaired"])
 def test_dpo_losses_that_are_no_mean_over_pairs_are_refused(loss_type):
     arguments = {"loss_type": ["sigmoid", loss_type], "loss_weights": [1.0, 0.5]}
-    reason = "mean over the tokens of the chosen" if loss_type == "sft" else "sorts the pairs of its micro-batch"
+    reason = "sorts the pairs of its micro-batch"
     with pytest.raises(LossUnitError, match=f"cannot be split exactly: loss_type '{loss_type}' .*{reason}"):
         train(ExactDPO, 4, 4, data=make_data(15), arguments=arguments)
+
+
+def test_dpo_with_an_sft_term_has_a_weight_for_each():
+    arguments = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}
+    _, want = train(trl.DPOTrainer, 15, 1, data=make_data(15), arguments=arguments)
+    _, got = train(ExactDPO, 4, 4, data=make_data(15), arguments=arguments)
+    _, stock = train(trl.DPOTrainer, 4, 4, data=make_data(15), arguments=arguments)
+    assert relative_error(got.steps[0], want.steps[0]) < TOLERANCE
+    assert relative_error(stock.steps[0], want.steps[0]) > 1e-2
 
 
 def count_chosen(batch):
     return batch["completion_mask"].chunk(2)[0][:, 1:].sum()
 
 
-def test_dpo_with_a_count_of_the_users_own_is_exact():
+@pytest.mark.parametrize("plugin", [GradUtilsPlugin(), GradUtilsPlugin(count_targets=count_chosen)])
+def test_dpo_by_tokens_alone_is_exact(plugin):
     data = make_data(15)
-    plugin = GradUtilsPlugin(count_targets=count_chosen)
-    _, tap = train(ExactDPO, 4, 4, data=data, arguments={"loss_type": ["sft"]}, grad_plugin=plugin)
-    assert relative_error(tap.steps[0], truth("sft", data)[0]) < TOLERANCE
+    want, want_loss = truth("sft", data)
+    trainer, tap = train(ExactDPO, 4, 4, data=data, arguments={"loss_type": ["sft"]}, grad_plugin=plugin)
+    assert relative_error(tap.steps[0], want) < TOLERANCE
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(want_loss, rel=1e-5)
+    assert (
+        relative_error(train(trl.DPOTrainer, 4, 4, data=data, arguments={"loss_type": ["sft"]})[1].steps[0], want)
+        > 1e-2
+    )
 
 
 def test_a_wrong_count_of_the_users_own_is_refused():
