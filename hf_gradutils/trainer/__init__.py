@@ -1,5 +1,6 @@
 """Drop-ins for transformers' Trainers with exact gradients."""
 
-from hf_gradutils.trainer._trainer import GradUtilsSeq2SeqTrainer, GradUtilsTrainer, GradUtilsTrainerMixin
+from hf_gradutils.trainer._classes import GradUtilsSeq2SeqTrainer, GradUtilsTrainer
+from hf_gradutils.trainer._trainer import GradUtilsTrainerMixin
 
 __all__ = ["GradUtilsSeq2SeqTrainer", "GradUtilsTrainer", "GradUtilsTrainerMixin"]

@@ -13,6 +13,7 @@ from transformers.trainer_utils import has_length
 from hf_gradutils._collectives import add_up, find_largest, world_domain
 from hf_gradutils.accelerator import another
 from hf_gradutils.errors import InvalidArgumentError
+from hf_gradutils.targets.trl_generating import makes_batches
 from hf_gradutils.trainer._ulysses import check_lengths
 
 
@@ -140,7 +141,8 @@ class TrainingBatches:
         extremes = find_largest(world_domain(), most=num_batches, minus_least=-num_batches)
         most, least = int(extremes["most"]), -int(extremes["minus_least"])
         self.num_in_epoch = most * self._trainer.get_sp_size()
-        self._pads = not self.has_length or most != least
+        # Where batches are generated, accelerate gives every rank equally many, and padding would generate others.
+        self._pads = most != least or not (self.has_length or makes_batches(self._trainer))
         if most != least:
             check_lengths(self._trainer, num_batches)
         return _OfLength(dataloader, most) if most != least else dataloader

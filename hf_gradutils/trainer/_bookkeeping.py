@@ -20,6 +20,7 @@ class Operations:
         """Operations of a micro-batch, as ``floating_point_ops`` has them: the Trainer's, or a subclass's."""
         model = self._trainer.model
         name = getattr(model, "main_input_name", "input_ids")
+        name = name if isinstance(name, str) else name[0]  # OneFormer has two, which Trainer's own count fails for
         main_input = inputs.get(name) if isinstance(inputs, Mapping) else None
         is_trainers = getattr(floating_point_ops, "__func__", None) is Trainer.floating_point_ops
         if not (is_trainers and isinstance(main_input, Tensor) and hasattr(model, "num_parameters")):

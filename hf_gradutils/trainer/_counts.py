@@ -77,6 +77,8 @@ class WindowCounts:
     def _reason(self, model: nn.Module) -> str:
         """What cannot do without counts that are known first, in words; empty if nothing is known to."""
         trainer = self._trainer
+        if self._unit.shares is not None:
+            return self._unit.shares.why
         if is_users(trainer, "get_batch_samples"):
             return "get_batch_samples is overridden, and sees a list of batches and their count"
         return reader_of_gradients(model, [trainer.optimizer])
@@ -94,22 +96,28 @@ class WindowCounts:
         Returns:
             ``num_items_in_batch`` as transformers has it, shape (), float32, or None if ``hands_count`` is False.
 
-        Collectives: one all-reduce of two numbers over all ranks; the first backward waits for it, and where user code
-            sees the count the first forward. Host syncs: none.
+        Collectives: one all-reduce of two numbers or more over all ranks; the first backward waits for it, and where
+            user code sees the count the first forward. Host syncs: none.
         """
         trainer = self._trainer
         own = [batch for batch in batches if not self._batches.is_padding(batch)]
+        shares = self._unit.shares
         targets = sum((self._unit.count(batch).double() for batch in own), self._zero)
         numbers = [targets / trainer.get_cp_size()]  # which cuts whole rows later; DeepSpeed has cut them
         local = self.stock_count(own) if hands_count else None
         numbers.append(self._zero if local is None else on_device(local, self._zero.device).double())
+        if shares is not None:
+            of_shares = [shares.counts(batch) * (not self._batches.is_padding(batch)) for batch in batches]
+            numbers += torch.stack(of_shares).sum(0).to(self._zero.device).unbind()
         window = trainer.accelerator.windows.of_loss(trainer.model_wrapped)
         reduced = expect(trainer.accelerator.windows, window, torch.stack(numbers))
+        if shares is not None:
+            shares.begin(lambda: reduced()[2:])
         if not hands_count:
             return None
         if not (self._unit.may_be_asked_for_parts or trainer.compute_loss_func):
             return None  # no code of the user's sees it: the forward need not wait
-        targets, stock = reduced().float()
+        targets, stock = reduced().float()[:2]
         return targets / trainer.get_tp_size() if local is None else stock
 
     @property
@@ -202,13 +210,19 @@ class WindowCounts:
 
     def _set(self, micro_batch: MicroBatch, num_targets: Tensor) -> None:
         assert self._unit.counter is not None
-        micro_batch.count(num_targets, self._unit.counter.weight(num_targets))
+        weight = self._unit.counter.weight(num_targets)
+        # A router loss counts where nothing else does.
+        micro_batch.count(num_targets, weight if self._unit.shares is None else weight.clamp(min=1))
         self.choose(micro_batch, has_count=micro_batch.has_count)
 
     def choose(self, micro_batch: MicroBatch, *, has_count: bool) -> None:
         """Choose the weight of a loss that was given a count or not: without, one that divides by it is a mean."""
         own, micro_batch.has_count = micro_batch.own_weight, has_count
         if own is None:
+            return
+        if self._unit.shares is not None and self._unit.shares.gives_share:
+            micro_batch.is_share = micro_batch.is_divided = True
+            micro_batch.weight = torch.full_like(self._zero, self._num_averaged)
             return
         contract = LossContract(self._unit.model_divides) if micro_batch.is_models else self._unit.contract
         divides = contract.divides and has_count

@@ -7,15 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.trainer_pt_utils import find_batch_size
 
 from hf_gradutils._collectives import all_reduce_, world_domain
 from hf_gradutils.accelerator import MicroBatch
-from hf_gradutils.errors import TargetCountError
-from hf_gradutils.targets import trl
+from hf_gradutils.errors import LossUnitError, TargetCountError
+from hf_gradutils.targets import trl, trl_generating
 from hf_gradutils.targets.counter import check_count
 from hf_gradutils.targets.rows import count_rows, is_divisible, take_rows
 from hf_gradutils.trainer._filled import FilledBatch, MarkedLoader, marking_filled_batches
 from hf_gradutils.trainer._loss import LossUnit
+from hf_gradutils.trainer._shares import Seen
 
 
 class EvaluationLoss:
@@ -27,11 +29,16 @@ class EvaluationLoss:
         self._sums: list[Tensor] | None = None
         """(n, n·L) of each batch that this rank has evaluated, float64; None while it does not evaluate."""
         self._batch = MicroBatch()
+        self._seen: list[Seen] = []
+        """Of the latest loss, where it is a sum of several means."""
         self._loader: Any = None
 
     @contextlib.contextmanager
     def over(self, loader: Any) -> Iterator[Any]:
         """The context of an evaluation; gives the loader to evaluate, with the batches of this one."""
+        if trl_generating.makes_batches(self._trainer):  # what a loss without copies would do once more
+            yield loader
+            return
         with marking_filled_batches(loader) as marked:
             self._sums, self._loader = [], marked
             try:
@@ -44,12 +51,25 @@ class EvaluationLoss:
         sums, self._sums = self._sums, None
         if not (sums and is_wanted):
             return None
+        if self._unit.means is not None:
+            totals = all_reduce_(world_domain(), torch.stack(sums).sum(0).flatten())
+            return float(self._unit.means.mean_of(*totals.reshape(2, -1)))
         count, weighted_loss = all_reduce_(world_domain(), torch.stack(sums).sum(0)).tolist()
         check_count(count)
         return weighted_loss / count if count else math.nan
 
-    def start_batch(self) -> None:
+    @contextlib.contextmanager
+    def in_batch(self) -> Iterator[None]:
+        """The context of a batch's loss."""
         self._batch = MicroBatch()
+        with self._unit.alone(), self._seeing_terms():
+            yield
+
+    @contextlib.contextmanager
+    def _seeing_terms(self) -> Iterator[None]:
+        self._seen = []
+        with self._unit.means.seeing(self._seen) if self._unit.means is not None else contextlib.nullcontext():
+            yield
 
     def see(self, inputs: Mapping[str, Any]) -> None:
         """Count the targets where the loss is computed: context parallelism cuts labels to this rank's part before."""
@@ -62,6 +82,10 @@ class EvaluationLoss:
             return
         self._unit.settle_once(inputs)
         trainer, unit = self._trainer, self._unit
+        if trainer.whole_batch_loss is not None and not is_divisible(inputs):
+            number = loss.new_full((), find_batch_size(inputs) or 1, dtype=torch.float64)
+            self._sums.append(torch.stack((number, loss * number)))
+            return
         num_rows = count_rows(inputs, num_blocks=trl.num_blocks(trainer))
         filled = self._filled
         # Without padding, the samples follow each other in one row; a last batch that has copies is full.
@@ -72,8 +96,22 @@ class EvaluationLoss:
             take = self._without_copies if num_flattened == 1 else self._without_flattened_copies
             inputs = trainer._prepare_inputs(take(inputs, num_real_rows))
             num_items = unit.count(inputs).clamp(min=1).float()
-            with torch.no_grad(), trainer.compute_loss_context_manager(), trl.loss_only(trainer), unit.alone():
+            with (
+                torch.no_grad(),
+                trainer.compute_loss_context_manager(),
+                trl.loss_only(trainer),
+                unit.alone(),
+                self._seeing_terms(),
+            ):
                 loss = trainer.compute_loss(model, inputs, num_items_in_batch=num_items).detach().mean()
+        if unit.means is not None:
+            if not self._seen:
+                raise LossUnitError(
+                    "the loss of training is a sum of several means, and that of this evaluation is not; let "
+                    "compute_loss return the same terms, and the model get all labels"
+                )
+            self._sums.append(unit.means.sums_of(self._seen[-1]) * (num_real_rows != 0))
+            return
         num_targets = unit.count(inputs) if self._batch.num_targets is None else self._batch.num_targets
         if num_real_rows == 0:
             num_targets = torch.zeros_like(num_targets)

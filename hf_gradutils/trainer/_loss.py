@@ -17,12 +17,20 @@ from torch import Tensor, nn
 from hf_gradutils._collectives import add_up, world_domain
 from hf_gradutils._devices import on_device
 from hf_gradutils.errors import TargetCountError
+from hf_gradutils.targets import trl_generating
 from hf_gradutils.targets.counter import TargetCounter
 from hf_gradutils.targets.probe import LATER_STEPS
 from hf_gradutils.targets.rows import count_rows, entries_of, is_divisible
+from hf_gradutils.targets.terms import Terms
 from hf_gradutils.trainer._contract import LossContract, as_if_alone, ask_loss, warn_of, warn_of_change
+from hf_gradutils.trainer._find_shares import find_shares
+from hf_gradutils.trainer._generating import settled_counter
+from hf_gradutils.trainer._given_terms import GivenTerms
+from hf_gradutils.trainer._means import Means
 from hf_gradutils.trainer._overrides import is_transformers, is_users
+from hf_gradutils.trainer._sentences import one_draw
 from hf_gradutils.trainer._settle import UnitSettler
+from hf_gradutils.trainer._shares import Shares, TermShares
 from hf_gradutils.trainer._ulysses import as_own_shard
 from hf_gradutils.upstream.accelerate import without_accelerate_state
 
@@ -46,6 +54,14 @@ class LossUnit:
         """The model divides by the count that transformers hands it, and code of the user's may see that."""
         self.contract = LossContract()
         """What the loss divides by."""
+        self.shares: Shares | None = None
+        """Set if no weight makes micro-batches add up to the loss, but shares do."""
+        self.means: Means | None = None
+        """Set if the loss is a sum of several means, for evaluation."""
+        self.terms: Terms | None = None
+        """The terms of the latest loss, if it has several."""
+        self.num_terms = 0
+        """Terms that the first loss had."""
         self.asked: Tensor | None = None
         """Targets of the batch whose loss is asked for its contract now, whatever count it is given."""
 
@@ -150,9 +166,18 @@ class LossUnit:
             TargetCountError: the targets cannot be counted, and they are needed.
         """
         self.is_split = is_split
+        self.shares = None
+        if trl_generating.makes_batches(self._trainer):  # a question would generate
+            self.counter, self.hands_count, self.model_divides = settled_counter(self._trainer), False, False
+            self._first_step = self._asked_at = self._trainer.state.global_step
+            return trl_generating.targets_per_micro_batch(self._trainer)
+        shares = find_shares(self._trainer, self, self._settler.losses, inputs)
+        self.shares = shares if is_split else None
+        self.means = shares if isinstance(shares, TermShares | GivenTerms) else None
         if self.may_be_asked_for_parts:  # without labels in their usual place transformers hands over no count
             self.hands_count = self._trainer._steps.counts.stock_count([inputs]) is not None
-        self.model_divides = self.hands_count and self._ask_model(inputs)
+        gives_share = self.shares is not None and self.shares.gives_share
+        self.model_divides = self.hands_count and not gives_share and self._ask_model(inputs)
         targets_per_micro_batch = self._settler.settle(inputs, is_split=is_split)
         self.contract = self._ask_contract(inputs)
         self._first_step = self._asked_at = self._trainer.state.global_step
@@ -160,11 +185,18 @@ class LossUnit:
             warn_of(self.contract)
         return targets_per_micro_batch
 
+    @property
+    def num_data_ranks(self) -> int:
+        """Ranks, or groups of ranks, that see batches of their own."""
+        return int(self._trainer.accelerator.num_processes // self._trainer.get_tp_size())
+
     def _ask_contract(self, inputs: Any) -> LossContract:
         """Ask a loss of the user's own what it divides by. Collectives: as :func:`ask_loss`."""
         trainer = self._trainer
         is_alone = trainer.args.gradient_accumulation_steps == 1 and trainer.accelerator.num_processes == 1
-        if is_alone or not (is_users(trainer, "compute_loss") or trainer.compute_loss_func):
+        gives_share = self.shares is not None and self.shares.gives_share
+        is_alone |= trl_generating.makes_batches(trainer)  # a question would generate
+        if is_alone or gives_share or not (is_users(trainer, "compute_loss") or trainer.compute_loss_func):
             return LossContract()
         is_undivided = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
         is_scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # what the user says; not before transformers 5.24
@@ -227,6 +259,10 @@ class LossUnit:
                 once = twice = 0.0
         ranks = add_up(world_domain(), divides=once != 0 and math.isclose(once, 2 * twice, rel_tol=1e-3))
         return bool(ranks["divides"])
+
+    def in_share(self, inputs: Any) -> contextlib.AbstractContextManager[None]:
+        """The context of a micro-batch's outermost loss, where shares are made."""
+        return one_draw(self._trainer) if self.shares is None else self.shares.in_loss(inputs)
 
     def alone(self) -> contextlib.AbstractContextManager[None]:
         """The context of a loss that is a mean only if it is told that its micro-batch is the whole batch."""

@@ -1,7 +1,8 @@
 """Leave no trace of losses that are computed besides training: no log entries, callbacks, counters or gradients.
 
 What user code keeps is restored where that is cheap: attributes of the Trainer, of its state and of objects and modules
-of the user's own; the contents of built-in containers; small tensors and arrays. Models and data are never copied.
+of the user's own; the contents of built-in containers; small tensors and arrays; the model's buffers. Parameters and
+data are never copied.
 """
 
 import contextlib
@@ -50,6 +51,10 @@ class Snapshot:
         self._seen: set[int] = {id(vars(trainer).get(name)) for name in _DATA}
         self._drawing: set[int] = set()
         self._room = _ALL
+        for buffer in model.buffers():
+            # Of any size, such as a queue of negatives; but there is no second copy of quantized weights.
+            if _is_plain(buffer) and buffer.is_floating_point() and buffer.element_size() > 1:
+                self._keep_tensor(buffer)
         self._keep_attributes(vars(trainer), _DEPTH)
         self._keep_attributes(vars(trainer.state), _DEPTH)
         self._keep_attributes(vars(trainer.control), 0)
@@ -80,6 +85,9 @@ class Snapshot:
             undo()
 
     def _keep_module(self, module: nn.Module) -> None:
+        buffers = vars(module)["_buffers"]
+        named = dict(buffers)
+        self._undo.append(lambda: buffers.update(named))
         for buffer in module.buffers(recurse=False):
             self._keep(buffer, 0)
         if _is_the_users(module) and id(module) not in self._seen:
@@ -110,8 +118,7 @@ class Snapshot:
             self._seen.add(id(value))
             self._keep_container(value, depth)
         elif isinstance(value, Tensor):
-            is_plain = type(value) is Tensor and value.layout == torch.strided and not value.is_inference()
-            if is_plain and self._has_room(value.numel()):  # neither a parameter nor spread over ranks
+            if _is_plain(value) and self._has_room(value.numel()):
                 self._keep_tensor(value)
         elif type(value).__name__ == "ndarray":
             if value.flags.writeable and self._has_room(value.size):
@@ -203,6 +210,11 @@ def without_trace(trainer: Any, model: nn.Module, variables: Iterable[Variable])
                 discard_deferred(model)
             for parameter, gradient in gradients:
                 parameter.grad = gradient
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """True for what is neither a parameter nor spread over ranks."""
+    return type(tensor) is Tensor and tensor.layout == torch.strided and not tensor.is_inference()
 
 
 @contextlib.contextmanager

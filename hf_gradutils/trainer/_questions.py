@@ -9,16 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_gradutils._precision import uses_exact_arithmetic
-from hf_gradutils._undisturbed import in_evaluation_mode
+from hf_gradutils._undisturbed import RowsDrawAlike, in_evaluation_mode
 from hf_gradutils.targets import trl
 from hf_gradutils.targets.auxiliary_loss import auxiliary_coefficient
 from hf_gradutils.targets.counter import TargetCounter
+from hf_gradutils.targets.known_heads import draws_by_row
+from hf_gradutils.targets.router_losses import add_coefficient, own_router_loss
 from hf_gradutils.targets.rows import with_own_tensors
 from hf_gradutils.targets.sample import DatasetRows
+from hf_gradutils.trainer._given_terms import one_loss
 from hf_gradutils.trainer._kept import variables
 from hf_gradutils.trainer._no_trace import Snapshot, without_trace
 from hf_gradutils.trainer._overrides import is_transformers, is_users
+from hf_gradutils.trainer._sentences import one_draw
 from hf_gradutils.trainer._ulysses import rows_loader
 from hf_gradutils.upstream.deepspeed import is_engine
 from hf_gradutils.upstream.torch import is_multiple
@@ -48,11 +51,14 @@ class TrainerLosses:
     def asked(self) -> Iterator[Any]:
         """Evaluation mode without gradients and without a trace. Yields the function that prepares a batch."""
         trainer = self._trainer
+        # A head that draws by row is asked as if all rows drew the same, or its losses would not be comparable.
+        draws = RowsDrawAlike() if draws_by_row(self._unit.head) else contextlib.nullcontext()
         with (
-            in_evaluation_mode(self._model),
+            draws,
+            in_evaluation_mode(self.model),
             torch.no_grad(),
             trl.loss_only(trainer, with_auxiliary=False),
-            without_trace(trainer, self._model, variables(trainer)) as self._snapshot,
+            without_trace(trainer, self.model, variables(trainer)) as self._snapshot,
         ):
             # A copy, because a subclass may take entries out.
             try:
@@ -95,11 +101,16 @@ class TrainerLosses:
         if not has_auxiliary:
             return loss
         loss, outputs = loss
-        auxiliary = outputs.get("aux_loss") if isinstance(outputs, Mapping) else None
+        own = outputs.get("loss") if isinstance(outputs, Mapping) else None
+        if not (isinstance(own, Tensor) and torch.equal(own.to(loss), loss)):  # code of the user's may leave it out
+            return loss
+        if (own := own_router_loss(unit.head, outputs)) is not None:
+            return loss - add_coefficient(unit.head) * own
+        auxiliary = outputs.get("aux_loss")
         return loss - coefficient * auxiliary if isinstance(auxiliary, Tensor) else loss
 
     @property
-    def _model(self) -> Any:
+    def model(self) -> Any:
         """The model as ``compute_loss`` is given it in training, in DDP or an engine, but not compiled."""
         wrapped = getattr(self._trainer.model_wrapped, "_orig_mod", self._trainer.model_wrapped)
         is_wrapped = isinstance(wrapped, DistributedDataParallel) or is_engine(wrapped)
@@ -125,7 +136,7 @@ class TrainerLosses:
             losses.extend([loss] if isinstance(loss, Tensor) else [])
 
         with contextlib.ExitStack() as stack:
-            for model in {self._model, self._trainer.model}:
+            for model in {self.model, self._trainer.model}:
                 stack.callback(model.register_forward_hook(keep).remove)
             stack.enter_context(torch.enable_grad())
             loss = self.given(batch, num_targets)
@@ -135,27 +146,15 @@ class TrainerLosses:
         trainer = self._trainer
         assert self._snapshot is not None
         options = {"return_outputs": True} if return_outputs else {}
-        model = self._model
+        model = self.model
         # A loss that needs autograd must not start DDP's reduction of gradients.
         is_held = torch.is_grad_enabled() and isinstance(model, DistributedDataParallel)
         try:
-            with model.no_sync() if is_held else contextlib.nullcontext(), trainer.compute_loss_context_manager():
+            no_sync = model.no_sync() if is_held else contextlib.nullcontext()
+            with no_sync, trainer.compute_loss_context_manager(), one_draw(trainer):
                 loss = trainer.compute_loss(model, with_own_tensors(batch), num_items_in_batch=num_targets, **options)
+                loss = one_loss(self._unit, loss)
             self._snapshot.has_gradients |= torch.is_grad_enabled()
             return loss
         finally:
             self._snapshot.restore()
-
-
-def rounding_of(trainer: Any) -> float:
-    """The distance from 1 to the next number of the coarsest dtype that the model computes in; 0 from float32 on."""
-    if uses_exact_arithmetic(trainer.accelerator, trainer.model):
-        return 0.0
-    is_bf16 = trainer.accelerator.mixed_precision == "bf16" or any(
-        parameter.dtype == torch.bfloat16 for parameter in _floating(trainer.model)
-    )
-    return torch.finfo(torch.bfloat16 if is_bf16 else torch.float16).eps  # TF32 rounds like float16
-
-
-def _floating(model: nn.Module) -> Iterator[Tensor]:
-    return (parameter for parameter in model.parameters() if parameter.is_floating_point())

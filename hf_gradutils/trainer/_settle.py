@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hf_gradutils._collectives import add_up, world_domain
+from hf_gradutils._precision import rounding_of
 from hf_gradutils.errors import LossUnitError, TargetCountError
 from hf_gradutils.targets import trl
 from hf_gradutils.targets.counter import TargetCounter
@@ -23,8 +25,11 @@ from hf_gradutils.targets.probe import HOW_TO_FIX, LATER_STEPS
 from hf_gradutils.targets.rows import entries_of
 from hf_gradutils.targets.unit import LossExaminer
 from hf_gradutils.trainer import _ulysses as ulysses
+from hf_gradutils.trainer._check_shares import check_shares, counter_of_shares
 from hf_gradutils.trainer._overrides import is_users
-from hf_gradutils.trainer._questions import TrainerLosses, rounding_of
+from hf_gradutils.trainer._questions import TrainerLosses
+from hf_gradutils.trainer._sentences import sentence_counter
+from hf_gradutils.trainer._shares import Shares
 
 if TYPE_CHECKING:
     from hf_gradutils.trainer._loss import LossUnit
@@ -75,6 +80,8 @@ class UnitSettler:
     def settle(self, inputs: Any, *, is_split: bool) -> float:
         """As :meth:`LossUnit.settle`."""
         trainer, unit = self._trainer, self._unit
+        if unit.shares is not None and unit.shares.gives_share:
+            return self._settle_shares(unit.shares, inputs)
         check = is_split and trainer.grad_plugin.check_loss_unit
         with self.losses.asked() as prepare:
             batch = prepare(inputs)
@@ -85,7 +92,7 @@ class UnitSettler:
                 counter,
                 dataset=self.losses.dataset_rows if is_split else None,
                 num_blocks=trl.num_blocks(trainer),
-                rounding=rounding_of(trainer),
+                rounding=rounding_of(trainer.accelerator, trainer.model),
                 batch_size=trainer.args.per_device_train_batch_size,
             )
             is_shard = ulysses.is_on(trainer) and "shift_labels" in entries_of(batch)
@@ -98,10 +105,36 @@ class UnitSettler:
                 smooths_labels=trainer.label_smoother is not None,
                 rows_differ=is_split and self.losses.is_the_users,
             )
+            if unit.shares is not None:
+                unit.counter = self._examiner.counter
+                check_shares(
+                    unit.shares,
+                    self.losses.model,
+                    batch,
+                    num_blocks=trl.num_blocks(trainer),
+                    rounding=rounding_of(trainer.accelerator, trainer.model),
+                )
         unit.counter = replace(counter, head_shifts=shifts or settled.head_shifts)
         if settled.verdict is not None:
             self._start(settled.verdict)
         return settled.targets_per_micro_batch
+
+    def _settle_shares(self, shares: Shares, inputs: Any) -> float:
+        """Check on the first batch that the shares are those of the loss. Collectives: two sums over all ranks."""
+        trainer, unit = self._trainer, self._unit
+        counter = trainer.grad_plugin.counter()
+        with self.losses.asked() as prepare:
+            batch = prepare(inputs)
+            unit.counter = counter_of_shares(counter, batch)
+            check_shares(
+                shares,
+                self.losses.model,
+                batch,
+                num_blocks=trl.num_blocks(trainer),
+                rounding=rounding_of(trainer.accelerator, trainer.model),
+            )
+            num_targets = add_up(world_domain(), targets=float(unit.counter(batch)))["targets"]
+        return num_targets / trainer.accelerator.num_processes
 
     def ask_shift(self, batch: Any) -> bool:
         """Ask about the shift of the head, on a batch of this process, which is alone."""
@@ -194,14 +227,18 @@ class UnitSettler:
         trainer = self._trainer
         counter, why_not = trainer.grad_plugin.counter(), ""
         head = known_head(self._unit.head) if trainer.compute_loss_func is None else None
+        if head is not None and head.is_shared and check and is_users(trainer, "compute_loss"):
+            head = None
         if counter.is_default and trl.num_blocks(trainer) == 2:
-            counter, why_not = TargetCounter(count=trl.count_pairs), trl.why_without_unit(trainer)
+            counter, why_not = TargetCounter(count=trl.paired_counter(trainer)), trl.why_without_unit(trainer)
         elif counter.is_default and head is not None:
             if head.loss_unit is not None:
                 counter = TargetCounter(head.loss_unit, ignore_index=head.ignore_index)
             else:
                 counter = TargetCounter("rows")
             why_not = head.reason
+        if is_split and counter.is_default and (of_sentences := sentence_counter(trainer)) is not None:
+            counter = of_sentences
         if why_not and check:
             raise LossUnitError(f"the loss cannot be split exactly: {why_not}; {HOW_TO_FIX}")
         if is_split:

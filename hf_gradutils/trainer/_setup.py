@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 from hf_gradutils.accelerator import GradUtilsAccelerator
 from hf_gradutils.errors import InvalidArgumentError
-from hf_gradutils.targets import trl
+from hf_gradutils.targets import trl, trl_generating
 from hf_gradutils.trainer._ulysses import check_sequence_parallel
 
 logger = logging.getLogger("hf_gradutils.trainer")
@@ -48,6 +48,7 @@ def check_setup(trainer: Any) -> None:
             f"{name} {reason}, so it cannot be made exact; use it without GradUtilsTrainerMixin in front, or one of "
             f"{', '.join(trl.EXACT)} with it"
         )
+    trl_generating.check_options(trainer)
     if named := trainer.grad_plugin.accumulation_settings():
         raise InvalidArgumentError(
             f"GradUtilsPlugin({', '.join(named)}) has no effect in a Trainer; set TrainingArguments("

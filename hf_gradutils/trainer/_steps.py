@@ -10,13 +10,17 @@ from torch import Tensor, nn
 
 from hf_gradutils.accelerator import Counters, MicroBatch, check_weighted
 from hf_gradutils.errors import InvalidArgumentError, NonfiniteGradientError
+from hf_gradutils.targets import trl_generating
 from hf_gradutils.targets.counter import with_one_target
 from hf_gradutils.trainer._accumulation import Accumulation
 from hf_gradutils.trainer._batches import MicroBatches, TrainingBatches
 from hf_gradutils.trainer._counts import WindowCounts
 from hf_gradutils.trainer._evaluation import num_data_ranks
+from hf_gradutils.trainer._first_pass import FirstPass, check_possible
+from hf_gradutils.trainer._given_terms import one_loss
 from hf_gradutils.trainer._log import RunningLog
 from hf_gradutils.trainer._loss import LossUnit
+from hf_gradutils.trainer._sentences import prepare_losses
 from hf_gradutils.window import AccumulationWindow, loss_scale_for
 
 
@@ -28,6 +32,7 @@ class OptimizerSteps:
         self._unit = unit
         self._batches = batches
         self.counts = WindowCounts(trainer, unit, batches)
+        self.first_pass = FirstPass(trainer, unit, batches)
         self.micro_batch: MicroBatch | None = None
         self._is_preparing = False
         self._num_closed = 0
@@ -59,9 +64,14 @@ class OptimizerSteps:
         try:
             is_own = num_items_in_batch is None or self._unit.contract.is_asked_alone
             count = micro_batch.divisor if is_own else num_items_in_batch
-            with windows.one_micro_batch(model, micro_batch), self._keeping_models_losses(model, count):
+            with (
+                windows.one_micro_batch(model, micro_batch),
+                self._keeping_models_losses(model, count),
+                self.first_pass.second(micro_batch),
+            ):
                 loss = step(model, inputs, count if self._unit.hands_count else None)
             micro_batch.report(windows.of_loss(model), loss)
+            trl_generating.join_step_times(trainer)
             return loss
         finally:
             self.micro_batch = micro_batch.count_late = None  # which would keep the batch
@@ -90,19 +100,27 @@ class OptimizerSteps:
 
     def in_loss(self, compute_loss: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Compute a loss, by ours or a user's ``compute_loss``, and keep it."""
+        in_share = self._in_share(args[1] if len(args) > 1 else kwargs["inputs"])
         self._num_losses += 1
         try:
-            with self._unit.alone():
-                result = compute_loss(*args, **kwargs)
+            with self._unit.alone(), in_share:
+                result = one_loss(self._unit, compute_loss(*args, **kwargs), self.micro_batch)
         finally:
             self._num_losses -= 1
         self.keep(result[0] if isinstance(result, tuple) else result)
         return result
 
+    def _in_share(self, inputs: Any) -> contextlib.AbstractContextManager[None]:
+        """The context of the outermost loss of a micro-batch, which is to become its share."""
+        is_inside = self.micro_batch is None or self._num_losses or not torch.is_grad_enabled()
+        return self._unit.in_share(inputs) if not is_inside else contextlib.nullcontext()
+
     def keep(self, loss: Tensor) -> None:
         """Keep a loss for ``backward`` to compare; one without a graph is looked at only."""
         if self.micro_batch is not None and loss.requires_grad:
             self.micro_batch.computed = loss
+            if self._unit.shares is not None and self._unit.shares.is_result and self.micro_batch.share is None:
+                self.micro_batch.share = loss
 
     @contextlib.contextmanager
     def _keeping_models_losses(self, model: nn.Module, count: Any) -> Iterator[None]:
@@ -149,7 +167,10 @@ class OptimizerSteps:
         if trainer.accelerator.windows.engine is not None:
             trainer.accelerator.windows.engine.check_clipping(trainer.args.max_grad_norm or math.inf)
         is_split = accumulation > 1 or trainer.accelerator.num_processes > trainer.get_tp_size()
+        prepare_losses(trainer)
         targets_per_micro_batch = unit.settle(inputs, is_split=is_split)
+        if unit.shares is not None:
+            check_possible(trainer, unit.shares)
         assert unit.counter is not None
         sums = AccumulationWindow(
             trainer.args.device,
@@ -159,6 +180,8 @@ class OptimizerSteps:
         )
         trainer.accelerator.windows.of_loss(model).start(sums)
         self.counts.decide(model)
+        if self.counts.is_first and (reason := trl_generating.why_not_counted_first(trainer)):
+            raise InvalidArgumentError(reason)
         self.accumulation.settled = accumulation
 
     def window(self, epoch: Iterator[Any], num_batches: int) -> tuple[Sequence[Any] | MicroBatches, Any]:
@@ -169,6 +192,9 @@ class OptimizerSteps:
             return [], None
         if self.accumulation.settled is None:
             self._settle(self._trainer.model_wrapped, self._batches.first())
+        elif not self.accumulation.is_settled:  # a callback has changed it, and with it perhaps the need of counts
+            batches = list(batches)
+            self._settle(self._trainer.model_wrapped, batches[0])
         if not self.counts.is_first:
             return batches, None
         if self._trainer.accelerator.windows.of_loss(self._trainer.model_wrapped).is_open:
@@ -179,7 +205,9 @@ class OptimizerSteps:
         batches = list(batches)
         self.accumulation.drawn = range(len(batches))
         self._settle(self._trainer.model_wrapped, batches[0])
-        return batches, self.counts.expect(batches)
+        count = self.counts.expect(batches)
+        self.first_pass.run(batches)
+        return batches, count
 
     def window_of(
         self, override: Callable[..., Any], epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -197,6 +225,7 @@ class OptimizerSteps:
             self.counts.check_length(batches, num_batches, is_open=window.is_open)
             if not window.is_open:
                 self.counts.expect(batches, hands_count=False)
+                self.first_pass.run(batches)
         return batches, count
 
     def close_window(self, model: nn.Module, max_norm: float) -> Tensor:

@@ -23,10 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from hf_gradutils.accelerator import GradUtilsPlugin
+from hf_gradutils.accelerator import GradUtilsPlugin, WholeBatchLoss
 from hf_gradutils.coordination.route import route_first_rank
 from hf_gradutils.gradients.partial_sums import sum_increments
 from hf_gradutils.invariance import CheckBeforeTraining
@@ -38,6 +37,7 @@ from hf_gradutils.trainer._log import nan_filter
 from hf_gradutils.trainer._loss import LossUnit
 from hf_gradutils.trainer._overrides import is_transformers, wrapping_overrides
 from hf_gradutils.trainer._setup import adopt_accelerator, check_nothing_reads_gradients, check_setup
+from hf_gradutils.trainer._special_shares import predict_rows, users_loss
 from hf_gradutils.trainer._steps import OptimizerSteps
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
         grad_plugin: Settings.
         check_invariance: Prove at the start of every ``train`` that the gradient does not depend on how the batch is
             cut up and spread, as :func:`hf_gradutils.check_invariance` does, and stop if it does.
+        whole_batch_loss: A loss that compares all rows of the batch, and what it is computed from; takes the place of
+            the model's.
         *args: As the Trainer class takes them.
         **kwargs: As the Trainer class takes them.
 
@@ -69,9 +71,10 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
         *args: Any,
         grad_plugin: GradUtilsPlugin | None = None,
         check_invariance: bool = False,
+        whole_batch_loss: WholeBatchLoss | None = None,
         **kwargs: Any,
     ):
-        self._checks_invariance = check_invariance
+        self._checks_invariance, self.whole_batch_loss = check_invariance, whole_batch_loss
         self.grad_plugin = grad_plugin or GradUtilsPlugin()
         self._start_over()
         with route_first_rank():  # some Trainers prepare their data here
@@ -207,6 +210,9 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
         self._evaluation.see(inputs)
         steps, count = self._steps, num_items_in_batch
         steps.see_count(count)
+        if self.whole_batch_loss is not None:
+            loss, rows = users_loss(self, self._unit, model, inputs, steps.micro_batch)
+            return (loss, {"embeddings": rows}) if return_outputs else loss
         with self._unit.own_mean(count, inputs) as inputs:
             if not is_transformers(super().compute_loss):
                 return steps.in_loss(super().compute_loss, model, inputs, return_outputs, num_items_in_batch=count)
@@ -260,7 +266,7 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Like ``Trainer.evaluation_loop``, with the loss Σ n·L / Σ n over the evaluation set, each sample once."""
-        with self._evaluation.over(dataloader) as loader:
+        with self._evaluation.over(dataloader) as loader, wrapping_overrides(self, GradUtilsTrainerMixin):
             output = super().evaluation_loop(loader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         name = f"{metric_key_prefix}_loss"
         if (loss := self._evaluation.finish(is_wanted=name in output.metrics)) is not None:
@@ -278,23 +284,12 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
         """Like ``Trainer.prediction_step``; also add up the loss for :meth:`evaluation_loop`."""
         if isinstance(inputs, Mapping) and any(inputs.get(name) is not None for name in self.label_names):
             self._unit.settle_once(inputs)
-        self._evaluation.start_batch()
-        with self._unit.alone():
-            loss, logits, labels = super().prediction_step(
-                model, inputs, prediction_loss_only, ignore_keys=ignore_keys, **kwargs
-            )
+        with self._evaluation.in_batch():
+            if self.whole_batch_loss is not None:
+                loss, logits, labels = predict_rows(self, model, inputs, prediction_loss_only)
+            else:
+                loss, logits, labels = super().prediction_step(
+                    model, inputs, prediction_loss_only, ignore_keys=ignore_keys, **kwargs
+                )
         self._evaluation.add(model, inputs, loss)
         return loss, logits, labels
-
-
-class GradUtilsTrainer(GradUtilsTrainerMixin, Trainer):  # type: ignore[misc]
-    """``transformers.Trainer``, exact.
-
-    Takes the arguments of ``Trainer``, and ``grad_plugin=GradUtilsPlugin(…)`` for settings. Gradient, gradient norm and
-    logged loss are those of one process with the whole batch, for every accumulation, number of ranks and head. A log
-    entry also has ``num_targets``, and the evaluation loss is a mean over all targets of the evaluation set.
-    """
-
-
-class GradUtilsSeq2SeqTrainer(GradUtilsTrainerMixin, Seq2SeqTrainer):  # type: ignore[misc]
-    """``transformers.Seq2SeqTrainer``, exact in the same way."""

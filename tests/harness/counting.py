@@ -1,10 +1,13 @@
 """What a call costs, counted and not timed: operations, collectives, host syncs, gradient traffic."""
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,6 +39,60 @@ def collectives(events: list[Any]) -> Counter[str]:
 def num_host_syncs(events: list[Any]) -> int:
     """``item()``, ``bool()`` and their like; the host would wait for a device there."""
     return sum(event.name == "aten::_local_scalar_dense" for event in events)
+
+
+class Reads(TorchFunctionMode):
+    """Counts what makes the host wait for a tensor: ``item()``, ``bool()``, ``tolist()`` and their like."""
+
+    READING = ("item", "__bool__", "__float__", "__int__", "__index__", "tolist", "nonzero", "__contains__")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += getattr(func, "__name__", "") in self.READING
+        return func(*args, **(kwargs or {}))
+
+
+class SavedBytes:
+    """Bytes of the tensors that autograd keeps for backwards, without parameters: activations."""
+
+    def __init__(self, model: nn.Module):
+        self.now = self.peak = 0
+        self._parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self._num_kept: Counter[int] = Counter()
+        """By storage, which several tensors may share."""
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """A context in which they are counted; forwards in it may be run backward in it only."""
+        with saved_tensors_hooks(self._pack, lambda kept: kept.tensor):
+            yield
+
+    def _pack(self, tensor: Tensor) -> "_Kept":
+        tensor = tensor.detach()  # an output's graph would keep itself alive
+        place, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+        if place in self._parameters:
+            return _Kept(tensor, lambda: None)
+        if not self._num_kept[place]:
+            self.now += size
+            self.peak = max(self.peak, self.now)
+        self._num_kept[place] += 1
+        return _Kept(tensor, lambda: self._free(place, size))
+
+    def _free(self, place: int, size: int) -> None:
+        self._num_kept[place] -= 1
+        if not self._num_kept[place]:
+            self.now -= size
+
+
+class _Kept:
+    def __init__(self, tensor: Tensor, free: Callable[[], None]):
+        self.tensor, self._free = tensor, free
+
+    def __del__(self) -> None:
+        self._free()
 
 
 class Traffic(TorchDispatchMode):

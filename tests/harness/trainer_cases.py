@@ -19,10 +19,13 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.distributed import DistributedConfig
 
 from hf_gradutils import GradUtilsTrainer
+from tests.harness import heads
 from tests.harness.gradients import whole_gradients
-from tests.harness.heads import HEADS, without_batch_statistics
+from tests.harness.heads import without_batch_statistics
 from tests.harness.layouts import LAYOUTS
+from tests.harness.shared_heads import SHARED_HEADS
 
+HEADS = heads.HEADS | SHARED_HEADS
 NUM_SAMPLES = 16
 IS_OLD = Version(transformers.__version__) < Version("5.23")
 """Checked on 5.17, which cannot do everything that 5.23 can."""
@@ -54,7 +57,7 @@ def truth_of_micro_batches(head: str, micro_batches: list[Rows]) -> tuple[dict[s
     counts = [HEADS[head].targets(batch) for batch in batches]
     total = 0.0
     for batch, count in zip(batches, counts, strict=True):
-        batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+        batch = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in batch.items()}
         loss = model(**batch)["loss"] * (count / sum(counts))
         loss.backward()
         total += loss.item()
@@ -69,7 +72,7 @@ def micro_batches_of(data: Rows, layout: str, accumulation: int) -> list[Rows]:
 
 # ---- Layouts ----
 
-TIED = ("bert masked",)
+TIED = ("bert masked", "bert pretraining")
 """Heads whose tied parameters accelerate 1.15 puts into two FSDP2 groups, which torch 2.13 refuses."""
 
 

@@ -3,11 +3,13 @@
 import tempfile
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback
 
 from hf_gradutils import GradUtilsTrainer
+from hf_gradutils.trainer._bookkeeping import Operations
 from tests.harness.layouts import on_layouts
 from tests.harness.ranks import ranks
 from tests.harness.trainer_cases import make_data, train
@@ -248,3 +250,24 @@ def test_a_training_resumed_in_mid_epoch_is_booked_as_in_the_stock_trainer(ignor
         trainer, metrics = trained(trainer_class, HEAD, 3, data, resume=f"{folders[0]}/checkpoint-4", **arguments)
         books.append(books_of(trainer, metrics))
     assert books[0] == books[1]
+
+
+class _TwoInputs:
+    main_input_name = ("pixel_values", "task_inputs")
+
+    def num_parameters(self, exclude_embeddings=False):
+        return 7
+
+    def parameters(self):
+        return iter(())
+
+
+def test_a_model_of_two_main_inputs_is_booked_by_the_first():
+    trainer = Trainer.__new__(Trainer)
+    trainer.model = _TwoInputs()
+    inputs = {"pixel_values": torch.zeros(2, 3), "task_inputs": torch.zeros(2, 5)}
+    assert Operations(trainer).of(inputs, trainer.floating_point_ops) == 6 * 6 * 7
+    trainer.model.main_input_name = list(trainer.model.main_input_name)
+    with pytest.raises(TypeError):
+        trainer.floating_point_ops(inputs)
+    assert Operations(trainer).of(inputs, trainer.floating_point_ops) == 6 * 6 * 7

@@ -5,13 +5,13 @@ from collections import Counter
 
 import pytest
 import torch.distributed as dist
-from torch.overrides import TorchFunctionMode
 from torch.profiler import profile
 from transformers import Trainer
 
-from hf_gradutils import GradUtilsTrainer
+from hf_gradutils import GradUtilsTrainer, WholeBatchLoss
 from hf_gradutils.accelerator import GradUtilsPlugin
 from hf_gradutils.gradients import partial_sums
+from tests.harness.counting import Reads
 from tests.harness.heads import collate
 from tests.harness.layouts import on_layouts
 from tests.harness.ranks import ranks
@@ -53,7 +53,7 @@ def test_a_step_costs_one_all_reduce_of_ours_however_many_micro_batches_it_has(l
 NAMES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast", "barrier", "reduce")
 
 
-def _collectives_of_ours(layout, accumulation, max_steps):
+def _collectives_of_ours(layout, accumulation, max_steps, head=None, **kwargs):
     """Calls of torch.distributed from this package; the hooks of tensor parallelism are the model's own."""
     counts = Counter()
     originals = {name: getattr(dist, name) for name in NAMES}
@@ -72,8 +72,8 @@ def _collectives_of_ours(layout, accumulation, max_steps):
         arguments = {"max_steps": max_steps, "logging_strategy": "no", "max_grad_norm": 1.0}
         arguments |= {"optim": "adamw_torch_fused"}
         plugin = GradUtilsPlugin(grad_norm_groups="layer")
-        head = "mixtral moe" if layout.startswith("ep2") else "qwen3 causal"
-        train(head, accumulation, layout=layout, arguments=arguments, grad_plugin=plugin)
+        head = head or ("mixtral moe" if layout.startswith("ep2") else "qwen3 causal")
+        train(head, accumulation, layout=layout, arguments=arguments, grad_plugin=plugin, **kwargs)
     finally:
         for name, original in originals.items():
             setattr(dist, name, original)
@@ -119,25 +119,51 @@ def _syncs_per_micro_batch(trainer_class):
     return (long - short) / (2 * 7)
 
 
-class _Reads(TorchFunctionMode):
-    """Counts what makes the host wait for a tensor: ``item()``, ``bool()`` and their like."""
-
-    READING = ("item", "__bool__", "__float__", "__int__", "__index__", "tolist", "nonzero", "__contains__")
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.count += getattr(func, "__name__", "") in self.READING
-        return func(*args, **(kwargs or {}))
+def _num_ranks():
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def _syncs(trainer_class, accumulation, max_steps, optimizer="sgd", **kwargs):
     """Of so many steps within an epoch; a plain module has none of its own."""
     data = make_data("plain module", 16 * 6)
     arguments = {"max_steps": max_steps, "logging_strategy": "no", "max_grad_norm": 1.0, "optim": optimizer}
-    arguments |= {"per_device_train_batch_size": 16 // accumulation}
-    with _Reads() as reads:
+    arguments |= {"per_device_train_batch_size": 16 // (accumulation * _num_ranks())}
+    with Reads() as reads:
         train("plain module", accumulation, trainer_class=trainer_class, data=data, arguments=arguments, **kwargs)
     return reads.count
+
+
+# ---- Losses of the whole batch ----
+
+
+def _compare_rows(rows, scale):
+    return scale.sum() + (rows @ rows.T).logsumexp(-1).mean()
+
+
+WHOLE_BATCH = WholeBatchLoss(
+    embed=lambda model, batch: model(**batch)["logits"].mean(1),
+    loss=_compare_rows,
+    parameters=lambda model: (model.head.bias,),
+)
+
+
+@on_layouts("ddp2", "fsdp2x2")
+def test_two_passes_cost_two_gathers_and_an_all_reduce_a_window_however_many_micro_batches_it_has(layout):
+    for accumulation in (1, 8):
+        first, short, long = (
+            _collectives_of_ours(layout, accumulation, n, "plain module", whole_batch_loss=WHOLE_BATCH)
+            for n in (1, 3, 5)
+        )
+        per_step = {name: (long[name] - short[name]) / 2 for name in long if long[name] != short[name]}
+        assert per_step == {"all_gather": 2.0, "all_reduce": 2.0}, "the rows; the counts at both ends of a window"
+        assert first["all_reduce"] >= 2 + accumulation, "the first window compares the passes of each micro-batch"
+
+
+@on_layouts("one_rank", "ddp2")
+def test_two_passes_wait_for_the_sizes_of_other_ranks_rows_alone(layout):
+    options = {"grad_plugin": GradUtilsPlugin(on_nonfinite="ignore"), "whole_batch_loss": WHOLE_BATCH}
+    counts = {(n, steps): _syncs(GradUtilsTrainer, n, steps, **options) for n in (1, 8) for steps in (1, 3, 5)}
+    for accumulation in (1, 8):
+        per_step = (counts[accumulation, 5] - counts[accumulation, 3]) / 2
+        assert per_step == (_num_ranks() > 1)
+    assert counts[8, 1] - counts[1, 1] >= 7, "the control: the first window compares the passes of each micro-batch"

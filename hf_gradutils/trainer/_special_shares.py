@@ -1,0 +1,168 @@
+"""Shares of a mixture's router loss, of DPO with several losses, and of a ``WholeBatchLoss``."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_gradutils.accelerator import MicroBatch, WholeBatchLoss
+from hf_gradutils.errors import LossUnitError
+from hf_gradutils.targets import trl_terms
+from hf_gradutils.targets.router_losses import add_coefficient, own_router_loss
+from hf_gradutils.targets.terms import shares_of_totals
+from hf_gradutils.targets.whole_batch import Tensors, WholeBatchHead
+from hf_gradutils.trainer._given_terms import combine_terms
+from hf_gradutils.trainer._overrides import is_users
+from hf_gradutils.trainer._shares import Seen, Shares, WholeBatchShares
+
+if TYPE_CHECKING:
+    from hf_gradutils.trainer._loss import LossUnit
+
+
+class RouterShares(WholeBatchShares):
+    """Shares of a mixture's router loss, beside a loss that stays the mean over its own targets."""
+
+    why = "aux='exact' counts the tokens of each expert in the whole batch, in a first pass without gradients"
+    gives_share = False
+
+    def __init__(self, trainer: Any, unit: "LossUnit", of_head: WholeBatchHead):
+        super().__init__(trainer, unit, of_head)
+        if is_users(trainer, "training_step"):
+            raise LossUnitError("aux='exact' is not done with a training_step of your own; leave out one of the two")
+
+    def _own(self, head: nn.Module, outputs: Any) -> Tensor:
+        own = own_router_loss(head, outputs)
+        return torch.zeros(()) if own is None else own
+
+    def _share(self, micro_batch: MicroBatch, index: int, seen: Seen, outputs: Any) -> Tensor:
+        head, loss = self._unit.head, outputs["loss"]
+        own = own_router_loss(head, outputs)
+        if own is None:
+            raise LossUnitError(
+                f"{type(head).__name__} has computed a router loss before, and none now; keep output_router_logits"
+            )
+        if micro_batch.is_divided:
+            raise LossUnitError(
+                "aux='exact' is not done with a compute_loss of your own that divides by num_items_in_batch; let it "
+                "return the mean over its micro-batch"
+            )
+        count = micro_batch.num_targets
+        assert count is not None
+        window = self._trainer.accelerator.windows.of_loss(self._trainer.model_wrapped)
+        # The loss gets the weight n/N, of at least one target, which the router loss is not to have.
+        weight = window.sums.share(count.clamp(min=1).double()) / self._unit.num_data_ranks
+        exact = self._passes.share(index, *seen)
+        exact = exact / weight.to(exact.device, exact.dtype)
+        if "aux_loss" in outputs:
+            outputs["aux_loss"] = exact  # to which trl's trainers look
+        coefficient = add_coefficient(head)
+        rest = (loss - coefficient * own).masked_fill((count == 0).to(loss.device), 0.0)
+        return rest + coefficient * exact
+
+
+class DpoShares(Shares):
+    """Shares of a loss of trl's ``DPOTrainer`` that adds means over pairs and over tokens."""
+
+    why = "the loss adds means over pairs and over tokens, which have a weight each"
+    is_result = True
+
+    def __init__(self, trainer: Any, unit: "LossUnit"):
+        super().__init__(trainer, unit)
+        self._totals: Callable[[], Tensor] = lambda: torch.zeros(0)
+
+    @property
+    def needs_first_pass(self) -> bool:
+        return False
+
+    def counts(self, batch: Any) -> Tensor:
+        return trl_terms.dpo_counts(self._trainer, batch)
+
+    def begin(self, totals: Callable[[], Tensor]) -> None:
+        super().begin(totals)
+        self._totals = totals
+
+    @contextlib.contextmanager
+    def second(self, micro_batch: MicroBatch, index: int) -> Iterator[None]:
+        micro_batch.gives_share = True
+        yield
+
+    def in_loss(self, inputs: Any) -> contextlib.AbstractContextManager[None]:
+        totals = self._totals() / self._trainer.get_tp_size()
+        counts = trl_terms.dpo_counts(self._trainer, inputs).to(totals.device)
+        return trl_terms.dpo_shares(self._trainer, shares_of_totals(counts, totals))
+
+    def look(self, model: nn.Module, batch: Any) -> tuple[Tensor, Seen]:
+        counts = trl_terms.dpo_counts(self._trainer, batch)
+
+        def loss(ratios: Tensor) -> Tensor:
+            with trl_terms.dpo_shares(self._trainer, ratios):
+                value: Tensor = self._loss_of(model, batch)
+                return value
+
+        terms = tuple(loss(one) for one in torch.eye(len(counts), device=counts.device))
+        return torch.stack(terms).sum(), (terms, counts.unbind())
+
+    def combine(self, parts: Sequence[Seen]) -> Tensor:
+        return combine_terms(parts)
+
+
+class UsersShares(WholeBatchShares):
+    """Shares of a ``WholeBatchLoss``."""
+
+    def __init__(self, trainer: Any, unit: "LossUnit", loss: WholeBatchLoss):
+        super().__init__(trainer, unit, WholeBatchHead(rows=_not_seen, loss=loss.of_rows))
+        self._loss = loss
+        self._index: int | None = None
+
+    def look(self, model: nn.Module, batch: Any) -> tuple[Tensor, Seen]:
+        with self._trainer.compute_loss_context_manager():
+            seen = self._loss.rows_of(model, batch, self._unit.head)
+        with torch.autocast(seen[0][0].device.type, enabled=False):
+            return self._loss.of_rows(*(tuple(map(_widened, kind)) for kind in seen)), seen
+
+    @contextlib.contextmanager
+    def second(self, micro_batch: MicroBatch, index: int) -> Iterator[None]:
+        micro_batch.gives_share, self._index = True, index
+        try:
+            yield
+        finally:
+            self._index = None
+
+    def loss_of(self, model: nn.Module, inputs: Any, micro_batch: MicroBatch | None) -> tuple[Tensor, Tensors]:
+        """The loss of a batch and its rows: the share in training, else the loss as if there were no others."""
+        if micro_batch is None or self._index is None or not torch.is_grad_enabled():
+            loss, (rows, _) = self.look(model, inputs)
+            return loss, rows
+        seen = self._loss.rows_of(model, inputs, self._unit.head)
+        if self._num_windows == 1 and self._index == 0:
+            self._passes.check_reads_rows_only(*seen)
+        micro_batch.share = self._share(micro_batch, self._index, seen, None)
+        return micro_batch.share, seen[0]
+
+
+@torch.no_grad()
+def predict_rows(trainer: Any, model: nn.Module, inputs: Any, loss_only: bool) -> tuple[Tensor, Any, None]:
+    """The loss of an evaluation's batch, its rows in place of logits, and no labels."""
+    inputs = trainer._prepare_inputs(inputs)
+    loss, outputs = trainer.compute_loss(model, inputs, return_outputs=True)
+    return loss.detach(), None if loss_only else outputs["embeddings"], None
+
+
+def users_loss(
+    trainer: Any, unit: "LossUnit", model: nn.Module, inputs: Any, micro_batch: MicroBatch | None
+) -> tuple[Tensor, Tensors]:
+    """A ``WholeBatchLoss`` and the rows of a batch, as :meth:`UsersShares.loss_of`."""
+    shares = unit.shares
+    if not isinstance(shares, UsersShares):
+        shares = UsersShares(trainer, unit, trainer.whole_batch_loss)
+    return shares.loss_of(model, inputs, micro_batch)
+
+
+def _not_seen(*_: Any) -> Tensors:
+    raise NotImplementedError
+
+
+def _widened(value: Tensor) -> Tensor:
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
