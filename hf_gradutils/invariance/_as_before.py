@@ -80,10 +80,11 @@ def _memory(value: Any, depth: int = 5) -> Callable[[], Any]:
 
 
 @contextlib.contextmanager
-def model_untouched(model: nn.Module) -> Iterator[None]:
+def model_untouched(model: nn.Module, *, keeps_auxiliary: bool = False) -> Iterator[None]:
     """No dropout inside; gradients, buffers, plain attributes, modes and random states are as before afterwards.
 
-    So are weights that a user's hook may change as soon as a gradient is there.
+    So are weights that a user's hook may change as soon as a gradient is there. No auxiliary loss either, unless it is
+    kept.
     """
     inside = extract_model_from_parallel(model, keep_torch_compile=False)
     gradients = [(p, p.grad) for p in model.parameters()]
@@ -97,7 +98,7 @@ def model_untouched(model: nn.Module) -> Iterator[None]:
         with (
             _plain_attributes_kept(inside),
             in_evaluation_mode(model),
-            without_auxiliary(model),
+            contextlib.nullcontext() if keeps_auxiliary else without_auxiliary(model),
             staying_in_mode(model),
             staying_in_mode(inside),
             steps_are_dry(model),
@@ -116,14 +117,16 @@ def model_untouched(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def accelerator_untouched(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+def accelerator_untouched(
+    accelerator: Accelerator, model: nn.Module, *, keeps_auxiliary: bool = False
+) -> Iterator[None]:
     """:func:`model_untouched`; the Accelerator is as before afterwards too."""
     before = accelerator.sync_gradients, accelerator.gradient_accumulation_steps, accelerator.step
     windows = accelerator.windows if isinstance(accelerator, GradUtilsAccelerator) else None
     kept = None if windows is None else (windows.by_models, windows.report)
     orders = [(optimizer, optimizer.order) for optimizer in optimizers_of(accelerator) if hasattr(optimizer, "order")]
     engines = [] if windows is None or windows.engine is None else [windows.engine]
-    with model_untouched(model), attributes_kept(*engines):
+    with model_untouched(model, keeps_auxiliary=keeps_auxiliary), attributes_kept(*engines):
         try:
             yield
         finally:
@@ -137,16 +140,44 @@ def accelerator_untouched(accelerator: Accelerator, model: nn.Module) -> Iterato
 
 
 @contextlib.contextmanager
+def with_dropout(model: nn.Module) -> Iterator[None]:
+    """Training mode, which questions to a loss may leave for a while, within :func:`staying_in_mode`."""
+    modes = [(module, module.training) for module in model.modules()]
+    staying = [
+        (module, vars(module).pop("train")) for module, _ in modes if isinstance(vars(module).get("train"), _Stay)
+    ]
+    try:
+        for module, _ in modes:
+            module.training = True
+        yield
+    finally:
+        for module, train in staying:
+            vars(module)["train"] = train
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
 def staying_in_mode(model: nn.Module) -> Iterator[None]:
     """Ignore ``model.train()``, which a Trainer calls in every micro-batch."""
     if "train" in vars(model):  # a model that nothing wraps is inside itself
         yield
         return
-    vars(model)["train"] = lambda mode=True: model
+    vars(model)["train"] = _Stay(model)
     try:
         yield
     finally:
         del vars(model)["train"]
+
+
+class _Stay:
+    """Takes the place of ``model.train`` and changes nothing."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        return self._model
 
 
 @contextlib.contextmanager

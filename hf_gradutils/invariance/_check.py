@@ -1,40 +1,29 @@
-"""Checks, on the user's own samples, that the gradient does not depend on how the batch is cut up and spread.
-
-1 against many          the same samples as one micro-batch and as one per sample, in the layout that trains
-layout against 1 rank   the latter against one process of the stock Trainer with all samples as one micro-batch; on
-                        rank 0, with the whole model and, if memory allows, in float64
-copies                  parameters that ranks hold copies of are the same
-"""
+"""Checks, on the user's own samples, that the gradient does not depend on how the batch is cut up and spread."""
 
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import TrainerCallback
 
-from hf_gradutils._collectives import world_domain
 from hf_gradutils._undisturbed import random_states_kept
-from hf_gradutils.errors import GradUtilsError, InvalidArgumentError, InvarianceError, ReplicaMismatchError
-from hf_gradutils.gradients.names import unwrapped_name
-from hf_gradutils.gradients.of_model import in_layout_of
-from hf_gradutils.gradients.plan import plan_by_name
+from hf_gradutils.accelerator import WholeBatchLoss
+from hf_gradutils.errors import (
+    InvalidArgumentError,
+    InvarianceError,
+)
 from hf_gradutils.invariance._as_before import attributes_kept
-from hf_gradutils.invariance._deepspeed import dry_step_of
-from hf_gradutils.invariance._reference import Measured, differences_from, from_first_rank, one_process
+from hf_gradutils.invariance._comparisons import compare_all
+from hf_gradutils.invariance._losses import LossAndTargets
+from hf_gradutils.invariance._reference import from_first_rank
 from hf_gradutils.invariance._report import (
-    NOTHING_IS_TRAINED,
     Comparison,
-    Difference,
     InvarianceReport,
-    compare_gradients,
-    relative_error,
 )
 from hf_gradutils.invariance._subjects import (
     AcceleratorLoop,
-    LossAndTargets,
     Rows,
     RunWindow,
     Subject,
@@ -43,9 +32,8 @@ from hf_gradutils.invariance._subjects import (
 )
 from hf_gradutils.invariance._trainer_subject import TrainerSubject
 from hf_gradutils.invariance._whole_model import MakeModel
-from hf_gradutils.sync import discard_deferred
+from hf_gradutils.targets.trl_generating import why_not_compared
 from hf_gradutils.upstream.deepspeed import drop_hooks, is_engine, why_not_measured
-from hf_gradutils.upstream.torch import trained_parameters
 
 logger = logging.getLogger("hf_gradutils.invariance")
 
@@ -83,6 +71,10 @@ def check_invariance(
             "check_loop_invariance"
         )
 
+    if reason := why_not_compared(trainer):
+        row = Comparison(name="gradients", not_compared=reason)
+        return InvarianceReport((row,), tolerance, type(trainer).__name__)
+
     def check() -> InvarianceReport:
         return _check(TrainerSubject(trainer), num_samples, tolerance, make_model)
 
@@ -109,7 +101,7 @@ def check_loop_invariance(
     model: nn.Module,
     rows: Sequence[Any],
     collate: Callable[[Rows], Any],
-    loss_and_targets: LossAndTargets,
+    loss_and_targets: LossAndTargets | WholeBatchLoss,
     *,
     num_samples: int = 16,
     tolerance: float = 1e-5,
@@ -122,8 +114,10 @@ def check_loop_invariance(
         model: Prepared.
         rows: The dataset; the same on all ranks.
         collate: Rows → batch.
-        loss_and_targets: (model, batch) → the micro-batch's own mean loss, and its number of targets. With DeepSpeed
-            and our Accelerator it is called once more for each micro-batch, because targets are counted first.
+        loss_and_targets: (model, batch) → the micro-batch's own mean loss, and its number of targets; or a list of
+            several such terms, as ``backward`` takes them. Or a ``WholeBatchLoss``, for ``backward_whole_batch``. With
+            terms, or with DeepSpeed and our Accelerator, it is called once more for each micro-batch, because targets
+            are counted first.
         num_samples: As in :func:`check_invariance`.
         tolerance: As in :func:`check_invariance`.
         make_model: As in :func:`check_invariance`.
@@ -137,7 +131,7 @@ def check_window_invariance(
     rows: Sequence[Any],
     collate: Callable[[Rows], Any],
     run_window: RunWindow,
-    loss_and_targets: LossAndTargets,
+    loss_and_targets: LossAndTargets | WholeBatchLoss,
     *,
     num_samples: int = 16,
     tolerance: float = 1e-5,
@@ -206,65 +200,5 @@ def _check(subject: Subject, num_samples: int, tolerance: float, make_model: Mak
         return InvarianceReport((row,), tolerance, describe(subject, len(rows)))
     own = rows[subject.data_rank * per_rank : (subject.data_rank + 1) * per_rank]
     with subject.as_it_was():
-        comparisons = _compare(subject, rows, own, tolerance, make_model)
+        comparisons, tolerance = compare_all(subject, rows, own, tolerance, make_model)
     return from_first_rank(InvarianceReport(tuple(comparisons), tolerance, describe(subject, len(rows))))
-
-
-def _compare(
-    subject: Subject, rows: Rows, own: Rows, tolerance: float, make_model: MakeModel | None
-) -> list[Comparison]:
-    """All comparisons; those of rank 0 are complete."""
-    comparisons = [_compare_copies(subject.model)]
-    try:
-        one = _measure(subject, [own], seed=0)
-        again = _measure(subject, [own], seed=1)
-        many = _measure(subject, [[row] for row in own], seed=0)
-    except (GradUtilsError, RuntimeError) as error:
-        if not isinstance(error, GradUtilsError) and "does not require grad" not in str(error):
-            raise
-        problem = str(error) if isinstance(error, GradUtilsError) else f"{NOTHING_IS_TRAINED}: {error}"
-        return [*comparisons, Comparison(name="training step", problem=problem)]
-    parts, varies_by = one.differences(many), relative_error(one.differences(again))
-    truth = one_process(subject, rows, seed=0, make_model=make_model)
-
-    def compare(name: str, differences: dict[str, Difference], want: Measured, got: Measured) -> Comparison:
-        return compare_gradients(
-            name,
-            differences,
-            loss=(want.loss, got.loss),
-            grad_norm=(want.norm, got.norm),
-            tolerance=tolerance,
-            advice=subject.advice,
-            varies_by=varies_by,
-        )
-
-    comparisons.append(compare(f"{len(own)} micro-batches against 1", parts, one, many))
-    name = "this layout against one process"
-    if isinstance(truth, str):
-        return [*comparisons, Comparison(name=name, not_compared=truth)]
-    return [*comparisons, compare(name, differences_from(truth, many), truth, many)]
-
-
-def _measure(subject: Subject, parts: list[Rows], seed: int) -> Measured:
-    step = dry_step_of(subject.model)
-    if step is not None:
-        return Measured.of(*step.measure(lambda: subject.run(parts, seed)))
-    loss = subject.run(parts, seed)
-    gradients = {}
-    for name, p in subject.model.named_parameters():
-        if p.requires_grad:
-            gradient = torch.zeros_like(p) if p.grad is None else in_layout_of(p, p.grad)
-            gradients[unwrapped_name(name)] = gradient.detach().clone()
-    measured = Measured.of(loss, gradients)
-    discard_deferred(subject.model)
-    return measured
-
-
-def _compare_copies(model: nn.Module) -> Comparison:
-    """Compare the checksums of replicas."""
-    problem = ""
-    try:
-        plan_by_name(model, trained_parameters(model), world_domain(), {})  # not cached: replicas may drift apart
-    except ReplicaMismatchError as error:
-        problem = str(error)
-    return Comparison(name="copies of parameters", problem=problem)

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_gradutils._undisturbed import in_evaluation_mode
 from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.invariance._as_before import staying_in_mode
-from hf_gradutils.invariance._report import Difference
+from hf_gradutils.invariance._report import Difference, relative_error
 from hf_gradutils.invariance._subjects import Rows, Subject
 from hf_gradutils.invariance._whole_model import MakeModel, whole_model, whole_tensor
 from hf_gradutils.sync import free_bytes
@@ -40,6 +40,8 @@ class Measured:
     norm: float
     gradients: dict[str, Tensor]
     """Name without wrappers → this rank's part."""
+    rounding: float = 0.0
+    """Relative error of the gradient in the model's own dtype, where it was looked for."""
 
     @classmethod
     def of(cls, loss: float, gradients: dict[str, Tensor]) -> "Measured":
@@ -120,14 +122,17 @@ def _world_of_one_rank() -> Iterator[bool]:
 def _alone(subject: Subject, whole: nn.Module, rows: Rows, seed: int) -> Measured:
     def run(model: nn.Module, *, wide: bool) -> Measured:
         model.zero_grad()
-        with in_evaluation_mode(model), without_auxiliary(model), staying_in_mode(model):
+        left_out = contextlib.nullcontext() if subject.keeps_auxiliary else without_auxiliary(model)
+        with in_evaluation_mode(model), left_out, staying_in_mode(model):
             loss = subject.alone(model, rows, seed, wide=wide)
         trained: Any = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         return Measured.of(loss, {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trained})
 
     num_bytes = 2 * 16 * sum(p.numel() for p in whole.parameters())  # weights, gradients; as much for activations
     if num_bytes < free_bytes(next(whole.parameters()).device):
+        narrow = run(whole, wide=False) if subject.compares_rows and subject.is_exact else None
         with contextlib.suppress(Exception):  # an attention kernel without float64, user code that names a dtype
-            return run(whole.double(), wide=True)
+            truth = run(whole.double(), wide=True)
+            return truth if narrow is None else replace(truth, rounding=relative_error(truth.differences(narrow)))
         whole.to(next(subject.model.parameters()).dtype)
     return run(whole, wide=False)

@@ -103,6 +103,7 @@ def compare_gradients(
     grad_norm: tuple[float, float],
     tolerance: float,
     advice: Callable[[float | None], str],
+    advice_if_few: str = "",
     varies_by: float = 0.0,
 ) -> Comparison:
     """Make a row of the differences of parameters' gradients, and of (reference, actual) loss and norm.
@@ -115,6 +116,7 @@ def compare_gradients(
         tolerance: Largest relative error.
         advice: The fix if the whole gradient is wrong: for one that is so many times too large, 1 if only the loss is
             wrong, None if it is no multiple.
+        advice_if_few: The fix if the gradients of a few parameters are wrong, where the usual one does not hold.
         varies_by: Relative error of the gradient between two equal runs. If the loss is such that it varies, only an
             error that is a factor says something.
     """
@@ -136,7 +138,7 @@ def compare_gradients(
             "it draws random numbers for each row; to compare, let it take them from the row or draw once for all rows",
         )
     if error > tolerance or not math.isfinite(error):
-        problem = _in_words(differences, len(wrong), error, factor, advice)
+        problem = _in_words(differences, len(wrong), error, factor, advice, advice_if_few or _FEW_ARE_WRONG)
     elif loss_error > tolerance:
         problem = f"the gradient is right, but the loss is off by {loss_error:.1e}; {advice(1.0)}"
     return Comparison(
@@ -171,6 +173,7 @@ def _in_words(
     error: float,
     factor: float | None,
     advice: Callable[[float | None], str],
+    advice_if_few: str,
 ) -> str:
     total = math.fsum(d.want for d in differences.values())
     if not total:
@@ -184,7 +187,7 @@ def _in_words(
     if num_wrong <= len(differences) / 2:
         return (
             f"the gradients of {num_wrong} of {len(differences)} parameters are wrong, the others are right; "
-            f"{_FEW_ARE_WRONG}"
+            f"{advice_if_few}"
         )
     return f"the gradient is off by {error:.1e}; {advice(None)}"
 

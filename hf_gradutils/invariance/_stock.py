@@ -1,13 +1,17 @@
 """A Trainer as one process of the stock Trainer: the user's overrides without this package and without other ranks."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+
+from hf_gradutils.invariance._losses import loss_of_rows, sum_of_terms
+from hf_gradutils.targets.sentence_rows import calling
+from hf_gradutils.targets.terms import is_terms
 
 
 @dataclass
@@ -24,7 +28,8 @@ def as_stock(trainer: Any, model: nn.Module, num_targets: Tensor | None = None) 
     """Let the trainer's steps be those of the stock Trainer with this model; the caller restores its attributes.
 
     ``accelerator.backward`` is a plain backward inside: several in one micro-batch add up. Model and label smoothing
-    return their own mean: they get no count, which Trainer takes wrongly for some heads.
+    return their own mean: they get no count, which Trainer takes wrongly for some heads. A ``WholeBatchLoss`` and terms
+    of the user's, which the stock Trainer does not know, are computed as of the whole batch.
 
     Args:
         trainer: Ours or not.
@@ -33,12 +38,14 @@ def as_stock(trainer: Any, model: nn.Module, num_targets: Tensor | None = None) 
     """
     smoother, loss_func = trainer.label_smoother, trainer.compute_loss_func
     accelerator, seen = trainer.accelerator, Backwards()
+    losses_call_model = calling(trainer, model, instead_of=trainer.model)
     kinds = [(trainer, type(trainer)), (accelerator, type(accelerator))]
     for name in [name for name, value in vars(trainer).items() if _is_ours(value)]:
         users = getattr(vars(trainer).pop(name), "instead_of", None)
         vars(trainer).update({} if users is None else {name: users})
     trainer.model = trainer.model_wrapped = model
     model.register_forward_pre_hook(_without_count, with_kwargs=True)
+    model.register_forward_hook(_with_loss_of_its_own)
     if smoother is not None:
         trainer.label_smoother = lambda *args, num_items_in_batch=None, **kwargs: smoother(*args, **kwargs)
     if num_targets is not None:
@@ -63,11 +70,22 @@ def as_stock(trainer: Any, model: nn.Module, num_targets: Tensor | None = None) 
         kwargs.pop("scale_wrt_gas", None)  # a Trainer's word to DeepSpeed
         loss.backward(**kwargs)  # type: ignore[no-untyped-call]
 
+    whole_batch_loss = getattr(trainer, "whole_batch_loss", None)
     trainer.__class__, accelerator.__class__ = _without_ours(type(trainer)), Accelerator
+    compute_loss = trainer.compute_loss
+
+    def compute_one_loss(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if whole_batch_loss is not None:
+            return loss_of_rows(whole_batch_loss, model, inputs)
+        result = compute_loss(model, inputs, *args, **kwargs)
+        return sum_of_terms(result) if is_terms(result) else result
+
+    vars(trainer)["compute_loss"] = compute_one_loss
     vars(accelerator)["backward"] = backward
     torch.autograd.backward = counted
     try:
-        yield seen
+        with losses_call_model:
+            yield seen
     finally:
         torch.autograd.backward = go_back
         del vars(accelerator)["backward"]
@@ -79,6 +97,12 @@ def _without_count(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return args, {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
+
+
+def _with_loss_of_its_own(model: nn.Module, args: Any, outputs: Any) -> Any:
+    """Copy the loss, which Trainer multiplies in place; a square root's backward needs its result as it was."""
+    if isinstance(outputs, Mapping) and isinstance(outputs.get("loss"), Tensor):
+        outputs["loss"] = outputs["loss"].clone()  # type: ignore[index]
 
 
 def _without_ours(kind: type) -> type:

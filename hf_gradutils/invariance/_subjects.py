@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from hf_gradutils._collectives import add_up, world_domain
 from hf_gradutils._devices import device_of
 from hf_gradutils._precision import is_exact_in_itself, uses_exact_arithmetic
-from hf_gradutils.accelerator import GradUtilsAccelerator
+from hf_gradutils.accelerator import GradUtilsAccelerator, WholeBatchLoss
 from hf_gradutils.errors import InvalidArgumentError
+from hf_gradutils.invariance._advice import advice_for_loop, advice_for_torch, advice_if_few_of_loop
 from hf_gradutils.invariance._as_before import accelerator_untouched, model_untouched, seed_all
 from hf_gradutils.invariance._deepspeed import dry_step_of
+from hf_gradutils.invariance._losses import LossAndTargets, loss_of_batch, split_terms
 from hf_gradutils.sync import discard_deferred
+from hf_gradutils.targets.terms import is_terms
 from hf_gradutils.upstream.accelerate import optimizers_of
 
 Rows: TypeAlias = list[Any]
@@ -27,8 +30,6 @@ RunWindow: TypeAlias = Callable[[list[Any]], Tensor | float]
 
 DeepSpeed's engine keeps it elsewhere: there the function calls ``engine.step``, which takes no step in a check.
 """
-LossAndTargets: TypeAlias = Callable[[nn.Module, Any], tuple[Tensor, Tensor | int]]
-"""(model, batch) → its own mean loss, and its number of targets."""
 
 
 class Subject(Protocol):
@@ -41,6 +42,18 @@ class Subject(Protocol):
     data_rank: int
     is_exact: bool
     """float32 or better, without autocast or TF32."""
+    is_split: bool
+    """Steps have several micro-batches."""
+    keeps_auxiliary: bool
+    """The auxiliary loss of a mixture of experts is to be that of the whole batch."""
+
+    @property
+    def compares_rows(self) -> bool:
+        """The loss is one of the whole batch, in which large similarities amplify rounding."""
+
+    @property
+    def has_two_passes(self) -> bool:
+        """The latest :meth:`run` has compared a first pass with a second one."""
 
     def rows(self, num_rows: int) -> Rows:
         """The first samples of the dataset, the same on all ranks."""
@@ -63,6 +76,9 @@ class Subject(Protocol):
         Of the rank that has run :meth:`alone`.
         """
 
+    def advice_if_few_are_wrong(self) -> str:
+        """The fix if the gradients of a few parameters are wrong; empty if this loss has no special one."""
+
     def as_it_was(self) -> contextlib.AbstractContextManager[None]:
         """The context of a check; restores everything."""
 
@@ -72,7 +88,18 @@ class _Loop:
     model: nn.Module
     all_rows: Sequence[Any]
     collate: Callable[[Rows], Any]
-    loss_and_targets: LossAndTargets
+    loss_and_targets: LossAndTargets | WholeBatchLoss
+
+    is_split = True
+    keeps_auxiliary = False
+
+    @property
+    def compares_rows(self) -> bool:
+        return isinstance(self.loss_and_targets, WholeBatchLoss)
+
+    @property
+    def has_two_passes(self) -> bool:
+        return False
 
     @property
     def device(self) -> torch.device:
@@ -89,9 +116,12 @@ class _Loop:
     def alone(self, model: nn.Module, rows: Rows, seed: int, *, wide: bool) -> float:
         batch = self.batch(rows)
         seed_all(seed)
-        loss = self.loss_and_targets(model, in_float64(batch) if wide else batch)[0]
+        loss = loss_of_batch(self.loss_and_targets, model, in_float64(batch) if wide else batch)
         loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
+
+    def advice_if_few_are_wrong(self) -> str:
+        return advice_if_few_of_loop(self.loss_and_targets)
 
 
 @dataclass
@@ -108,14 +138,15 @@ class AcceleratorLoop(_Loop):
         num_sharers = 1 if config is None else config.tp_size * config.cp_size * getattr(config, "sp_size", 1)
         self.num_data_ranks = self.num_ranks // num_sharers
         self.data_rank = accelerator.process_index // num_sharers
+        self._has_terms: bool | None = None
+
+    @property
+    def has_two_passes(self) -> bool:
+        return self.compares_rows and isinstance(self.accelerator, GradUtilsAccelerator)
 
     def advice(self, factor: float | None) -> str:
-        if isinstance(self.accelerator, GradUtilsAccelerator):
-            return "num_targets is not the number of targets that the loss is a mean over"
-        return (
-            "accelerate's Accelerator does not weight micro-batches by their targets; use "
-            "hf_gradutils.GradUtilsAccelerator and backward(loss, num_targets=…)"
-        )
+        is_ours = isinstance(self.accelerator, GradUtilsAccelerator)
+        return advice_for_loop(self.loss_and_targets, has_terms=bool(self._has_terms), is_ours=is_ours)
 
     def run(self, parts: Sequence[Rows], seed: int) -> float:
         accelerator, model = self.accelerator, self.model
@@ -125,6 +156,11 @@ class AcceleratorLoop(_Loop):
         accelerator.gradient_accumulation_steps = len(parts)
         if step := dry_step_of(model):
             step.start_window(len(parts))
+        if isinstance(self.loss_and_targets, WholeBatchLoss) and isinstance(accelerator, GradUtilsAccelerator):
+            seed_all(seed)
+            accelerator.backward_whole_batch(self.loss_and_targets, list(map(self.batch, parts)), model=model)
+            return self._close()
+        if step or self._find_terms(parts[0], seed):
             self._start_window(parts, seed)
         total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
         for index, part in enumerate(parts):
@@ -133,28 +169,52 @@ class AcceleratorLoop(_Loop):
             batch = self.batch(part)
             seed_all(seed)
             with self._sync_context(is_last):
-                loss, num_targets = self.loss_and_targets(model, batch)
-                if isinstance(accelerator, GradUtilsAccelerator):
-                    accelerator.backward(loss, num_targets=num_targets, model=model)
-                else:
+                if isinstance(self.loss_and_targets, WholeBatchLoss):
+                    whole = accelerator.unwrap_model(model)
+                    loss = self.loss_and_targets.of_rows(*self.loss_and_targets.rows_of(model, batch, whole))
                     accelerator.backward(loss)
+                else:
+                    loss = self._go_back(self.loss_and_targets(model, batch))
             total += loss.detach() / len(parts)
-        if isinstance(accelerator, GradUtilsAccelerator):
-            accelerator.windows.close(accelerator.windows.of_loss(model), step=1)  # unclipped, as the engine is now
-            return finish_step(accelerator, model)
-        return mean_over_ranks(total)
+        return self._close() if isinstance(accelerator, GradUtilsAccelerator) else mean_over_ranks(total)
+
+    def _go_back(self, result: Any) -> Tensor:
+        """Run the backward of what ``loss_and_targets`` returned; returns the loss."""
+        accelerator, (loss, num_targets) = self.accelerator, split_terms(result)
+        if not isinstance(accelerator, GradUtilsAccelerator):
+            accelerator.backward(loss)
+        elif is_terms(result):
+            accelerator.backward(result, model=self.model)
+        else:
+            accelerator.backward(loss, num_targets=num_targets, model=self.model)
+        return loss
+
+    def _close(self) -> float:
+        accelerator: Any = self.accelerator
+        accelerator.windows.close(accelerator.windows.of_loss(self.model), step=1)  # unclipped, as the engine is now
+        return finish_step(accelerator, self.model)
+
+    def _find_terms(self, part: Rows, seed: int) -> bool:
+        """True if the loss has several terms, whose targets have to be known first. One forward in a check."""
+        if self._has_terms is None and not isinstance(self.loss_and_targets, WholeBatchLoss):
+            batch = self.batch(part)
+            seed_all(seed)
+            with torch.no_grad():
+                self._has_terms = is_terms(self.loss_and_targets(self.model, batch))
+        return bool(self._has_terms)
 
     def _start_window(self, parts: Sequence[Rows], seed: int) -> None:
-        """Say how many targets there are, which DeepSpeed's engine has to know first."""
-        if not isinstance(self.accelerator, GradUtilsAccelerator):
+        """Say how many targets there are, which DeepSpeed's engine and several terms have to know first."""
+        if not isinstance(self.accelerator, GradUtilsAccelerator) or isinstance(self.loss_and_targets, WholeBatchLoss):
             return
         num_targets: Any = 0
         with torch.no_grad():
             for part in parts:
                 batch = self.batch(part)
                 seed_all(seed)
-                num_targets = num_targets + self.loss_and_targets(self.model, batch)[1]
-        self.accelerator.start_window(num_targets, model=self.model)
+                num_targets = num_targets + split_terms(self.loss_and_targets(self.model, batch))[1]
+        of_terms = isinstance(num_targets, Tensor) and num_targets.dim() > 0
+        self.accelerator.start_window(list(num_targets) if of_terms else num_targets, model=self.model)
 
     def _sync_context(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
         if not is_last:
@@ -179,7 +239,7 @@ class TorchLoop(_Loop):
         self.is_exact = is_exact_in_itself(self.model, self.device)
 
     def advice(self, factor: float | None) -> str:
-        return "divide gradients at the window's end by the targets that the losses are means over"
+        return advice_for_torch(self.loss_and_targets)
 
     def run(self, parts: Sequence[Rows], seed: int) -> float:
         discard_deferred(self.model)

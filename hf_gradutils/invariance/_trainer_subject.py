@@ -11,11 +11,13 @@ from torch import nn
 from hf_gradutils._precision import uses_exact_arithmetic
 from hf_gradutils.accelerator import GradUtilsAccelerator
 from hf_gradutils.errors import InvalidArgumentError
-from hf_gradutils.invariance._advice import advice_for_ours, advice_for_stock
+from hf_gradutils.invariance._advice import advice_for_ours, advice_for_stock, advice_if_few_are_wrong, head_of
 from hf_gradutils.invariance._as_before import accelerator_untouched, attributes_kept, seed_all
+from hf_gradutils.invariance._losses import is_of_whole_batch
 from hf_gradutils.invariance._stock import Backwards, as_stock
 from hf_gradutils.invariance._subjects import Rows, finish_step, in_float64, mean_over_ranks
 from hf_gradutils.sync import discard_deferred
+from hf_gradutils.targets.trl_generating import off_policy
 from hf_gradutils.upstream.deepspeed import is_engine
 from hf_gradutils.upstream.transformers import trainer_no_sync
 from hf_gradutils.upstream.trl import TRL_AUXILIARY
@@ -36,11 +38,21 @@ class TrainerSubject:
         self._is_ours = isinstance(trainer.accelerator, GradUtilsAccelerator)
         self.num_ranks = self.accelerator.num_processes
         self.is_exact = uses_exact_arithmetic(self.accelerator, self.model)
+        self.is_split = trainer.args.gradient_accumulation_steps > 1
+        self.keeps_auxiliary = self._is_ours and trainer.grad_plugin.aux == "exact"
+        has_own = getattr(trainer, "whole_batch_loss", None) is not None
+        self.compares_rows = has_own or is_of_whole_batch(head_of(trainer))
         num_sharers = _size(trainer, "get_tp_size") * _size(trainer, "get_cp_size") * _size(trainer, "get_sp_size")
         self.num_data_ranks = self.num_ranks // num_sharers
         self.data_rank = self.accelerator.process_index // num_sharers
         self._loader = trainer.get_train_dataloader()
         self._backwards = Backwards()
+
+    @property
+    def has_two_passes(self) -> bool:
+        """As :attr:`Subject.has_two_passes`."""
+        shares = self.trainer._unit.shares if self._is_ours else None
+        return shares is not None and shares.compares_passes
 
     def rows(self, num_rows: int) -> Rows:
         rows = list(itertools.islice(iter(self._loader.dataset), num_rows))
@@ -99,19 +111,24 @@ class TrainerSubject:
         advise = advice_for_ours if self._is_ours else advice_for_stock
         return advise(self.trainer, factor, self._backwards)
 
+    def advice_if_few_are_wrong(self) -> str:
+        return advice_if_few_are_wrong(self.trainer)
+
     @contextlib.contextmanager
     def as_it_was(self) -> Iterator[None]:
         trainer = self.trainer
         callbacks = trainer.callback_handler.callbacks
         with (
             attributes_kept(trainer, trainer.state, trainer.control, trainer.args),
-            accelerator_untouched(self.accelerator, self.model),
+            accelerator_untouched(self.accelerator, self.model, keeps_auxiliary=self.keeps_auxiliary),
         ):
             trainer.callback_handler.callbacks = []
             if is_engine(self.model):
                 trainer.args.max_grad_norm = 0.0  # as its engine does in a check
             vars(trainer)["log"] = lambda *args, **kwargs: None
-            vars(trainer).update({name: False for name in TRL_AUXILIARY if name in vars(trainer)})
+            if not self.keeps_auxiliary:
+                vars(trainer).update({name: False for name in TRL_AUXILIARY if name in vars(trainer)})
+            vars(trainer).update(off_policy(trainer))
             try:
                 yield
             finally:

@@ -18,6 +18,7 @@ from hf_gradutils.gradients.names import unwrapped_name
 from hf_gradutils.invariance._deepspeed import whole_state
 from hf_gradutils.upstream.deepspeed import drop_hooks, is_engine, is_partitioned
 from hf_gradutils.upstream.torch import copy_gradient_hooks
+from hf_gradutils.upstream.trl import rebind_forward
 
 MakeModel: TypeAlias = Callable[[], nn.Module]
 """Makes the whole model if it cannot be built from a configuration."""
@@ -78,6 +79,7 @@ def _copy(model: nn.Module) -> nn.Module:
         copied = copy.deepcopy(model)
         for old, new in zip(model.parameters(), copied.parameters(), strict=True):
             copy_gradient_hooks(old, new)
+        rebind_forward(model, copied)
         drop_hooks(copied)
         return copied
     finally:

@@ -1,0 +1,68 @@
+"""The loss of one process and the whole batch, for each form in which a loop or a Trainer says what its loss is."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from hf_gradutils.accelerator import WholeBatchLoss
+from hf_gradutils.targets.contrastive_heads import whole_batch_loss_of
+from hf_gradutils.targets.means_of_boxes import means_of_matches_of
+from hf_gradutils.targets.several_means import several_means_of
+from hf_gradutils.targets.terms import Terms, add_terms, is_terms
+
+LossAndTargets: TypeAlias = Callable[[nn.Module, Any], tuple[Tensor, Tensor | int] | Terms]
+"""(model, batch) → its own mean loss and its number of targets, or a list of several such terms."""
+
+
+def loss_of_batch(loss: LossAndTargets | WholeBatchLoss, model: nn.Module, batch: Any) -> Tensor:
+    """The loss of a batch that is the whole one, of a model without wrappers; shape ()."""
+    if isinstance(loss, WholeBatchLoss):
+        return loss_of_rows(loss, model, batch)
+    return split_terms(loss(model, batch))[0]
+
+
+def split_terms(result: Any) -> tuple[Tensor, Any]:
+    """The loss and the number of targets of ``loss_and_targets``; the sum and all numbers if it has several terms."""
+    if not is_terms(result):
+        loss, num_targets = result
+        return loss, num_targets
+    counts = [torch.as_tensor(count, dtype=torch.float64).reshape(()) for _, count in result]
+    return sum_of_terms(result), torch.stack([count.to(counts[0].device) for count in counts])
+
+
+def sum_of_terms(terms: Terms) -> Tensor:
+    """The sum of the losses that have targets, shape ()."""
+    losses = [loss.reshape(()) for loss, _ in terms]
+    return add_terms(losses, torch.tensor([float(count) > 0 for _, count in terms], dtype=torch.float64))
+
+
+def loss_of_rows(loss: WholeBatchLoss, model: nn.Module, batch: Any) -> Tensor:
+    """A ``WholeBatchLoss`` of one batch. Its parameters get their gradient even where they come detached."""
+    whole = without_adapters(model)
+    rows, parameters = loss.rows_of(model, batch, whole)
+    trained = {_place(p): p for p in whole.parameters() if p.requires_grad}
+    attached = tuple(value if value.requires_grad else trained.get(_place(value), value) for value in parameters)
+    with torch.autocast(rows[0].device.type, enabled=False):
+        return loss.of_rows(rows, attached)
+
+
+def is_of_whole_batch(head: nn.Module) -> bool:
+    """True if the loss of a head compares what all rows of the batch have, so that shares of it need two passes."""
+    return whole_batch_loss_of(head) is not None or means_of_matches_of(head) is not None
+
+
+def has_several_means(head: nn.Module) -> bool:
+    """True if the loss of a head adds means over different targets."""
+    return several_means_of(head) is not None
+
+
+def without_adapters(model: nn.Module) -> nn.Module:
+    """The model inside peft's."""
+    inside: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return inside
+
+
+def _place(value: Tensor) -> tuple[int, torch.Size]:
+    return value.data_ptr(), value.shape
