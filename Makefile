@@ -14,6 +14,11 @@ VENV   := .venv$(subst $(EMPTY) $(EMPTY),,$(addprefix -,$(subst /,_,$(subst ==,-
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
 
+# Several files of tests at a time: one rank uses one core, and ranks that wait for each other use none.
+# Files stay whole and in their order, in which the longest are not last. One process: make test WORKERS=0
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-wide test-fast test-gpu matrix bench check format build clean
 
@@ -25,7 +30,7 @@ install: $(STAMP)  ## Create .venv and install the package with its development 
 # torch comes through pip, which also finds a wheel in a local folder; uv does not look there.
 # Everything else comes through uv, which takes seconds where pip takes minutes; pip is there for a machine whose
 # package index only pip is told about.
-WANTED := --editable ".[trl,peft,plot,deepspeed]" --group dev "$(TRANSFORMERS)"
+WANTED := --editable ".[trl,peft,plot,deepspeed,sentence-transformers]" --group dev "$(TRANSFORMERS)"
 
 $(STAMP): pyproject.toml
 	@echo "Setting up $(VENV) with $(TORCH) and $(TRANSFORMERS) ..."
@@ -43,21 +48,21 @@ demo: $(STAMP)  ## Fine-tune on two ranks (GPUs where there are some, else CPU) 
 	@BIN=$(BIN) bash recipes/demo.sh
 
 test: $(STAMP)  ## Run the tests
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 
-# `make test` runs an eighth of those, always the same.
+# `make test` runs an eighth of those, and half of many on several ranks, always the same.
 test-wide: $(STAMP)  ## Run the tests, with all combinations of those that have many
-	@$(BIN)/python -m pytest --wide
+	@$(PYTEST) --wide
 
 # In three to four minutes, between two edits: what takes one rank. `make test` is for everything.
 test-fast: $(STAMP)  ## Run the tests that need one rank and no other process
-	@$(BIN)/python -m pytest --fast -r fE
+	@$(PYTEST) --fast -r fE
 
 # Every part that does not need CUDA goes through on CPU: HF_GRADUTILS_TEST_DEVICE=cpu make test-gpu
 test-gpu: $(STAMP)  ## Run the tests that need a GPU; without one it says so and succeeds
 	@$(BIN)/python -m pytest tests/gpu
 
-matrix: $(STAMP)  ## Measure every head in every layout beside the stock Trainer, write docs/exactness.md; takes long
+matrix: $(STAMP)  ## Measure every head in every layout beside the stock Trainer, write docs/exactness.md and whole_batch.md; takes long
 	@$(BIN)/python -m benchmarks.exactness --out docs/exactness.md
 
 # Counts decide whether it fails; times only inform. Without a GPU the page keeps what was measured on one.

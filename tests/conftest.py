@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from tests.harness.layouts import LAYOUTS
 from tests.harness.ranks import decorator
 from tests.harness.ranks.forkserver import helper_pids, stop_forkserver
 from tests.harness.ranks.launch import UPSTREAM_WARNINGS
@@ -37,18 +38,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of many combinations keep an eighth, at least one; a test that is asked for by its name keeps all."""
+    """Of many combinations keep some, at least one, always the same; a test that is asked for by its name keeps all.
+
+    An eighth of what is marked wide, and half of the cases of a test that starts several ranks in four or more.
+    """
     if config.getoption("wide") or any("::" in arg for arg in config.args) or config.option.keyword:
         return
-    by_function: dict[str, list[pytest.Item]] = {}
+    by_function: dict[tuple[str, int], list[pytest.Item]] = {}
     for item in items:
-        if item.get_closest_marker("wide"):
-            by_function.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        part = 8 if item.get_closest_marker("wide") else 2 if _num_ranks(item) > 1 else 1
+        by_function.setdefault((item.nodeid.partition("[")[0], part), []).append(item)
     left_out: set[pytest.Item] = set()
-    for name, cases in by_function.items():
-        left_out.update(random.Random(name).sample(cases, len(cases) - max(1, len(cases) // 8)))
+    for (name, part), cases in by_function.items():
+        if part == 8 or (part == 2 and len(cases) >= 4):
+            left_out.update(random.Random(name).sample(cases, len(cases) - max(1, len(cases) // part)))
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=list(left_out))
+
+
+def _num_ranks(item: pytest.Item) -> int:
+    """Ranks that a test starts, as far as its parameters tell."""
+    layout = item.callspec.params.get("layout") if hasattr(item, "callspec") else None
+    return LAYOUTS[layout].num_ranks if layout in LAYOUTS else 1
 
 
 def pytest_configure(config: pytest.Config) -> None:

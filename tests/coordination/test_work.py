@@ -113,7 +113,7 @@ Pair = namedtuple("Pair", "a b")
         [functools.partial(use, 1), functools.partial(use, 2)],
         [len, use],
     ],
-    ids=str,
+    ids=lambda items: type(items[0]).__name__,  # the same in each of pytest's processes, as str is not
 )
 def test_kinds_of_values_tell_turns_apart(items):
     for item in items:

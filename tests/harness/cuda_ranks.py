@@ -24,7 +24,7 @@ def let_ranks_start_cuda() -> None:
         _start_cuda()
     except RankFailure:
         forkserver.stop_forkserver()
-        forkserver.ALWAYS_PRELOADED = forkserver.PRELOADED_IF_IMPORTED = ()
+        forkserver.preloads = False
         _start_cuda()
 
 

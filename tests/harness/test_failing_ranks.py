@@ -15,6 +15,7 @@ from tests.harness.ranks import RankFailure, run_ranks
 
 
 def test_a_rank_that_raises_fails_the_test_with_its_traceback():
+    run_ranks(os.getpid, 1, init=False)  # the server is up now
     start = time.monotonic()
     with pytest.raises(RankFailure, match=r"rank 1 of 4 raised ValueError: no good\n(.|\n)*in _one_raises\n"):
         run_ranks(_one_raises, 4)

@@ -8,8 +8,9 @@ The ranks are forked from a forkserver that has torch loaded, so they start in m
 store they meet at lives in the pytest process. A rank that raises, hangs or dies fails the test
 with that rank's traceback; the others are ended and nothing is left behind.
 
-Modules that are slow to import (transformers) are loaded once, in the forkserver, if a collected
-test module imports them at its top; imported inside a test, every rank pays for them.
+The forkserver has loaded the collected test modules, and what they import at their top (transformers);
+what a test imports inside, every rank pays for. A module's state after its import is therefore the same
+in all ranks; nothing that one rank changes reaches another test.
 """
 
 from tests.harness.ranks.decorator import ranks, run_ranks

@@ -14,6 +14,7 @@ ALWAYS_PRELOADED = (
     "torch.distributed.fsdp",
     "torch._dynamo",  # DistributedDataParallel and the optimizers import it: 0.7 s in every rank
     "tests.harness.ranks.server",
+    "tests.harness.ranks.asserts",  # before the test modules
 )
 PRELOADED_IF_IMPORTED = (
     "accelerate",
@@ -24,18 +25,24 @@ PRELOADED_IF_IMPORTED = (
     "transformers",
     "transformers.trainer",
     "transformers.models.llama.modeling_llama",
+    "sentence_transformers",
+    "sentence_transformers.sentence_transformer.losses",
     "trl",
     "trl.trainer.dpo_trainer",
     "trl.trainer.sft_trainer",
     "hf_gradutils",
     "hf_gradutils.accelerator",
     "hf_gradutils.trainer",
-    "tests.harness.heads",
-    "tests.harness.trainer_cases",
 )
-"""Loaded in the forkserver if the pytest process has them when the first ranks are wanted."""
-LATE = {"deepspeed": "deepspeed.runtime.zero.muon.muon_optimizer"}
-"""Module → another that it loads when it is used, in seconds: torch's compiler."""
+"""Loaded in the forkserver if the pytest process has them when the first ranks are wanted, as are its test modules."""
+LATE = {
+    "accelerate": "deepspeed",  # where it is installed, before the first training
+    "deepspeed": "deepspeed.runtime.zero.muon.muon_optimizer",  # and with it torch's compiler
+}
+"""Module → another that it loads when it is used, in seconds."""
+
+preloads = True
+"""Whether anything is loaded in the forkserver; a rank whose test module is not there imports it."""
 
 _is_started = False
 
@@ -45,13 +52,7 @@ def start_forkserver() -> None:
     global _is_started
     if _is_started:
         return
-    multiprocessing.set_forkserver_preload(
-        [
-            *ALWAYS_PRELOADED,
-            *(name for name in PRELOADED_IF_IMPORTED if name in sys.modules),
-            *(late for name, late in LATE.items() if name in sys.modules),
-        ]
-    )
+    multiprocessing.set_forkserver_preload(_preloaded() if preloads else [])
     prior = dict(os.environ)
     # One thread each: a pool of threads would not survive the fork.
     os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
@@ -63,6 +64,18 @@ def start_forkserver() -> None:
         os.environ.clear()
         os.environ.update(prior)
     _is_started = True
+
+
+def _preloaded() -> list[str]:
+    late = dict(LATE)
+    if "DS_ACCELERATOR" not in os.environ:
+        del late["accelerate"]  # DeepSpeed would look for a GPU, and ranks could not start CUDA any more
+    return [
+        *ALWAYS_PRELOADED,
+        *(name for name in PRELOADED_IF_IMPORTED if name in sys.modules),
+        *(name for trigger, name in late.items() if trigger in sys.modules),
+        *(name for name in sys.modules if name.startswith("tests.") and not name.endswith(".conftest")),
+    ]
 
 
 def stop_forkserver() -> None:

@@ -24,6 +24,7 @@ UPSTREAM_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     ("Slicing a flattened dim from root mesh will be deprecated", UserWarning),  # accelerate 1.15, of HSDP's meshes
     ("`torch.jit.script_method` is deprecated", DeprecationWarning),  # torch 2.13, of its own module that ZeRO imports
     ("`torch.distributed.* is deprecated", FutureWarning),  # torch 2.13, of what ZeRO calls
+    ("`broadcast_buffers` is deprecated", FutureWarning),  # torch 2.13, of what sentence-transformers 6.2 passes to DDP
     ("torch.distributed.nn.functional.* is deprecated", FutureWarning),  # the same, of transformers' Ulysses
     (".*Profiler clears events at the end of each cycle", UserWarning),  # torch 2.11
 )

@@ -173,7 +173,8 @@ def _end_with_pytest() -> None:
 def _answer(job: Job) -> Answer:
     try:
         _install_warning_filters(job.warning_filters)
-        _rewrite_asserts()
+        import tests.harness.ranks.asserts  # noqa: F401 (loaded already, where the forkserver loads modules)
+
         torch.set_num_threads(1)
         tqdm.set_lock(threading.RLock())  # its own is a semaphore that is never released
         seed()
@@ -225,11 +226,3 @@ def _install_warning_filters(filters: list[tuple[Any, ...]]) -> None:
             module=module.pattern if module else "",
             lineno=lineno,
         )
-
-
-def _rewrite_asserts() -> None:
-    """Let a failing `assert` of a test module show its values, as it does in pytest's own process."""
-    from _pytest.assertion import install_importhook
-    from _pytest.config import get_config
-
-    install_importhook(get_config())
