@@ -107,9 +107,10 @@ def _cpu() -> str:
 
 
 def provenance_text(measured: dict[str, Any]) -> str:
-    """The same in words. Early measurements have not recorded everything."""
-    machine, seed = measured.get("machine") or {}, measured.get("seed")
-    words = [measured.get("date"), None if seed is None else f"seed {seed}"]
+    """The same in words, and what was measured again. Early measurements have not recorded everything."""
+    machine, seed, again = measured.get("machine") or {}, measured.get("seed"), measured.get("again")
+    words = [measured.get("date"), again and f"{again['heads']} heads again on {again['date']}"]
+    words += [None if seed is None else f"seed {seed}"]
     words += [f"{name} {version}" for name, version in measured.get("versions", {}).items()]
     words.append(" of ".join(filter(None, (machine.get("cores") and f"{machine['cores']} cores", machine.get("cpu")))))
     words.append(f"load {machine['load']:g}" if "load" in machine else None)
@@ -121,11 +122,15 @@ def provenance_text(measured: dict[str, Any]) -> str:
 
 def fill(template: Path, **places: Any) -> str:
     """A template with something in all of its places, its paragraphs wrapped."""
-    blocks = re.split(r"\n{2,}", template.read_text().format(**places).strip())
-    return "\n\n".join(block if block.startswith(_NO_PARAGRAPH) else wrapped(block) for block in blocks) + "\n"
+    parts = _FENCED.split(template.read_text().format(**places).strip())
+    blocks = [
+        block for part in parts for block in ([part] if _FENCED.match(part) else re.split(r"\n{2,}", part.strip()))
+    ]
+    return "\n\n".join(b if b.startswith(_NO_PARAGRAPH) else wrapped(b) for b in blocks if b) + "\n"
 
 
-_NO_PARAGRAPH = ("|", "<", "-", "#")
+_FENCED = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
+_NO_PARAGRAPH = ("|", "<", "-", "#", "1.", "```")
 
 
 def replace_between(page: str, name: str, body: str) -> str:

@@ -4,7 +4,8 @@
 
 Prints a line per head and layout, writes the page, and fails if a cell of ours is wrong, or crashes where the stock
 Trainer does not. The data is drawn afresh on every call; ``--seed`` repeats one. ``--part`` keeps the other parts of
-the page as they are, and so does DeepSpeed's part where DeepSpeed is not installed.
+the page as they are, and so does DeepSpeed's part where DeepSpeed is not installed. ``whole_batch`` has a page of its
+own beside FILE, ``whole_batch.md``.
 """
 
 import argparse
@@ -15,12 +16,14 @@ from importlib.util import find_spec
 from typing import Any
 
 from benchmarks import page
-from benchmarks.exactness import accumulation, deepspeed, float32, half, half_bounds, memory
+from benchmarks.exactness import accumulation, deepspeed, float32, half, half_bounds, memory, whole_batch_page
 from benchmarks.exactness.render import render
 from tests.harness.heads import HEADS
 from tests.harness.layouts import HEAD_LAYOUTS
 
 PARTS = ("float32", "half", "deepspeed")
+OWN_PAGE = "whole_batch"
+"""A part beside those."""
 
 Part = tuple[dict[str, Any], list[str]]
 """(what the page shows, what is not as promised)."""
@@ -28,16 +31,19 @@ Part = tuple[dict[str, Any], list[str]]
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=PARTS, help="measure this one alone (default: all)")
+    parser.add_argument("--part", choices=(*PARTS, OWN_PAGE), help="measure this one alone (default: all)")
     parser.add_argument("--heads", help="comma-separated parts of head names (default: all)")
     parser.add_argument("--layouts", help="comma-separated layouts (default: all)")
     parser.add_argument("--seed", type=int, help="of the data (default: drawn)")
     page.add_arguments(parser)
     options = parser.parse_args(arguments)
-    data = page.load(options.out)
+    own_page = options.out and options.out.with_name(whole_batch_page.NAME)
     if options.render:
-        page.publish(options.out, data, render)
+        if options.part != OWN_PAGE:
+            page.publish(options.out, page.load(options.out), render)
+        page.publish(own_page, page.load(own_page), whole_batch_page.render)
         return 0
+    data = page.load(options.out)
     if options.seed is None:
         options.seed = random.SystemRandom().randrange(2**31)
     heads = [h for h in HEADS if not options.heads or any(part in h for part in options.heads.split(","))]
@@ -51,7 +57,13 @@ def main(arguments: list[str] | None = None) -> int:
             part, found = measure(heads, layouts, options)
             data[name] = {"measured": measured, **part}
             faults += found
-    page.publish(options.out, data, render)
+    if options.part != OWN_PAGE:
+        page.publish(options.out, data, render)
+    if options.part == OWN_PAGE or not (options.part or options.heads or options.layouts):
+        measured = page.provenance("benchmarks.exactness", options)
+        part, found = whole_batch_page.measure(options.seed)
+        page.publish(own_page, {"measured": measured, **part}, whole_batch_page.render)
+        faults += found
     print("\n".join([f"{time.monotonic() - started:.0f} s, {len(faults)} faults", *faults]))
     return 1 if faults else 0
 

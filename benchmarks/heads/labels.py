@@ -59,6 +59,12 @@ def _two_visual_tasks(generator: Generator, config: PretrainedConfig, num_classe
     return {"labels": labels, "sentence_image_labels": classes(generator, 2)}
 
 
+def _attacked(generator: Generator, config: PretrainedConfig, num_classes: int) -> Row:
+    """Masked words, and another text to compare with."""
+    labels = _word_labels(generator, config, num_classes)["labels"]
+    return {"labels_input_ids": labels, "attack_input_ids": words(generator, LENGTH)}
+
+
 def _spectrogram(generator: Generator, config: PretrainedConfig, num_classes: int) -> Row:
     """Whole frames end early, not single numbers."""
     labels = noise(generator, 16, setting(config, "num_mel_bins", default=80))
@@ -148,5 +154,6 @@ _LABELS: dict[str, list[MakeLabels]] = {
     r"ForMaskedImageModeling$|MAEForPreTraining$": [lambda g, c, n: {}],
     r"ForPrediction$": [_future],
     r"ForRegression$": [lambda g, c, n: {"target_values": noise(g, setting(c, "num_targets", default=1))}, _number],
+    r"^RoCBertForPreTraining$": [_attacked],
     r"ForPreTraining$": [_two_tasks],
 }

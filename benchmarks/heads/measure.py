@@ -1,9 +1,11 @@
 """One head: built tiny, trained for one optimizer step by each Trainer, against one batch in float64.
 
 A step has 4 micro-batches of 4 rows with ragged targets. The truth is the gradient of the head's own loss for all 16
-rows at once. Nothing is random and batch normalisation is in evaluation mode.
+rows at once. Nothing is random and batch normalisation is in evaluation mode; a head that draws random numbers in every
+forward draws the same ones for every row, here as in the truth.
 """
 
+import contextlib
 import math
 import re
 from typing import Any
@@ -18,6 +20,7 @@ from benchmarks.heads.inputs import MakeRow
 from benchmarks.heads.results import WRONG, Measured, Outcome
 from benchmarks.heads.rows import NoLossError, collate, find_rows
 from benchmarks.trainings import SETTINGS, TRAINERS
+from hf_gradutils._undisturbed import RowsDrawAlike
 from hf_gradutils.errors import LossUnitError, TargetCountError
 from tests.harness.gradients import relative_error
 from tests.harness.trainer_cases import GradientTap, reset_accelerate
@@ -60,8 +63,15 @@ def _config_of(head_class: Any) -> Any:
 def _measure(measured: Measured, model: nn.Module, make_row: MakeRow, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     rows = [make_row(generator) for _ in range(ACCUMULATION * ROWS_PER_MICRO_BATCH)]
-    if is_random(model, rows):
-        measured.why = "random in every forward"
+    measured.draws = is_random(model, rows)
+    with DrawsAlike() if measured.draws else contextlib.nullcontext():
+        if measured.draws and is_random(model, rows):
+            measured.why = "random in every forward"
+        _compare(measured, model, rows)
+
+
+def _compare(measured: Measured, model: nn.Module, rows: list[Any]) -> None:
+    """Measure the truth, and each Trainer against it."""
     try:
         want = gradient_of_one_batch(model, rows, torch.float64)
     except Exception:
@@ -87,6 +97,24 @@ def _measure(measured: Measured, model: nn.Module, make_row: MakeRow, seed: int)
         ours = measured.outcomes["ours"]
     if is_noisy and ours.status != "refused":
         measured.not_built = "random"
+
+
+class DrawsAlike(RowsDrawAlike):
+    """Gumbel noise, too, is the same for every row."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not nn.functional.gumbel_softmax:
+            return super().__torch_function__(func, types, args, kwargs)
+        with self:
+            return gumbel_softmax(*args, **kwargs)
+
+
+def gumbel_softmax(logits: Tensor, tau: float, hard: bool, **_: Any) -> Tensor:
+    """As torch's over the last dim, which hides its draws; with hard choices."""
+    assert hard
+    soft = ((logits - (-torch.rand_like(logits).log()).log()) / tau).softmax(dim=-1)
+    chosen = nn.functional.one_hot(soft.argmax(dim=-1), soft.shape[-1]).to(soft)
+    return chosen - soft.detach() + soft
 
 
 def is_random(model: nn.Module, rows: list[Any]) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks import page
 from benchmarks.heads.results import Measured, Outcome, broken_promises, kind_of, status_of
-from hf_gradutils.targets.known_heads import NO_UNIT, UNITS
+from hf_gradutils.targets.known_heads import NO_UNIT, SHARED, UNITS
 
 STATUSES = ("exact", "refused", "wrong", "crashed", "unclear")
 WIDTH = 240
@@ -32,7 +32,11 @@ def record(results: list[Measured]) -> dict[str, Any]:
             not_built.setdefault(m.not_built, []).append(m.head)
     return {
         "kinds": dict(sorted(kinds.items(), key=lambda item: (-sum(item[1]["ours"].values()), item[0]))),
-        "promised": {"no_unit": _kept(results, NO_UNIT, "refused"), "units": _kept(results, UNITS, "exact")},
+        "promised": {
+            "no_unit": _kept(results, NO_UNIT, "refused"),
+            "units": _kept(results, UNITS, "exact"),
+            "shared": _kept(results, [m.head for m in built if m.head in SHARED], "exact"),
+        },
         "refused": {m.head: _why(m.outcomes["ours"]) for m in built if m.outcomes["ours"].status == "refused"},
         "broken": broken_promises(results),
         "stock_crashed": {
@@ -45,6 +49,7 @@ def record(results: list[Measured]) -> dict[str, Any]:
             for m in built
             if m.error_in_float32 is not None
         },
+        "drawing": [m.head for m in built if m.draws],
         "float32_truth": [m.head for m in built if m.precision != "float64"],
         "not_built": dict(sorted(not_built.items(), key=lambda item: -len(item[1]))),
     }
@@ -93,6 +98,7 @@ def render(data: dict[str, Any]) -> str:
             f"`{head}`: {found['float32']:.1e} in float32, ours {found['ours']}"
             for head, found in data["in_float64"].items()
         ),
+        drawing=page.wrapped(page.code(data["drawing"])),
         float32_truth=page.folded(
             f"{len(data['float32_truth'])} heads", page.wrapped(page.code(data["float32_truth"]))
         ),

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from benchmarks.page import short_reason
-from hf_gradutils.targets.known_heads import NO_UNIT, UNITS
+from hf_gradutils.targets.known_heads import NO_UNIT, SHARED, UNITS
 
 WRONG = 1e-5
 """Relative error of a gradient from which on it is wrong."""
@@ -33,13 +33,15 @@ class Measured:
     inputs: str = ""
     precision: str = "float64"
     """Of the truth."""
+    draws: bool = False
+    """It draws random numbers in every forward."""
     error_in_float32: float | None = None
     """Where that is not below 1e-5, and the outcomes are therefore those in float64."""
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
 
 def status_of(measured: Measured, trainer: str) -> str:
-    """Its status; unclear where the head draws random numbers, which no two trainings share."""
+    """Its status; unclear where the head draws random numbers that no two trainings share."""
     status = measured.outcomes[trainer].status
     return "unclear" if measured.why and status in ("exact", "wrong") else status
 
@@ -63,6 +65,8 @@ def broken_promises(results: Iterable[Measured]) -> list[str]:
             broken.append(f"{measured.head} crashes and stock does not: {short_reason(ours.why)}")
         if measured.head in NO_UNIT and not ours.why.startswith("LossUnitError"):
             broken.append(f"{measured.head} has no unit, but is {ours.status}")
+        if measured.head in SHARED and ours.status != "exact":
+            broken.append(f"{measured.head} has shares in the tables, but is {ours.status}: {short_reason(ours.why)}")
         if measured.head in UNITS and ours.status != "exact":
             broken.append(f"{measured.head} has a unit in the table, but is {ours.status}: {short_reason(ours.why)}")
     return broken

@@ -16,7 +16,11 @@ ROWS_TO_TRY = 3
 
 def collate(rows: list[Row]) -> dict[str, Any]:
     """Rows → batch: tensors stacked, but lists of what detectors want per image, and flags once."""
-    return {name: _join(name, [row[name] for row in rows]) for name in rows[0]}
+    batch = {name: _join(name, [row[name] for row in rows]) for name in rows[0]}
+    if "sampled_negative_indices" in batch:  # frames of a row, counted from the first one of the batch
+        indices = batch["sampled_negative_indices"]
+        batch["sampled_negative_indices"] = indices + len(indices[0]) * torch.arange(len(indices))[:, None, None]
+    return batch
 
 
 def _join(name: str, values: list[Any]) -> Any:

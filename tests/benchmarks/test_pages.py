@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import page
 from benchmarks.exactness.render import render as exactness
+from benchmarks.exactness.whole_batch_page import render as whole_batch
 from benchmarks.first_rank.render import render as first_rank
 from benchmarks.heads.render import render as heads
 from benchmarks.performance.render import render as performance
@@ -16,10 +17,14 @@ from benchmarks.performance.render import render as performance
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {
     DOCS / "exactness.md": exactness,
+    DOCS / "whole_batch.md": whole_batch,
     DOCS / "heads.md": heads,
     DOCS / "performance.md": performance,
     DOCS / "first_rank.md": lambda data: first_rank(data, (DOCS / "first_rank.md").read_text()),
 }
+
+
+MODULES = {"whole_batch": "exactness --part whole_batch"}
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
@@ -27,7 +32,7 @@ def test_a_page_is_what_its_measurements_render_to(path):
     data = page.load(path)
     assert data
     assert PAGES[path](data) == path.read_text(), (
-        f"run python -m benchmarks.{path.stem} --render --out docs/{path.name}"
+        f"run python -m benchmarks.{MODULES.get(path.stem, path.stem)} --render --out docs/{path.name}"
     )
 
 
@@ -57,6 +62,11 @@ def test_a_measurement_names_versions_and_machine_and_no_path(tmp_path):
     assert f"seed 3, torch {measured['versions']['torch']}" in page.provenance_text(measured)
 
 
+def test_a_measurement_says_what_was_measured_again():
+    measured = {"date": "2026-01-01", "seed": 3, "again": {"date": "2026-01-02", "heads": 7}}
+    assert page.provenance_text(measured) == "2026-01-01, 7 heads again on 2026-01-02, seed 3"
+
+
 def test_a_place_between_marks_is_replaced_and_all_else_stays():
     text = "a\n<!-- t -->\nold\n<!-- end of t -->\nb\n"
     assert page.replace_between(text, "t", "new") == text.replace("old", "new")
@@ -67,3 +77,10 @@ def test_a_place_between_marks_is_replaced_and_all_else_stays():
 def test_a_reason_names_no_temporary_folder():
     said = f"OSError: no file in {tempfile.gettempdir()}/tmpa1b2c3/x y. | More.\nAnd more."
     assert page.short_reason(said) == "OSError: no file in a temporary folder y. / More."
+
+
+def test_code_of_a_template_keeps_its_lines(tmp_path):
+    code = "```python\na = {{1}}\n\n\nb = 2\n```"
+    (tmp_path / "t.md").write_text(f"# Title\n\nSome\nwords of {{place}}.\n{code}\n\nMore\nwords.\n")
+    want = f"# Title\n\nSome words of prose.\n\n{code}\n\nMore words.\n".replace("{{1}}", "{1}")
+    assert page.fill(tmp_path / "t.md", place="prose") == want
