@@ -28,6 +28,8 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 # Where a name server loses one packet in a hundred, all ranks stand still for 5 s then. Over TCP it answers or refuses.
 os.environ["RES_OPTIONS"] = "use-vc timeout:1 attempts:1"
 
+FILES_BEFORE = pytest.StashKey[set[str]]()
+
 tqdm.monitor_interval = 0  # its monitor is a thread that stays
 torch.set_num_threads(1)  # as in the ranks: these models are too small to be split up
 
@@ -101,7 +103,7 @@ def _leaves_nothing_behind() -> Iterator[None]:
         leaks.append(f"threads {sorted(thread.name for thread in started)}")
     if children := _child_pids() - pids:
         leaks.append(f"child processes {[_end(pid) for pid in sorted(children)]}")
-    # Two files of tests at a time: what the other one writes for a moment is not this one's.
+    # Two files of tests at a time: what the other one writes for a moment is not this one's. Looked at in the end.
     if (written := _files(cwd) - files) and "PYTEST_XDIST_WORKER" not in os.environ:
         leaks.append(f"files {sorted(written)} in {cwd}")
     if leaks:
@@ -114,8 +116,16 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("hf_home")
 
 
-def pytest_sessionfinish() -> None:
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.config.stash[FILES_BEFORE] = _files(Path.cwd())
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
     stop_forkserver()
+    is_worker = hasattr(session.config, "workerinput")
+    if not is_worker and (written := _files(Path.cwd()) - session.config.stash[FILES_BEFORE]):
+        session.config.get_terminal_writer().line(f"\nthe tests leave behind files {sorted(written)}", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def _environment() -> dict[str, str]:

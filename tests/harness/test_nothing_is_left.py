@@ -66,13 +66,15 @@ def inner_pytest(tmp_path):
     """Start pytest on one test file beside a copy of our conftest."""
     shutil.copy(TESTS / "conftest.py", tmp_path)
 
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}  # as of one process
+
     def start(source):
         (tmp_path / "test_inner.py").write_text(source)
         options = ["-q", "-c", os.devnull, "--rootdir", tmp_path, "-p", "no:cacheprovider"]
         return subprocess.Popen(
             [sys.executable, "-m", "pytest", *options, "."],
             cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(TESTS.parent), "TMPDIR": scratch},
+            env=environment | {"PYTHONPATH": str(TESTS.parent), "TMPDIR": scratch},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
