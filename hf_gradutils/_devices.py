@@ -45,3 +45,8 @@ def device_of(model: nn.Module) -> torch.device:
     if kind == parameter.device.type:
         return parameter.device
     return torch.device(kind, torch.accelerator.current_device_index())
+
+
+def widened(value: Tensor) -> Tensor:
+    """Half precision as float32; other dtypes as they are."""
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value

@@ -3,7 +3,6 @@
 One optimizer step of tiny models without dropout, as in float32.py. Stock's is the mean of the micro-batches' losses.
 """
 
-import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from benchmarks.page import short_reason
 from benchmarks.trainings import TRAINERS
 from hf_gradutils import GradUtilsPlugin
 from tests.harness import router_cases
-from tests.harness.gradients import relative_error, whole_gradients
+from tests.harness.gradients import default_dtype, relative_error, whole_gradients
 from tests.harness.head_rows import collate
 from tests.harness.shared_heads import SHARED_HEADS, collate_boxes, image_with_boxes
 from tests.harness.trainer_cases import train
@@ -139,19 +138,9 @@ def in_one_pass(case: Case, data: list[Any], dtype: torch.dtype) -> dict[str, Te
             loss = model(**case.collate(data))["loss"]
         loss.backward()
         return whole_gradients(model)
-    with _default_dtype(torch.float64):  # in which detectors make the weights of classes
+    with default_dtype(torch.float64):  # in which detectors make the weights of classes
         model.double()(**_in_float64(case.collate(data)))["loss"].backward()
     return whole_gradients(model)
-
-
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _in_float64(value: Any) -> Any:

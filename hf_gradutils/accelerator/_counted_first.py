@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_gradutils._collectives import all_reduce_, start_all_reduce, world_domain
+from hf_gradutils._collectives import start_all_reduce, world_domain
 from hf_gradutils._devices import on_device
 from hf_gradutils.accelerator._micro_batch import MicroBatch, as_number
 from hf_gradutils.accelerator._model_windows import ModelWindow
@@ -14,7 +14,7 @@ from hf_gradutils.accelerator._padding import is_padding
 from hf_gradutils.accelerator._readers import reader_of_gradients
 from hf_gradutils.accelerator._windows import Windows
 from hf_gradutils.errors import InvalidArgumentError
-from hf_gradutils.targets.terms import Terms, add_terms, is_terms, shares_of_totals
+from hf_gradutils.targets.terms import Terms, add_terms, check_counted, is_terms, shares_of_totals
 from hf_gradutils.upstream.accelerate import optimizers_of
 
 HOW_TO_START = (
@@ -93,23 +93,11 @@ def share_of_terms(
         raise InvalidArgumentError(f"the loss has {len(counts)} terms, but start_window was given {len(totals)} counts")
     window.counted = counts if window.counted is None or not window.is_open else window.counted + counts
     if windows.accelerator.sync_gradients and not window.num_closed:
-        _check_counted(window)
+        check_counted(window.counted, window.totals())
     if micro_batch.num_targets is None:
         micro_batch.count(counts[0], counts[0])
     micro_batch.is_share, micro_batch.weight = True, num_averaged(windows, window)
     return add_terms(losses, shares_of_totals(counts, totals))
-
-
-def _check_counted(window: ModelWindow) -> None:
-    """Raise InvalidArgumentError, on all ranks, if a window's micro-batches had other targets than it began with."""
-    assert window.totals is not None
-    assert window.counted is not None
-    counted = all_reduce_(world_domain(), window.counted.clone())
-    if not torch.allclose(counted, window.totals(), rtol=1e-9, atol=1e-6):
-        raise InvalidArgumentError(
-            f"the terms of this window have {counted.tolist()} targets in its micro-batches, but start_window was "
-            f"given {window.totals().tolist()}, over all ranks; they must be those of the terms, in their order"
-        )
 
 
 def num_averaged(windows: Windows, window: ModelWindow) -> Tensor:

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_gradutils.accelerator import WholeBatchLoss
-from hf_gradutils.targets.contrastive_heads import whole_batch_loss_of
-from hf_gradutils.targets.means_of_boxes import means_of_matches_of
+from hf_gradutils.targets.known_heads import whole_batch_head
 from hf_gradutils.targets.several_means import several_means_of
-from hf_gradutils.targets.terms import Terms, add_terms, is_terms
+from hf_gradutils.targets.terms import Terms, is_terms, sum_of_terms
 
 LossAndTargets: TypeAlias = Callable[[nn.Module, Any], tuple[Tensor, Tensor | int] | Terms]
 """(model, batch) → its own mean loss and its number of targets, or a list of several such terms."""
@@ -28,14 +27,9 @@ def split_terms(result: Any) -> tuple[Tensor, Any]:
     if not is_terms(result):
         loss, num_targets = result
         return loss, num_targets
-    counts = [torch.as_tensor(count, dtype=torch.float64).reshape(()) for _, count in result]
-    return sum_of_terms(result), torch.stack([count.to(counts[0].device) for count in counts])
-
-
-def sum_of_terms(terms: Terms) -> Tensor:
-    """The sum of the losses that have targets, shape ()."""
-    losses = [loss.reshape(()) for loss, _ in terms]
-    return add_terms(losses, torch.tensor([float(count) > 0 for _, count in terms], dtype=torch.float64))
+    losses = [loss.reshape(()) for loss, _ in result]
+    counts = torch.stack([torch.as_tensor(n, dtype=torch.float64).reshape(()).to(losses[0].device) for _, n in result])
+    return sum_of_terms(losses, counts), counts
 
 
 def loss_of_rows(loss: WholeBatchLoss, model: nn.Module, batch: Any) -> Tensor:
@@ -50,7 +44,7 @@ def loss_of_rows(loss: WholeBatchLoss, model: nn.Module, batch: Any) -> Tensor:
 
 def is_of_whole_batch(head: nn.Module) -> bool:
     """True if the loss of a head compares what all rows of the batch have, so that shares of it need two passes."""
-    return whole_batch_loss_of(head) is not None or means_of_matches_of(head) is not None
+    return whole_batch_head(head) is not None
 
 
 def has_several_means(head: nn.Module) -> bool:

@@ -34,21 +34,29 @@ def contrast_and_means_of(head: nn.Module) -> WholeBatchHead | None:
     return None
 
 
-# ---- wav2vec 2.0: a sum over masked frames, and how evenly all of them use the codes ----
+# ---- What outputs do not have ----
 
-_codes: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()
-"""Logits of the codes, in a forward that has not ended."""
+_seen: weakref.WeakKeyDictionary[nn.Module, list[Tensor]] = weakref.WeakKeyDictionary()
+"""What a part of a head has returned, in a forward that has not ended."""
 
 
 @contextlib.contextmanager
-def _seeing_codes(head: nn.Module) -> Iterator[None]:
-    quantizer: Any = head.quantizer
-    handle = quantizer.weight_proj.register_forward_hook(lambda _, __, logits: _codes.__setitem__(head, logits))
+def _seeing(head: nn.Module, part: nn.Module, take: Callable[[Any], Tensor]) -> Iterator[None]:
+    """Keep a tensor of the outputs of each forward of a part."""
+    found = _seen[head] = []
+    handle = part.register_forward_hook(lambda _, __, outputs: found.append(take(outputs)))
     try:
         yield
     finally:
         handle.remove()
-        _codes.pop(head, None)
+        _seen.pop(head, None)
+
+
+# ---- wav2vec 2.0: a sum over masked frames, and how evenly all of them use the codes ----
+
+
+def _seeing_codes(head: Any) -> contextlib.AbstractContextManager[None]:
+    return _seeing(head, head.quantizer.weight_proj, lambda logits: logits)
 
 
 def _frames_and_codes(head: nn.Module, inputs: _Inputs, outputs: Any) -> Tensors:
@@ -59,7 +67,7 @@ def _frames_and_codes(head: nn.Module, inputs: _Inputs, outputs: Any) -> Tensors
             f"{type(head).__name__} returned no loss; give it mask_time_indices and sampled_negative_indices"
         )
     quantizer: Any = head.quantizer
-    logits = _codes[head].reshape(*masked.shape, quantizer.num_groups, quantizer.num_vars)
+    logits = _seen[head][-1].reshape(*masked.shape, quantizer.num_groups, quantizer.num_vars)
     used = logits.float().softmax(dim=-1)
     if not quantizer.training:
         used = nn.functional.one_hot(logits.argmax(dim=-1), quantizer.num_vars).to(used)
@@ -81,20 +89,10 @@ def _of_frames_and_codes(head: nn.Module) -> WholeBatchHead:
 
 # ---- RoCBERT: masked words, and texts compared with attacks on them ----
 
-_pooled: weakref.WeakKeyDictionary[nn.Module, list[Tensor]] = weakref.WeakKeyDictionary()
-"""Pooled texts, attacked texts last, in a forward that has not ended."""
 
-
-@contextlib.contextmanager
-def _seeing_texts(head: nn.Module) -> Iterator[None]:
-    encoder: Any = head.roc_bert
-    found = _pooled[head] = []
-    handle = encoder.register_forward_hook(lambda _, __, outputs: found.append(outputs[1]))
-    try:
-        yield
-    finally:
-        handle.remove()
-        _pooled.pop(head, None)
+def _seeing_texts(head: Any) -> contextlib.AbstractContextManager[None]:
+    """Pooled texts, attacked ones last."""
+    return _seeing(head, head.roc_bert, lambda outputs: outputs[1])
 
 
 def _words_and_texts(head: nn.Module, inputs: _Inputs, outputs: Any) -> Tensors:
@@ -103,7 +101,7 @@ def _words_and_texts(head: nn.Module, inputs: _Inputs, outputs: Any) -> Tensors:
     if labels is None or scores is None:
         raise TargetCountError(f"{type(head).__name__} returned no loss; give it labels_input_ids")
     words = nn.functional.cross_entropy(scores.flatten(0, 1).float(), labels.flatten(), reduction="sum")
-    texts = _pooled[head] if inputs.get("attack_input_ids") is not None else ()
+    texts = _seen[head] if inputs.get("attack_input_ids") is not None else ()
     return words[None], labels.ne(IGNORE_INDEX).sum()[None].to(words), *texts
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from hf_gradutils.targets.contrast_and_means import CONTRAST_AND_MEANS
+from hf_gradutils.targets.contrast_and_means import CONTRAST_AND_MEANS, contrast_and_means_of
 from hf_gradutils.targets.contrastive_heads import WHOLE_BATCH_HEADS, whole_batch_loss_of
 from hf_gradutils.targets.counter import IGNORE_INDEX, LossUnit
-from hf_gradutils.targets.means_of_boxes import MEANS_OF_BOXES, augments_positions
+from hf_gradutils.targets.means_of_boxes import MEANS_OF_BOXES, augments_positions, means_of_matches_of
 from hf_gradutils.targets.several_means import SEVERAL_MEANS
+from hf_gradutils.targets.whole_batch import WholeBatchHead
 
 _DENOISING = (
     "it draws noisy copies of the boxes in every forward, as many as the fullest image of a micro-batch needs; with "
@@ -110,6 +111,12 @@ def known_head(model: nn.Module) -> KnownHead | None:
                     is_binary = getattr(config, "num_labels", None) == 1
                     return KnownHead("rows" if is_binary else "tokens", ignore_index=getattr(config, attribute))
     return None
+
+
+def whole_batch_head(model: nn.Module) -> WholeBatchHead | None:
+    """The loss of the whole batch of a model's class, without wrappers; None if it has another."""
+    lookups = (whole_batch_loss_of, contrast_and_means_of, means_of_matches_of)
+    return next(filter(None, (look_up(model) for look_up in lookups)), None)
 
 
 def draws_by_row(model: nn.Module) -> bool:

@@ -14,6 +14,9 @@ from typing import Any, TypeAlias, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from hf_gradutils._collectives import all_reduce_, world_domain
+from hf_gradutils._devices import on_device, widened
+from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.targets.whole_batch import Tensors, not_watched
 
 Terms: TypeAlias = Sequence[tuple[Tensor, Tensor | int]]
@@ -51,18 +54,6 @@ class SeveralMeans:
     counts_boxes: bool = False
     """The forward has to run in ``without_accelerate_state``: the head would divide by boxes of all ranks."""
 
-    def weights(self, counts: Tensor, of_whole_batch: Tensor) -> Tensor:
-        """Weight a micro-batch's terms so that those of all micro-batches and ranks add up to the whole batch's loss.
-
-        Args:
-            counts: Of the micro-batch.
-            of_whole_batch: The sum of the counts of all micro-batches and ranks.
-
-        Returns:
-            Shape (terms,), float64; 0 for a term without any target. Host syncs: none.
-        """
-        return shares_of_totals(self.divisors(counts), self.divisors(of_whole_batch))
-
 
 def shares_of_totals(counts: Tensor, totals: Tensor) -> Tensor:
     """n/N of each term; 0 for a term without any target."""
@@ -70,9 +61,34 @@ def shares_of_totals(counts: Tensor, totals: Tensor) -> Tensor:
 
 
 def add_terms(terms: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """Σ weight·term, shape (), in at least float32; a term of weight 0 is left out, also where it is 0/0."""
+    """Σ weight·term, shape (), in at least float32; a term of weight 0 is left out, also a cross entropy of 0/0."""
     parts = []
-    for term, weight in zip(terms, weights, strict=True):
-        wide = term if term.dtype in (torch.float32, torch.float64) else term.float()
-        parts.append(wide.masked_fill(weight.to(wide.device) == 0, 0.0) * weight.to(wide.device, wide.dtype))
+    for term, weight in zip(map(widened, terms), weights, strict=True):
+        parts.append(term.masked_fill(weight.to(term.device) == 0, 0.0) * weight.to(term.device, term.dtype))
     return torch.stack(parts).sum()
+
+
+def sum_of_terms(losses: Sequence[Tensor], counts: Tensor) -> Tensor:
+    """The sum of the losses that have targets, shape ()."""
+    return add_terms(losses, (counts > 0).double())
+
+
+def check_counted(counted: Tensor, totals: Tensor) -> None:
+    """Check on all ranks that the terms of a window have the targets that were counted before its first backward.
+
+    Args:
+        counted: Of each term, in this rank's micro-batches; shape (terms,).
+        totals: As they were added up over all ranks.
+
+    Collectives: one all-reduce. Host syncs: one.
+
+    Raises:
+        InvalidArgumentError: they have not.
+    """
+    counted = all_reduce_(world_domain(), on_device(counted.double(), totals.device).clone())
+    if not torch.allclose(counted, totals, rtol=1e-9, atol=1e-6):
+        raise InvalidArgumentError(
+            f"the terms of this step are means over {counted.tolist()} targets, but {totals.tolist()} were counted "
+            "before its first backward, by which they are divided: let the collator change labels, and not the step; "
+            "start_window and count_targets take the numbers of the terms in their order"
+        )

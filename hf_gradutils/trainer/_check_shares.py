@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_pt_utils import find_batch_size
 
-from hf_gradutils._collectives import add_up, all_reduce_, find_largest, world_domain
-from hf_gradutils._devices import on_device
+from hf_gradutils._collectives import add_up, find_largest, world_domain
 from hf_gradutils._precision import rounding_of
 from hf_gradutils.errors import LossUnitError, TargetCountError
+from hf_gradutils.targets import trl
 from hf_gradutils.targets.counter import TargetCounter
 from hf_gradutils.targets.probe import cut_after, tolerance_for
 from hf_gradutils.targets.rows import count_rows, is_divisible, take_rows, with_own_tensors
@@ -18,6 +18,7 @@ from hf_gradutils.targets.rows import count_rows, is_divisible, take_rows, with_
 if TYPE_CHECKING:
     from hf_gradutils.trainer._shares import Seen, Shares
 
+_UNCHECKED = "check_loss_unit=False takes the mean of the micro-batches' losses, which is another loss"
 _IN_TRAINING = 10.0
 """Factor of the tolerance where dropout and a temperature make losses larger and coarser."""
 
@@ -32,42 +33,24 @@ def check_own_loss(trainer: Any, shares: "Shares", own: Tensor, seen: "Seen") ->
         LossUnitError: it is not, on some rank.
     """
     loss, together = float(own.detach()), float(shares.combine([seen]).detach())
-    rounding = rounding_of(trainer.accelerator, trainer.model)
-    largest = _IN_TRAINING * tolerance_for(rounding) * max(abs(loss), abs(together)) + rounding
-    is_wrong = math.isfinite(loss) and not abs(loss - together) <= largest
+    if where := _where_it_differs(loss, together, rounding_of(trainer.accelerator, trainer.model), _IN_TRAINING):
+        raise LossUnitError(
+            f"the loss of a micro-batch in training is {loss:.9g}, and {together:.9g} by the formula of its head, "
+            f"{where}: the model adds a term that its share does not have, perhaps in training only, or with a weight "
+            "that has grown from 0. Say what your own loss is made of, by whole_batch_loss=WholeBatchLoss(…) or a "
+            f"compute_loss that returns [(loss, count), …]; {_UNCHECKED}"
+        )
+
+
+def _where_it_differs(loss: float, together: float, rounding: float, times: float = 1.0) -> str:
+    """The ranks on which a loss that is finite differs from what is put together; empty if there are none."""
+    largest = times * tolerance_for(rounding) * max(abs(loss), abs(together)) + rounding
     domain = world_domain()
-    if num_ranks := add_up(domain, wrong=is_wrong)["wrong"]:
-        raise LossUnitError(
-            f"the loss of a micro-batch in training is {loss:.9g}, and {together:.9g} by the formula of its head, on "
-            f"{num_ranks:.0f} of {domain.num_ranks} ranks: the model adds a term that its share does not have, perhaps "
-            "in training only, or with a weight that has grown from 0. Say what your own loss is made of, by "
-            "whole_batch_loss=WholeBatchLoss(…) or a compute_loss that returns [(loss, count), …]; "
-            "check_loss_unit=False takes the mean of the micro-batches' losses, which is another loss"
-        )
+    number = add_up(domain, wrong=math.isfinite(loss) and not abs(loss - together) <= largest)["wrong"]
+    return f"on {number:.0f} of {domain.num_ranks} ranks" if number else ""
 
 
-def check_counted(counted: Tensor, totals: Tensor) -> None:
-    """Check on all ranks that a window's micro-batches had the targets that were counted before its first forward.
-
-    Args:
-        counted: Of each term, in this rank's micro-batches; shape (terms,).
-        totals: As they were added up over all ranks.
-
-    Collectives: one all-reduce. Host syncs: one.
-
-    Raises:
-        LossUnitError: they had not.
-    """
-    counted = all_reduce_(world_domain(), on_device(counted.double(), totals.device).clone())
-    if not torch.allclose(counted, totals, rtol=1e-9, atol=1e-6):
-        raise LossUnitError(
-            f"the terms of this step are means over {counted.tolist()} targets, but {totals.tolist()} were counted in "
-            "its batches before the first forward, by which they are divided: let the collator change labels, and not "
-            "compute_loss or training_step"
-        )
-
-
-def check_shares(shares: "Shares", model: nn.Module, batch: Any, *, num_blocks: int, rounding: float) -> None:
+def check_shares(trainer: Any, shares: "Shares", model: nn.Module, batch: Any) -> None:
     """Check that two halves of a batch make up its loss, on all ranks together; without gradients.
 
     Where it cannot be cut: that what it contributes makes up its loss.
@@ -77,10 +60,10 @@ def check_shares(shares: "Shares", model: nn.Module, batch: Any, *, num_blocks: 
     Raises:
         LossUnitError: they do not on some rank.
     """
-    domain = world_domain()
+    num_blocks, rounding = trl.num_blocks(trainer), rounding_of(trainer.accelerator, trainer.model)
     is_cut = shares.can_be_cut and is_divisible(batch, num_blocks=num_blocks)
     num_rows = count_rows(batch, num_blocks=num_blocks) if is_cut else 0
-    num_rows = -int(find_largest(domain, fewest=-num_rows)["fewest"])
+    num_rows = -int(find_largest(world_domain(), fewest=-num_rows)["fewest"])
     loss, whole = shares.look(model, with_own_tensors(batch))
     parts = [whole]
     if num_rows > 1:
@@ -88,14 +71,11 @@ def check_shares(shares: "Shares", model: nn.Module, batch: Any, *, num_blocks: 
         loss, _ = shares.look(model, with_own_tensors(of_both.whole))
         parts = [shares.look(model, with_own_tensors(part))[1] for part in (of_both.first, of_both.second)]
     together, own = float(shares.combine(parts).detach()), float(loss.detach())
-    largest = tolerance_for(rounding) * max(abs(own), abs(together)) + rounding
-    is_wrong = math.isfinite(own) and not abs(together - own) <= largest
-    if num_ranks := add_up(domain, wrong=is_wrong)["wrong"]:
+    if where := _where_it_differs(own, together, rounding):
         raise LossUnitError(
-            f"the loss of a batch is {own:.9g}, and {together:.9g} when it is put together from two halves, on "
-            f"{num_ranks:.0f} of {domain.num_ranks} ranks: what a row contributes depends on the rows beside it, "
-            "or the loss is not the one that the head is known for. "
-            "check_loss_unit=False takes the mean of the micro-batches' losses, which is another loss"
+            f"the loss of a batch is {own:.9g}, and {together:.9g} when it is put together from two halves, {where}: "
+            "what a row contributes depends on the rows beside it, or the loss is not the one that the head is known "
+            f"for. {_UNCHECKED}"
         )
 
 

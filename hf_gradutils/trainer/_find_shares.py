@@ -7,17 +7,16 @@ import torch
 from hf_gradutils.errors import LossUnitError
 from hf_gradutils.targets import trl_terms
 from hf_gradutils.targets.auxiliary_loss import auxiliary_coefficient
-from hf_gradutils.targets.contrast_and_means import contrast_and_means_of
-from hf_gradutils.targets.contrastive_heads import whole_batch_loss_of
 from hf_gradutils.targets.counter import TargetCounter
-from hf_gradutils.targets.means_of_boxes import means_of_matches_of
+from hf_gradutils.targets.known_heads import whole_batch_head
 from hf_gradutils.targets.router_losses import NO_SUMS, router_loss_of
 from hf_gradutils.targets.rows import entries_of
 from hf_gradutils.targets.several_means import several_means_of
 from hf_gradutils.trainer._given_terms import GivenTerms
+from hf_gradutils.trainer._means import TermShares
 from hf_gradutils.trainer._overrides import is_users
 from hf_gradutils.trainer._sentences import sentence_shares
-from hf_gradutils.trainer._shares import Shares, TermShares, WholeBatchShares
+from hf_gradutils.trainer._shares import Shares, WholeBatchShares
 from hf_gradutils.trainer._special_shares import DpoShares, RouterShares, UsersShares
 
 if TYPE_CHECKING:
@@ -72,9 +71,7 @@ def _shares_of(trainer: Any, unit: "LossUnit", batch: Any) -> Shares | None:
     is_the_users = is_users(trainer, "compute_loss") and not trainer.grad_plugin.counter().is_default
     if not is_heads or is_the_users:
         return None
-    lookups = (whole_batch_loss_of, contrast_and_means_of, means_of_matches_of)
-    whole_batch = next(filter(None, (look_up(unit.head) for look_up in lookups)), None)
-    if whole_batch is not None:
+    if (whole_batch := whole_batch_head(unit.head)) is not None:
         return WholeBatchShares(trainer, unit, whole_batch)
     if (several := several_means_of(unit.head)) is not None:
         return TermShares(trainer, unit, several)

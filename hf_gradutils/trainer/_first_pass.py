@@ -64,6 +64,8 @@ class FirstPass:
             self._states[index]()
         with shares.second(micro_batch, index):
             yield
+        if self._trainer.accelerator.sync_gradients:
+            shares.end()
 
 
 def check_possible(trainer: Any, shares: Shares) -> None:

@@ -1,7 +1,7 @@
 """A loss function of the user's that returns several terms, each with the number of targets that it is a mean over."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from hf_gradutils._collectives import all_reduce_, world_domain
 from hf_gradutils.accelerator import MicroBatch, as_number
 from hf_gradutils.errors import InvalidArgumentError, LossUnitError
-from hf_gradutils.targets.terms import Terms, add_terms, is_terms, shares_of_totals
-from hf_gradutils.trainer._shares import Seen, Shares
+from hf_gradutils.targets.terms import Terms, is_terms, sum_of_terms
+from hf_gradutils.trainer._means import MeanShares
+from hf_gradutils.trainer._shares import Seen
 
 if TYPE_CHECKING:
     from hf_gradutils.trainer._loss import LossUnit
 
 
-class GivenTerms(Shares):
+class GivenTerms(MeanShares):
     """Shares of a sum of means over different targets.
 
     Their numbers are known before the first forward if ``count_targets`` returns one for each term; else a first pass
@@ -32,7 +33,6 @@ class GivenTerms(Shares):
         self._counts_first = False
         self._counts: list[Tensor] = []
         """Of each micro-batch, in the first pass."""
-        self._totals: Callable[[], Tensor] | None = None
         self._is_first = True
         """The next micro-batch is a window's first."""
 
@@ -52,8 +52,7 @@ class GivenTerms(Shares):
 
     def begin(self, totals: Callable[[], Tensor]) -> None:
         super().begin(totals)
-        self._totals, self._counts = totals if self._counts_first else None, []
-        self._is_first = True
+        self._counts, self._is_first = [], True
 
     def first(self, model: nn.Module, inputs: Any, *, is_padding: bool) -> None:
         _, (_, counts) = self.look(model, inputs)
@@ -65,11 +64,6 @@ class GivenTerms(Shares):
     def _add_up(self, counts: Tensor) -> None:
         totals = all_reduce_(world_domain(), counts.clone())
         self._totals = lambda: totals
-
-    @contextlib.contextmanager
-    def second(self, micro_batch: MicroBatch, index: int) -> Iterator[None]:
-        micro_batch.gives_share = True
-        yield
 
     def applies(self, model: nn.Module, batch: Any) -> bool:
         counted = self.counts(batch).tolist()  # before code of the user's takes labels out
@@ -89,24 +83,12 @@ class GivenTerms(Shares):
             raise LossUnitError("compute_loss has returned several (loss, count) before, and none now")
         return loss, _split(self._unit.terms)
 
-    def combine(self, parts: Sequence[Seen]) -> Tensor:
-        return combine_terms(parts)
-
     @contextlib.contextmanager
     def seeing(self, seen: list[Seen]) -> Iterator[None]:
         self._unit.terms = None
         yield
         if self._unit.terms is not None:
             seen.append(_split(self._unit.terms))
-
-    def sums_of(self, seen: Seen) -> Tensor:
-        terms, counts = (
-            torch.stack([value.detach().to(seen[0][0].device, torch.float64) for value in kind]) for kind in seen
-        )
-        return torch.stack((counts, (terms * counts).masked_fill(counts == 0, 0.0)))
-
-    def mean_of(self, counts: Tensor, sums: Tensor) -> Tensor:
-        return (sums / counts).where(counts > 0, 0.0).sum()
 
     def share_of(self, terms: Terms, micro_batch: MicroBatch) -> Tensor:
         """The share of a micro-batch in the sum of its terms' means over the whole batch."""
@@ -116,13 +98,14 @@ class GivenTerms(Shares):
                 "for every batch, a term without targets as (loss, 0)"
             )
         seen = _split(terms)
-        if not (self.needs_first_pass or self._counts_first):
-            self._add_up(torch.stack(seen[1]) * (not micro_batch.is_padding))
-        assert self._totals is not None
+        counts = torch.stack(seen[1]) * (not micro_batch.is_padding)
         if self._counts_first:
-            self._count(torch.stack(seen[1]) * (not micro_batch.is_padding), self._totals, is_first=self._is_first)
+            assert self._totals is not None
+            self._count(counts, self._totals, is_first=self._is_first)
             self._is_first = False
-        micro_batch.share = _weighted(seen, self._totals() / self._trainer.get_tp_size())
+        elif not self.needs_first_pass:
+            self._add_up(counts)
+        micro_batch.share = self.add(seen, self.totals)
         return micro_batch.share
 
 
@@ -144,21 +127,10 @@ def one_loss(unit: "LossUnit", result: Any, micro_batch: MicroBatch | None = Non
         )
     else:
         losses, counts = _split(terms)
-        loss = add_terms(losses, (torch.stack(counts) > 0).double())
+        loss = sum_of_terms(losses, torch.stack(counts))
     return (loss, *outputs) if outputs else loss
-
-
-def combine_terms(parts: Sequence[Seen]) -> Tensor:
-    """The loss of batches together, from the terms and counts of each."""
-    totals = torch.stack([torch.stack(counts) for _, counts in parts]).sum(0)
-    return torch.stack([_weighted(part, totals) for part in parts]).sum()
 
 
 def _split(terms: Terms) -> Seen:
     losses = tuple(loss.reshape(()) for loss, _ in terms)
     return losses, tuple(as_number(count, losses[0].device).double() for _, count in terms)
-
-
-def _weighted(seen: Seen, totals: Tensor) -> Tensor:
-    counts = torch.stack(seen[1]).to(totals.device)
-    return add_terms(seen[0], shares_of_totals(counts, totals))

@@ -26,11 +26,11 @@ from hf_gradutils.trainer._contract import LossContract, as_if_alone, ask_loss, 
 from hf_gradutils.trainer._find_shares import find_shares
 from hf_gradutils.trainer._generating import settled_counter
 from hf_gradutils.trainer._given_terms import GivenTerms
-from hf_gradutils.trainer._means import Means
+from hf_gradutils.trainer._means import MeanShares, TermShares
 from hf_gradutils.trainer._overrides import is_transformers, is_users
 from hf_gradutils.trainer._sentences import one_draw
 from hf_gradutils.trainer._settle import UnitSettler
-from hf_gradutils.trainer._shares import Shares, TermShares
+from hf_gradutils.trainer._shares import Shares
 from hf_gradutils.trainer._ulysses import as_own_shard
 from hf_gradutils.upstream.accelerate import without_accelerate_state
 
@@ -56,7 +56,7 @@ class LossUnit:
         """What the loss divides by."""
         self.shares: Shares | None = None
         """Set if no weight makes micro-batches add up to the loss, but shares do."""
-        self.means: Means | None = None
+        self.means: MeanShares | None = None
         """Set if the loss is a sum of several means, for evaluation."""
         self.terms: Terms | None = None
         """The terms of the latest loss, if it has several."""
@@ -184,11 +184,6 @@ class LossUnit:
         if self._trainer.is_world_process_zero():
             warn_of(self.contract)
         return targets_per_micro_batch
-
-    @property
-    def num_data_ranks(self) -> int:
-        """Ranks, or groups of ranks, that see batches of their own."""
-        return int(self._trainer.accelerator.num_processes // self._trainer.get_tp_size())
 
     def _ask_contract(self, inputs: Any) -> LossContract:
         """Ask a loss of the user's own what it divides by. Collectives: as :func:`ask_loss`."""

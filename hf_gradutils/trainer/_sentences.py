@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_gradutils._collectives import gather_objects, world_domain
+from hf_gradutils._devices import widened
 from hf_gradutils._undisturbed import random_states
 from hf_gradutils.accelerator import LossParameters, MicroBatch
 from hf_gradutils.errors import InvalidArgumentError, LossUnitError
@@ -30,8 +31,8 @@ from hf_gradutils.targets.sentence_losses import (
     token_counter,
 )
 from hf_gradutils.targets.sentence_rows import Embedded, alone, embed, loss_of, put_model, shared_parameters
-from hf_gradutils.targets.whole_batch import Tensors, WholeBatchHead
-from hf_gradutils.trainer._shares import Seen, WholeBatchShares
+from hf_gradutils.targets.whole_batch import Tensors
+from hf_gradutils.trainer._shares import Seen, TwoPassShares
 
 if TYPE_CHECKING:
     from hf_gradutils.trainer._loss import LossUnit
@@ -39,11 +40,11 @@ if TYPE_CHECKING:
 _Call = Callable[[str | None, Sequence[Any], Tensor | None], Tensor]
 
 
-class SentenceShares(WholeBatchShares):
+class SentenceShares(TwoPassShares):
     """Shares of the losses of a trainer of sentence or sparse encoders, at least one of which is of the whole batch."""
 
     def __init__(self, trainer: Any, unit: "LossUnit"):
-        super().__init__(trainer, unit, WholeBatchHead(rows=_not_seen, loss=self._loss_of_rows))
+        super().__init__(trainer, unit)
         self._losses = losses_of(trainer)
         self._names = sorted(self._losses, key=str)
         self._layouts: dict[str | None, _Layout] = {}
@@ -62,14 +63,14 @@ class SentenceShares(WholeBatchShares):
             for found in gather_objects(world_domain(), self._layouts):
                 self._layouts = found | self._layouts
         for dataset, (rows, shared), is_padding in self._first:
-            self._passes.add(self._in_all_columns(dataset, rows), shared, is_padding=is_padding)
+            self.passes.add(self._in_all_columns(dataset, rows), shared, is_padding=is_padding)
         self._first, self._is_finished = [], False
 
     def _finish(self) -> None:
         """Compute the loss of the rows, not before the step has begun: callbacks change weights of the loss then."""
         self._is_finished, put_back = True, random_states(self._trainer.args.device)
         with one_draw(self._trainer):
-            self._passes.finish()
+            self.passes.finish()
         put_back()
 
     @contextlib.contextmanager
@@ -86,13 +87,12 @@ class SentenceShares(WholeBatchShares):
             if self._components:
                 trainer.track_loss_components(self._components)
             seen = self._in_all_columns(dataset, rows), shared
-            micro_batch.share = self._share(micro_batch, index, seen, None)
+            micro_batch.share = self.share_of_rows(index, seen)
             return micro_batch.share
 
         if not self._is_finished:
             self._finish()
-        micro_batch.gives_share = True
-        with self._in_place_of_losses(share):
+        with super().second(micro_batch, index), self._in_place_of_losses(share):
             yield
 
     # ---- The check before the first step ----
@@ -119,7 +119,7 @@ class SentenceShares(WholeBatchShares):
         marks, *kinds = (torch.cat(kind) for kind in zip(*(rows for rows, _ in parts), strict=True))
         dataset = self._names[int(marks[0])]
         with one_draw(self._trainer):
-            return self._loss_of_one(dataset, [_widened(kind) for kind in kinds], parts[0][1])[0]
+            return self._loss_of_one(dataset, list(map(widened, kinds)), parts[0][1])[0]
 
     # ---- Rows of a batch, and the loss of rows ----
 
@@ -162,7 +162,7 @@ class SentenceShares(WholeBatchShares):
                 kinds += self._layouts[name].empty(device)
         return tuple(kinds)
 
-    def _loss_of_rows(self, rows: Tensors, shared: Tensors) -> Tensor:
+    def loss_of_rows(self, rows: Tensors, shared: Tensors) -> Tensor:
         marks, *kinds = rows
         terms, self._components = [], {}
         for index, name in enumerate(self._names):
@@ -288,11 +288,3 @@ def one_draw(trainer: Any) -> Iterator[None]:
         yield
     finally:
         random.setstate(state)
-
-
-def _not_seen(*_: Any) -> Tensors:
-    raise NotImplementedError
-
-
-def _widened(value: Tensor) -> Tensor:
-    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value

@@ -107,13 +107,7 @@ class UnitSettler:
             )
             if unit.shares is not None:
                 unit.counter = self._examiner.counter
-                check_shares(
-                    unit.shares,
-                    self.losses.model,
-                    batch,
-                    num_blocks=trl.num_blocks(trainer),
-                    rounding=rounding_of(trainer.accelerator, trainer.model),
-                )
+                check_shares(trainer, unit.shares, self.losses.model, batch)
         unit.counter = replace(counter, head_shifts=shifts or settled.head_shifts)
         if settled.verdict is not None:
             self._start(settled.verdict)
@@ -126,13 +120,7 @@ class UnitSettler:
         with self.losses.asked() as prepare:
             batch = prepare(inputs)
             unit.counter = counter_of_shares(counter, batch)
-            check_shares(
-                shares,
-                self.losses.model,
-                batch,
-                num_blocks=trl.num_blocks(trainer),
-                rounding=rounding_of(trainer.accelerator, trainer.model),
-            )
+            check_shares(trainer, shares, self.losses.model, batch)
             num_targets = add_up(world_domain(), targets=float(unit.counter(batch)))["targets"]
         return num_targets / trainer.accelerator.num_processes
 

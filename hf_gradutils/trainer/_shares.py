@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_gradutils._devices import on_device
 from hf_gradutils.accelerator import MicroBatch
 from hf_gradutils.errors import LossUnitError
 from hf_gradutils.targets.probe import LATER_STEPS
-from hf_gradutils.targets.terms import SeveralMeans, add_terms
+from hf_gradutils.targets.terms import check_counted
 from hf_gradutils.targets.whole_batch import Tensors, WholeBatchHead, at_forwards_end
-from hf_gradutils.trainer._check_shares import check_counted, check_own_loss
+from hf_gradutils.trainer._check_shares import check_own_loss
 from hf_gradutils.trainer._overrides import is_users
-from hf_gradutils.upstream.accelerate import without_accelerate_state
 from hf_gradutils.window import TwoPasses
 
 if TYPE_CHECKING:
@@ -44,7 +42,7 @@ class Shares:
     is_result = False
     """The share is what ``compute_loss`` returns, and not made in the head."""
     compares_passes = False
-    """What two passes see of a micro-batch is compared in the first window."""
+    """What two passes see of a micro-batch is compared where a window is looked at."""
     can_be_cut = True
     """Batches may be cut between their rows."""
 
@@ -85,9 +83,14 @@ class Shares:
     def end_first(self) -> None:
         """Put together what the first pass of all ranks has found."""
 
-    def second(self, micro_batch: MicroBatch, index: int) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def second(self, micro_batch: MicroBatch, index: int) -> Iterator[None]:
         """The context of a training step on the micro-batch of this index."""
-        raise NotImplementedError
+        micro_batch.gives_share = self.gives_share
+        yield
+
+    def end(self) -> None:
+        """End a window: its last micro-batch has been trained."""
 
     def in_loss(self, inputs: Any) -> contextlib.AbstractContextManager[None]:
         """The context of ``compute_loss``, outermost, in training."""
@@ -121,9 +124,8 @@ class Shares:
 class HeadShares(Shares):
     """Shares that are made from the outputs of a head's forward."""
 
-    def __init__(self, trainer: Any, unit: "LossUnit", of_head: WholeBatchHead | SeveralMeans):
-        super().__init__(trainer, unit)
-        self._watching = of_head.watching
+    _watching: Callable[[nn.Module], contextlib.AbstractContextManager[None]]
+    """Head → the context of a forward, where outputs do not have all that shares are made of."""
 
     def _see(self, head: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> Seen:
         raise NotImplementedError
@@ -152,8 +154,7 @@ class HeadShares(Shares):
             micro_batch.share = self._share(micro_batch, index, seen, outputs)
             outputs["loss"] = micro_batch.share
 
-        micro_batch.gives_share = self.gives_share
-        with self._watching(head), at_forwards_end(head, replace):
+        with super().second(micro_batch, index), self._watching(head), at_forwards_end(head, replace):
             yield
 
     def look(self, model: nn.Module, batch: Any) -> tuple[Tensor, Seen]:
@@ -181,112 +182,68 @@ class HeadShares(Shares):
 
 
 _NO_SHARE = (
-    "its share in the loss of the whole batch is unknown; check_loss_unit=False takes the mean of the micro-batches' "
+    "its share in the loss of a step is unknown; check_loss_unit=False takes the mean of the micro-batches' "
     "losses, which is another loss"
 )
 
 
-class WholeBatchShares(HeadShares):
-    """Shares of a head's loss of the whole batch, in two passes."""
+class TwoPassShares(Shares):
+    """Shares of a loss of the whole batch, whose rows a first pass collects."""
 
     why = "the loss compares the rows of the whole batch, whose embeddings a first pass without gradients computes"
     compares_passes = True
+    _passes: TwoPasses | None = None
+    """Of the window, from its first pass to its last share."""
 
-    def __init__(self, trainer: Any, unit: "LossUnit", of_head: WholeBatchHead):
-        super().__init__(trainer, unit, of_head)
-        self._of_head = of_head
-        self.can_be_cut = of_head.can_be_cut
-        self._passes = TwoPasses(of_head.loss)
+    def loss_of_rows(self, rows: Tensors, shared: Tensors) -> Tensor:
+        """The loss of rows of the whole batch, shape ()."""
+        raise NotImplementedError
 
     def begin(self, totals: Callable[[], Tensor]) -> None:
         super().begin(totals)
-        self._passes = TwoPasses(self._of_head.loss, num_replicas=self._trainer.get_tp_size())
+        self._passes = None  # of a window that was given up
+
+    @property
+    def passes(self) -> TwoPasses:
+        """Of the window."""
+        if self._passes is None:
+            self._passes = TwoPasses(self.loss_of_rows, num_replicas=self._trainer.get_tp_size())
+        return self._passes
 
     def first(self, model: nn.Module, inputs: Any, *, is_padding: bool) -> None:
         _, seen = self.look(model, inputs)
-        self._passes.add(*seen, is_padding=is_padding)
+        self.passes.add(*seen, is_padding=is_padding)
 
     def end_first(self) -> None:
-        self._passes.finish()
+        self.passes.finish()
+
+    def end(self) -> None:
+        self._passes = None  # which holds rows, and this object
+
+    def share_of_rows(self, index: int, seen: Seen) -> Tensor:
+        """The share of the micro-batch of this index. Collectives and errors: as ``TwoPasses.check_equal``."""
+        if self._looks:
+            self.passes.check_equal(index, seen[0])
+        return self.passes.share(index, *seen)
+
+    def combine(self, parts: Sequence[Seen]) -> Tensor:
+        rows = tuple(torch.cat(kind) for kind in zip(*(rows for rows, _ in parts), strict=True))
+        return self.loss_of_rows(rows, parts[0][1])
+
+
+class WholeBatchShares(TwoPassShares, HeadShares):
+    """Shares of a head's loss of the whole batch, in two passes."""
+
+    def __init__(self, trainer: Any, unit: "LossUnit", of_head: WholeBatchHead):
+        super().__init__(trainer, unit)
+        self._watching, self._of_head = of_head.watching, of_head
+        self.can_be_cut = of_head.can_be_cut
+
+    def loss_of_rows(self, rows: Tensors, shared: Tensors) -> Tensor:
+        return self._of_head.loss(rows, shared)
 
     def _see(self, head: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> Seen:
         return self._of_head.rows(head, inputs, outputs), self._of_head.shared(head)
 
     def _share(self, micro_batch: MicroBatch, index: int, seen: Seen, outputs: Any) -> Tensor:
-        if self._looks:
-            self._passes.check_equal(index, seen[0])
-        return self._passes.share(index, *seen)
-
-    def combine(self, parts: Sequence[Seen]) -> Tensor:
-        rows = tuple(torch.cat(kind) for kind in zip(*(rows for rows, _ in parts), strict=True))
-        return self._of_head.loss(rows, parts[0][1])
-
-
-class TermShares(HeadShares):
-    """Shares of a head's sum of means over different targets, each with a weight of its own."""
-
-    why = "the loss adds means over different targets, which have a weight each"
-
-    def __init__(self, trainer: Any, unit: "LossUnit", of_head: SeveralMeans):
-        super().__init__(trainer, unit, of_head)
-        self._of_head = of_head
-        self._totals: Callable[[], Tensor] = lambda: torch.zeros(0)
-
-    @property
-    def needs_first_pass(self) -> bool:
-        return False
-
-    def counts(self, batch: Any) -> Tensor:
-        return self._of_head.counts(self._unit.head, batch)
-
-    def begin(self, totals: Callable[[], Tensor]) -> None:
-        super().begin(totals)
-        self._totals = totals
-
-    @contextlib.contextmanager
-    def second(self, micro_batch: MicroBatch, index: int) -> Iterator[None]:
-        with self._dividing_by_own_boxes(), super().second(micro_batch, index):
-            yield
-
-    def look(self, model: nn.Module, batch: Any) -> tuple[Tensor, Seen]:
-        with self._dividing_by_own_boxes():
-            return super().look(model, batch)
-
-    def _dividing_by_own_boxes(self) -> contextlib.AbstractContextManager[None]:
-        return without_accelerate_state() if self._of_head.counts_boxes else contextlib.nullcontext()
-
-    def _see(self, head: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> Seen:
-        return self._of_head.terms(head, inputs, outputs), self._of_head.counts(head, inputs).unbind()
-
-    def _share(self, micro_batch: MicroBatch, index: int, seen: Seen, outputs: Any) -> Tensor:
-        self._count(torch.stack(seen[1]) * (not micro_batch.is_padding), self._totals, is_first=not index)
-        return self._add(seen, self._totals() / self._trainer.get_tp_size())
-
-    def combine(self, parts: Sequence[Seen]) -> Tensor:
-        totals = torch.stack([torch.stack(counts) for _, counts in parts]).sum(0)
-        return torch.stack([self._add(part, totals) for part in parts]).sum()
-
-    @contextlib.contextmanager
-    def seeing(self, seen: list[Seen]) -> Iterator[None]:
-        head = self._unit.head
-
-        def keep(inputs: Mapping[str, Any], outputs: Any) -> None:
-            if isinstance(outputs, Mapping) and outputs.get("loss") is not None:
-                seen.append(self._see(head, inputs, outputs))
-
-        with self._dividing_by_own_boxes(), self._watching(head), at_forwards_end(head, keep):
-            yield
-
-    def sums_of(self, seen: Seen) -> Tensor:
-        terms, counts = (
-            torch.stack([value.detach().to(seen[0][0].device, torch.float64) for value in kind]) for kind in seen
-        )
-        divisors = self._of_head.divisors(counts)
-        return torch.stack((counts, (terms * divisors).masked_fill(divisors == 0, 0.0)))
-
-    def mean_of(self, counts: Tensor, sums: Tensor) -> Tensor:
-        return (sums / self._of_head.divisors(counts)).where(counts > 0, 0.0).sum()
-
-    def _add(self, seen: Seen, totals: Tensor) -> Tensor:
-        terms, counts = seen
-        return add_terms(terms, self._of_head.weights(on_device(torch.stack(counts), totals.device), totals))
+        return self.share_of_rows(index, seen)

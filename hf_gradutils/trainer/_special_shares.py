@@ -1,21 +1,22 @@
 """Shares of a mixture's router loss, of DPO with several losses, and of a ``WholeBatchLoss``."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_gradutils.accelerator import MicroBatch, WholeBatchLoss
+from hf_gradutils._devices import widened
+from hf_gradutils.accelerator import MicroBatch, WholeBatchLoss, num_averaged
 from hf_gradutils.errors import LossUnitError
 from hf_gradutils.targets import trl_terms
 from hf_gradutils.targets.router_losses import add_coefficient, own_router_loss
 from hf_gradutils.targets.terms import shares_of_totals
 from hf_gradutils.targets.whole_batch import Tensors, WholeBatchHead
-from hf_gradutils.trainer._given_terms import combine_terms
+from hf_gradutils.trainer._means import MeanShares
 from hf_gradutils.trainer._overrides import is_users
-from hf_gradutils.trainer._shares import Seen, Shares, WholeBatchShares
+from hf_gradutils.trainer._shares import Seen, TwoPassShares, WholeBatchShares
 
 if TYPE_CHECKING:
     from hf_gradutils.trainer._loss import LossUnit
@@ -50,10 +51,11 @@ class RouterShares(WholeBatchShares):
             )
         count = micro_batch.num_targets
         assert count is not None
-        window = self._trainer.accelerator.windows.of_loss(self._trainer.model_wrapped)
+        windows = self._trainer.accelerator.windows
+        window = windows.of_loss(self._trainer.model_wrapped)
         # The loss gets the weight n/N, of at least one target, which the router loss is not to have.
-        weight = window.sums.share(count.clamp(min=1).double()) / self._unit.num_data_ranks
-        exact = self._passes.share(index, *seen)
+        weight = window.sums.share(count.clamp(min=1).double()) / num_averaged(windows, window)
+        exact = self.passes.share(index, *seen)
         exact = exact / weight.to(exact.device, exact.dtype)
         if "aux_loss" in outputs:
             outputs["aux_loss"] = exact  # to which trl's trainers look
@@ -62,39 +64,21 @@ class RouterShares(WholeBatchShares):
         return rest + coefficient * exact
 
 
-class DpoShares(Shares):
+class DpoShares(MeanShares):
     """Shares of a loss of trl's ``DPOTrainer`` that adds means over pairs and over tokens."""
 
     why = "the loss adds means over pairs and over tokens, which have a weight each"
     is_result = True
 
-    def __init__(self, trainer: Any, unit: "LossUnit"):
-        super().__init__(trainer, unit)
-        self._totals: Callable[[], Tensor] = lambda: torch.zeros(0)
-
-    @property
-    def needs_first_pass(self) -> bool:
-        return False
-
     def counts(self, batch: Any) -> Tensor:
         return trl_terms.dpo_counts(self._trainer, batch)
 
-    def begin(self, totals: Callable[[], Tensor]) -> None:
-        super().begin(totals)
-        self._totals = totals
-
-    @contextlib.contextmanager
-    def second(self, micro_batch: MicroBatch, index: int) -> Iterator[None]:
-        micro_batch.gives_share = True
-        yield
-
     def in_loss(self, inputs: Any) -> contextlib.AbstractContextManager[None]:
-        totals = self._totals() / self._trainer.get_tp_size()
-        counts = trl_terms.dpo_counts(self._trainer, inputs).to(totals.device)
-        return trl_terms.dpo_shares(self._trainer, shares_of_totals(counts, totals))
+        counts = self.counts(inputs).to(self.totals.device)
+        return trl_terms.dpo_shares(self._trainer, shares_of_totals(counts, self.totals))
 
     def look(self, model: nn.Module, batch: Any) -> tuple[Tensor, Seen]:
-        counts = trl_terms.dpo_counts(self._trainer, batch)
+        counts = self.counts(batch)
 
         def loss(ratios: Tensor) -> Tensor:
             with trl_terms.dpo_shares(self._trainer, ratios):
@@ -104,29 +88,30 @@ class DpoShares(Shares):
         terms = tuple(loss(one) for one in torch.eye(len(counts), device=counts.device))
         return torch.stack(terms).sum(), (terms, counts.unbind())
 
-    def combine(self, parts: Sequence[Seen]) -> Tensor:
-        return combine_terms(parts)
 
-
-class UsersShares(WholeBatchShares):
+class UsersShares(TwoPassShares):
     """Shares of a ``WholeBatchLoss``."""
 
     def __init__(self, trainer: Any, unit: "LossUnit", loss: WholeBatchLoss):
-        super().__init__(trainer, unit, WholeBatchHead(rows=_not_seen, loss=loss.of_rows))
+        super().__init__(trainer, unit)
         self._loss = loss
         self._index: int | None = None
+
+    def loss_of_rows(self, rows: Tensors, shared: Tensors) -> Tensor:
+        return self._loss.of_rows(tuple(map(widened, rows)), tuple(map(widened, shared)))
 
     def look(self, model: nn.Module, batch: Any) -> tuple[Tensor, Seen]:
         with self._trainer.compute_loss_context_manager():
             seen = self._loss.rows_of(model, batch, self._unit.head)
         with torch.autocast(seen[0][0].device.type, enabled=False):
-            return self._loss.of_rows(*(tuple(map(_widened, kind)) for kind in seen)), seen
+            return self.loss_of_rows(*seen), seen
 
     @contextlib.contextmanager
     def second(self, micro_batch: MicroBatch, index: int) -> Iterator[None]:
-        micro_batch.gives_share, self._index = True, index
+        self._index = index
         try:
-            yield
+            with super().second(micro_batch, index):
+                yield
         finally:
             self._index = None
 
@@ -137,8 +122,8 @@ class UsersShares(WholeBatchShares):
             return loss, rows
         seen = self._loss.rows_of(model, inputs, self._unit.head)
         if self._num_windows == 1 and self._index == 0:
-            self._passes.check_reads_rows_only(*seen)
-        micro_batch.share = self._share(micro_batch, self._index, seen, None)
+            self.passes.check_reads_rows_only(*seen)
+        micro_batch.share = self.share_of_rows(self._index, seen)
         return micro_batch.share, seen[0]
 
 
@@ -158,11 +143,3 @@ def users_loss(
     if not isinstance(shares, UsersShares):
         shares = UsersShares(trainer, unit, trainer.whole_batch_loss)
     return shares.loss_of(model, inputs, micro_batch)
-
-
-def _not_seen(*_: Any) -> Tensors:
-    raise NotImplementedError
-
-
-def _widened(value: Tensor) -> Tensor:
-    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from hf_gradutils._collectives import add_up, gather_tensors, world_domain
+from hf_gradutils._devices import widened
 from hf_gradutils.errors import InvalidArgumentError, LossUnitError
 from hf_gradutils.targets.whole_batch import Tensors
 
@@ -159,7 +160,7 @@ def _whole(value: Tensor) -> Tensor:
 
 def _leaf(value: Tensor) -> Tensor:
     """A leaf with a gradient, in at least float32, in which the loss is computed."""
-    wide = value.detach().float() if value.dtype in (torch.float16, torch.bfloat16) else value.detach()
+    wide = widened(value.detach())
     return wide.requires_grad_() if wide.is_floating_point() else wide
 
 

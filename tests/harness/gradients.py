@@ -1,6 +1,8 @@
 """Gradients as whole tensors, their norm and how far they are from others."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -27,3 +29,14 @@ def relative_error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
 
 def norm_of(gradients: dict[str, Tensor], p: float = 2.0) -> float:
     return float(torch.linalg.vector_norm(torch.cat([g.flatten().double() for g in gradients.values()]), p))
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """For what a model makes in the default dtype, as detectors make the weights of classes."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -19,7 +19,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from hf_gradutils.trainer import GradUtilsTrainerMixin
 from hf_gradutils.upstream.sentence_transformers import GATHERS, with_attribute
 from tests.harness.gradients import whole_gradients
-from tests.harness.trainer_cases import reset_accelerate
+from tests.harness.trainer_cases import ONE_STEP, reset_accelerate
 
 st = pytest.importorskip("sentence_transformers")
 losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
@@ -274,20 +274,9 @@ def make_trainer(case, trainer_class, accumulation=1, *, arguments=None, num_ran
     model = kwargs.pop("model", None) or make_model(dropout=dropout)
     torch.manual_seed(3)  # of the loss's own parameters
     loss = kwargs.pop("loss", None) or case.make(model)
-    options = {
-        "output_dir": str(Path(tempfile.gettempdir()) / "hf_gradutils-tests"),  # nothing is saved there
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "report_to": [],
-        "disable_tqdm": True,
+    options = ONE_STEP | {
         "per_device_train_batch_size": NUM_ROWS // (accumulation * num_ranks),
         "gradient_accumulation_steps": accumulation,
-        "max_steps": 1,
-        "optim": "sgd",
-        "learning_rate": 0.0,
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
     }
     rows = Dataset.from_list(case.rows()) if rows is None else rows
     return trainer_class(

@@ -27,6 +27,20 @@ from tests.harness.shared_heads import SHARED_HEADS
 
 HEADS = heads.HEADS | SHARED_HEADS
 NUM_SAMPLES = 16
+ONE_STEP: dict[str, Any] = {
+    "output_dir": str(Path(tempfile.gettempdir()) / "hf_gradutils-tests"),  # nothing is saved there
+    "use_cpu": True,
+    "dataloader_pin_memory": False,
+    "max_steps": 1,
+    "optim": "sgd",
+    "learning_rate": 0.0,
+    "max_grad_norm": 0.0,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+}
+"""Arguments of a training that is silent and leaves the weights as they are."""
 IS_OLD = Version(transformers.__version__) < Version("5.23")
 """Checked on 5.17, which cannot do everything that 5.23 can."""
 CHECKPOINTING = (
@@ -143,21 +157,11 @@ def train(
     assert spread.num_ranks == world_size
     data = make_data(head) if data is None else data
     num_samples = len(data) if hasattr(data, "__len__") else NUM_SAMPLES
-    options: dict[str, Any] = {
-        "output_dir": str(Path(tempfile.gettempdir()) / "hf_gradutils-tests"),  # nothing is saved there
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
+    options = ONE_STEP | {
         "per_device_train_batch_size": max(1, num_samples // (accumulation * spread.num_data_ranks)),
         "gradient_accumulation_steps": accumulation,
-        "max_steps": 1,
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "optim": "sgd",
         "learning_rate": 0.1,
         "lr_scheduler_type": "constant",
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
         "remove_unused_columns": False,
     }
     layers = HEADS[head].layers

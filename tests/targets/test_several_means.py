@@ -1,6 +1,5 @@
 """Heads whose loss is a sum of means over different targets, against one batch in float64."""
 
-import contextlib
 import functools
 import importlib
 import inspect
@@ -22,8 +21,9 @@ from benchmarks.heads.rows import collate, find_rows
 from hf_gradutils._undisturbed import RowsDrawAlike
 from hf_gradutils.targets.means_of_boxes import MEANS_OF_BOXES, means_of_matches_of
 from hf_gradutils.targets.several_means import SEVERAL_MEANS, several_means_of
+from hf_gradutils.targets.terms import shares_of_totals
 from hf_gradutils.upstream.accelerate import without_accelerate_state
-from tests.harness.gradients import relative_error, whole_gradients
+from tests.harness.gradients import default_dtype, relative_error, whole_gradients
 from tests.harness.trainer_cases import IS_OLD
 
 EXACT, OFF = 1e-9, 1e-4
@@ -46,16 +46,6 @@ CASES = [
 DENSE = ("Deimv2ForObjectDetection", _HEAVY | {"use_dense_one_to_one": True})
 
 
-@contextlib.contextmanager
-def _default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 @pytest.fixture(autouse=True)
 def _in_float64(monkeypatch):
     """Detection losses make their class weights in the default type, and D-FINE's targets are float32 always."""
@@ -65,7 +55,7 @@ def _in_float64(monkeypatch):
         return tuple(part.double() for part in targets_of(boxes.float(), bins, scale, up.float()))
 
     monkeypatch.setattr(loss_d_fine, "translate_gt", translate)
-    with _default_dtype(torch.float64):
+    with default_dtype(torch.float64):
         yield
 
 
@@ -114,7 +104,7 @@ def _case(name, **options):
         pytest.skip("newer than this transformers")
     head_class = getattr(transformers, name)
     labels = {"num_labels": 3} if name in MEANS_OF_BOXES else {}
-    with warnings.catch_warnings(), _default_dtype(torch.float32):
+    with warnings.catch_warnings(), default_dtype(torch.float32):
         warnings.simplefilter("ignore")  # of heads this tiny
         head = build(head_class, tiny_config(head_class.config_class, **labels, **options))
         make_row, _ = find_rows(head)
@@ -235,7 +225,7 @@ def test_weighted_terms_of_micro_batches_give_the_gradient_of_the_whole_batch(na
         assert counts.dtype == torch.float64
         assert (counts == 0).any(), "some term is to have no target in some micro-batch"
         torch.testing.assert_close(counts.sum(0), means.counts(head, whole))
-        return torch.stack([means.weights(n, counts.sum(0)) for n in counts])
+        return torch.stack([shares_of_totals(means.divisors(n), means.divisors(counts.sum(0))) for n in counts])
 
     assert _error(head, means, whole, parts, exact) < (ROUNDED if name.startswith("One") else EXACT)
     assert _error(head, means, whole, parts, lambda counts: counts[:, :1] / counts[:, :1].sum()) > OFF
@@ -297,7 +287,7 @@ def test_detectors_that_draw_noisy_boxes_are_no_sum_of_means(name):
 def test_a_term_without_any_target_in_the_whole_batch_has_no_weight():
     means = several_means_of(_case("BertForPreTraining")[0])
     nothing = torch.zeros(2, dtype=torch.float64)
-    assert means.weights(nothing, nothing).tolist() == [0.0, 0.0]
+    assert shares_of_totals(means.divisors(nothing), means.divisors(nothing)).tolist() == [0.0, 0.0]
 
 
 def test_speech_without_a_guided_attention_has_no_such_term():

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import CLIPModel, Trainer, TrainerCallback
 
 from hf_gradutils import GradUtilsPlugin, GradUtilsTrainer
-from hf_gradutils.errors import LossUnitError
+from hf_gradutils.errors import InvalidArgumentError, LossUnitError
 from tests.harness.gradients import norm_of, relative_error
 from tests.harness.layouts import on_layouts
 from tests.harness.shared_heads import SHARED_HEADS
@@ -295,7 +295,7 @@ class MasksLabels(GradUtilsTrainer):
 
 
 def test_labels_that_change_after_they_were_counted_stop_before_the_first_step():
-    with pytest.raises(LossUnitError, match="were counted in its batches before the first forward"):
+    with pytest.raises(InvalidArgumentError, match="were counted before its first backward"):
         train("bert pretraining", 4, trainer_class=MasksLabels)
 
 

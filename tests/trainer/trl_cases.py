@@ -1,8 +1,5 @@
 """Models, conversations and trainings of one optimizer step for the tests of trl's trainers, and the float64 truth."""
 
-import tempfile
-from pathlib import Path
-
 import pytest
 import torch
 from datasets import Dataset
@@ -11,7 +8,7 @@ from torch.nn.functional import logsigmoid
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_gradutils.trainer import GradUtilsTrainerMixin
-from tests.harness.trainer_cases import GradientTap, reset_accelerate
+from tests.harness.trainer_cases import ONE_STEP, GradientTap, reset_accelerate
 
 trl = pytest.importorskip("trl")
 
@@ -115,21 +112,10 @@ def _preference(loss_type, model, reference, row):
 def make_trainer(trainer_class, batch_size, accumulation=1, *, data=None, eval_data=None, arguments=None, **kwargs):
     """DPO starts away from its reference, where every pair has a loss of its own."""
     reset_accelerate()
-    options = {
-        "output_dir": str(Path(tempfile.gettempdir()) / "hf_gradutils-tests"),  # nothing is saved there
-        "use_cpu": True,
+    options = ONE_STEP | {
         "bf16": False,
-        "dataloader_pin_memory": False,
-        "report_to": [],
-        "disable_tqdm": True,
         "per_device_train_batch_size": batch_size,
         "gradient_accumulation_steps": accumulation,
-        "max_steps": 1,
-        "optim": "sgd",
-        "learning_rate": 0.0,
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
     }
     if issubclass(trainer_class, trl.SFTTrainer):
         config, as_dataset = trl.SFTConfig, _as_prompt_and_completion

@@ -2,7 +2,6 @@
 
 import copy
 import tempfile
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -11,7 +10,7 @@ from transformers import TrainerCallback
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from hf_gradutils.trainer import GradUtilsTrainerMixin
-from tests.harness.trainer_cases import GradientTap, reset_accelerate
+from tests.harness.trainer_cases import ONE_STEP, GradientTap, reset_accelerate
 from tests.trainer.trl_cases import WORDS, make_data, make_llama, make_tokenizer, trl
 
 NUM_GENERATIONS = 4
@@ -73,22 +72,10 @@ class Weights(TrainerCallback):
 def make_generating(trainer_class, batch_size, accumulation, *, arguments=None, data=None, **kwargs):
     """A trainer that generates for 8 prompts; without steps of its own it stays at the first weights."""
     reset_accelerate()
-    options = {
-        "output_dir": str(Path(tempfile.gettempdir()) / "hf_gradutils-tests"),  # nothing is saved there
-        "use_cpu": True,
+    options = ONE_STEP | {
         "bf16": False,
-        "dataloader_pin_memory": False,
-        "report_to": [],
-        "disable_tqdm": True,
         "per_device_train_batch_size": batch_size,
         "gradient_accumulation_steps": accumulation,
-        "max_steps": 1,
-        "optim": "sgd",
-        "learning_rate": 0.0,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
     }
     if issubclass(trainer_class, GKDTrainer):
         options |= {"max_new_tokens": LONGEST, "max_length": 64}
