@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_gradutils.errors import TargetCountError
+from hf_gradutils.targets.class_names import look_up
 from hf_gradutils.targets.contrastive_heads import cross_entropy_of_pairs, precise
 from hf_gradutils.targets.counter import IGNORE_INDEX
 from hf_gradutils.targets.means_of_boxes import MEANS_OF_BOXES
@@ -27,11 +28,8 @@ _LARGEST_SCALE = 100.0
 
 def contrast_and_means_of(head: nn.Module) -> WholeBatchHead | None:
     """Look up a head's class, without wrappers; None if its loss is not in the table."""
-    for name in (base.__name__ for base in type(head).__mro__):
-        if name in _TABLE:
-            make: Callable[[nn.Module], WholeBatchHead | None] = _TABLE[name]
-            return make(head)
-    return None
+    make = look_up(_TABLE, head)
+    return None if make is None else make(head)
 
 
 # ---- What outputs do not have ----
@@ -153,7 +151,7 @@ def _of_queries_and_texts(head: nn.Module) -> WholeBatchHead | None:
     return WholeBatchHead(rows, loss, shared, watching)
 
 
-_TABLE: dict[str, Any] = {
+_TABLE: dict[str, Callable[[nn.Module], WholeBatchHead | None]] = {
     **dict.fromkeys(("Wav2Vec2ForPreTraining", "Wav2Vec2ConformerForPreTraining"), _of_frames_and_codes),
     "RoCBertForPreTraining": lambda _: WholeBatchHead(
         _words_and_texts, _words_and_compared_texts, watching=_seeing_texts

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_gradutils.errors import TargetCountError
+from hf_gradutils.targets.class_names import class_names, look_up
 from hf_gradutils.targets.whole_batch import Tensors, WholeBatchHead
 
 _Inputs = Mapping[str, Any]
@@ -29,12 +30,7 @@ def whole_batch_loss_of(head: nn.Module) -> WholeBatchHead | None:
 
     Rows raise ``TargetCountError`` where outputs do not pair up. Call ``loss`` outside autocast.
     """
-    for name in (base.__name__ for base in type(head).__mro__):
-        if name == "XCLIPModel":
-            return _of_prompted_text(head)
-        if name in _TABLE:
-            return _TABLE[name]
-    return None
+    return _of_prompted_text(head) if "XCLIPModel" in class_names(head) else look_up(_TABLE, head)
 
 
 # ---- Rows and parameters ----

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_gradutils.targets.class_names import class_names
 from hf_gradutils.targets.contrast_and_means import CONTRAST_AND_MEANS, contrast_and_means_of
 from hf_gradutils.targets.contrastive_heads import WHOLE_BATCH_HEADS, whole_batch_loss_of
 from hf_gradutils.targets.counter import IGNORE_INDEX, LossUnit
@@ -93,7 +94,7 @@ class KnownHead:
 def known_head(model: nn.Module) -> KnownHead | None:
     """Look up a model's class, without wrappers; None if the general rule holds."""
     config: Any = getattr(model, "config", None)
-    for name in (base.__name__ for base in type(model).__mro__):
+    for name in class_names(model):
         if reason := _why_without_unit(name, model):
             return KnownHead(None, reason=f"{name}: {reason}")
         if name in SHARED:
@@ -121,7 +122,7 @@ def whole_batch_head(model: nn.Module) -> WholeBatchHead | None:
 
 def draws_by_row(model: nn.Module) -> bool:
     """Look up a model's class, without wrappers, in ``DRAWS_BY_ROW``."""
-    return any(base.__name__ in DRAWS_BY_ROW for base in type(model).__mro__)
+    return not DRAWS_BY_ROW.isdisjoint(class_names(model))
 
 
 def _why_without_unit(name: str, model: nn.Module) -> str:

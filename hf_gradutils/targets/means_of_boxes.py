@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_gradutils.targets.class_names import look_up
 from hf_gradutils.targets.terms import SeveralMeans
 from hf_gradutils.targets.whole_batch import Tensors, WholeBatchHead
 
@@ -198,10 +199,8 @@ _MEANS_OF_MATCHES = {
 
 def means_of_matches_of(head: nn.Module) -> WholeBatchHead | None:
     """Look up a head, without wrappers, whose divisors only its forward tells; None if it is not one."""
-    for name in (base.__name__ for base in type(head).__mro__):
-        if name in _MEANS_OF_MATCHES and is_densely_matched(head) and not has_noisy_boxes(head):
-            return _MEANS_OF_MATCHES[name]
-    return None
+    found = look_up(_MEANS_OF_MATCHES, head)
+    return found if found is not None and is_densely_matched(head) and not has_noisy_boxes(head) else None
 
 
 _DETR = SeveralMeans(_count_weights_of_detr, _terms_of_detr, counts_boxes=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_gradutils.targets.auxiliary_loss import auxiliary_coefficient
+from hf_gradutils.targets.class_names import look_up
 from hf_gradutils.targets.whole_batch import Tensors, WholeBatchHead
 
 # One f and one P over the tokens of all layers that the attention mask keeps.
@@ -56,7 +57,7 @@ def router_loss_of(head: nn.Module) -> WholeBatchHead | None:
 
     A forward without ``output_router_logits`` has no rows, ``()``, which ``loss`` cannot be given.
     """
-    family = _family_of(head)
+    family = look_up(_FAMILIES, head)
     return None if family is None else WholeBatchHead(rows=family.rows, loss=family.loss)
 
 
@@ -70,21 +71,14 @@ def own_router_loss(head: nn.Module, outputs: Any) -> Tensor | None:
     Returns:
         Shape (); None if the forward computed none.
     """
-    family = _family_of(head)
+    family = look_up(_FAMILIES, head)
     own = None if family is None else family.own(head, outputs)
     return own if isinstance(own, Tensor) else None
 
 
 def add_coefficient(head: nn.Module) -> float:
     """The factor with which a head adds its router loss to its loss; 1 where that has its coefficients in it."""
-    return 1.0 if _family_of(head) is _FAMILIES[_BY_ROW] else auxiliary_coefficient(head)
-
-
-def _family_of(head: nn.Module) -> _Family | None:
-    for name in (base.__name__ for base in type(head).__mro__):
-        if name in _FAMILIES:
-            return _FAMILIES[name]
-    return None
+    return 1.0 if look_up(_FAMILIES, head) is _FAMILIES[_BY_ROW] else auxiliary_coefficient(head)
 
 
 # ---- One f and one P ----

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_gradutils.targets.class_names import look_up
 from hf_gradutils.targets.counter import IGNORE_INDEX
 from hf_gradutils.targets.means_of_boxes import (
     MEANS_OF_BOXES,
@@ -29,13 +30,11 @@ def several_means_of(head: nn.Module) -> SeveralMeans | None:
     A detector that draws noisy boxes, or positions for all rows, has none, and neither has one that counts its own
     matches (``means_of_matches_of`` has it).
     """
-    for name in (base.__name__ for base in type(head).__mro__):
-        if name in MEANS_OF_BOXES:
-            is_other = has_noisy_boxes(head) or is_densely_matched(head) or augments_positions(head.config)
-            return None if is_other else MEANS_OF_BOXES[name]
-        if name in SEVERAL_MEANS:
-            return SEVERAL_MEANS[name]
-    return None
+    of_boxes = look_up(MEANS_OF_BOXES, head)
+    if of_boxes is None:
+        return look_up(SEVERAL_MEANS, head)
+    is_other = has_noisy_boxes(head) or is_densely_matched(head) or augments_positions(head.config)
+    return None if is_other else of_boxes
 
 
 # ---- Classes of tokens and of rows ----
