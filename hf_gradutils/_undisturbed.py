@@ -59,26 +59,48 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Buffers that forwards without gradients change are as before afterwards, and DDP sends them again.
+def kept_buffers(model: nn.Module) -> tuple[Callable[[], None], list[Tensor]]:
+    """A function that puts back buffers that forwards change, as often as it is called; and the buffers.
 
-    Those of floating point, of any size, and small ones; there is no second copy of quantized weights.
+    Those of floating point, of any size, such as a queue of negatives, and small ones; there is no second copy of
+    quantized weights. DDP sends them again: a forward without gradients says that the next one need not.
     """
-    kept = [buffer for buffer in model.buffers() if buffer.is_floating_point() or buffer.numel() <= _SMALL]
-    before = [(buffer, buffer._version, buffer.detach().clone()) for buffer in kept]
+    kept = [buffer for buffer in model.buffers() if is_plain(buffer) and _is_kept(buffer)]
+    values = [buffer.detach().clone() for buffer in kept]
+    versions = [buffer._version for buffer in kept]
     named = [(vars(module)["_buffers"], dict(vars(module)["_buffers"])) for module in model.modules()]
     flags = {_DDP_FLAG: vars(model)[_DDP_FLAG]} if isinstance(model, DistributedDataParallel) else {}
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for buffers, objects in named:
+            buffers.update(objects)
+        for index, (buffer, value) in enumerate(zip(kept, values, strict=True)):
+            if buffer._version != versions[index]:
+                buffer.copy_(value)
+                versions[index] = buffer._version
+        vars(model).update(flags)
+
+    return put_back, kept
+
+
+def _is_kept(buffer: Tensor) -> bool:
+    return buffer.numel() <= _SMALL or (buffer.is_floating_point() and buffer.element_size() > 1)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """True for what is neither a parameter nor spread over ranks."""
+    return type(tensor) is Tensor and tensor.layout == torch.strided and not tensor.is_inference()
+
+
+@contextlib.contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Buffers are as before afterwards, as :func:`kept_buffers` has them."""
+    put_back, _ = kept_buffers(model)
     try:
         yield
     finally:
-        for buffers, objects in named:
-            buffers.update(objects)
-        with torch.no_grad():
-            for buffer, version, value in before:
-                if buffer._version != version:
-                    buffer.copy_(value)
-        vars(model).update(flags)
+        put_back()
 
 
 @contextlib.contextmanager

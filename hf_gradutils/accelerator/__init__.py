@@ -1,7 +1,7 @@
 """accelerate's Accelerator with exact gradients, and its settings."""
 
 from hf_gradutils.accelerator._accelerator import GradUtilsAccelerator
-from hf_gradutils.accelerator._counted_first import expect, num_averaged
+from hf_gradutils.accelerator._counted_first import expect, num_averaged, split_terms
 from hf_gradutils.accelerator._first_window import check_weighted
 from hf_gradutils.accelerator._loss_parameters import LossParameters
 from hf_gradutils.accelerator._micro_batch import Division, MicroBatch, as_number
@@ -25,4 +25,5 @@ __all__ = [
     "expect",
     "num_averaged",
     "reader_of_gradients",
+    "split_terms",
 ]

@@ -61,6 +61,12 @@ def expect(windows: Windows, window: ModelWindow, numbers: Tensor) -> Callable[[
     return reduced
 
 
+def split_terms(terms: Terms) -> tuple[list[Tensor], Tensor]:
+    """Losses, shape () each, and their counts, shape (terms,), float64. InvalidArgumentError if one is no count."""
+    losses = [loss.reshape(()) for loss, _ in terms]
+    return losses, torch.stack([as_number(count, losses[0].device).double() for _, count in terms])
+
+
 def share_of_terms(
     windows: Windows, window: ModelWindow, terms: Terms, num_targets: Any, micro_batch: MicroBatch
 ) -> Tensor:
@@ -76,8 +82,7 @@ def share_of_terms(
             "backward takes a loss and num_targets, or a list of terms [(loss, num_targets), …] alone, each loss a "
             "tensor with one element"
         )
-    losses = [loss.reshape(()) for loss, _ in terms]
-    counts = torch.stack([as_number(count, losses[0].device).double() for _, count in terms])
+    losses, counts = split_terms(terms)
     if micro_batch.is_padding or is_padding(windows.accelerator.gradient_state.active_dataloader):
         counts = torch.zeros_like(counts)
     if not (window.is_open or window.sums.is_expected) and windows.have_one_micro_batch:

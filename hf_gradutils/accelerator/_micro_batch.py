@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_gradutils._collectives import add_up, world_domain
 from hf_gradutils.errors import InvalidArgumentError, LossUnitError
-from hf_gradutils.upstream.torch import is_multiple
+from hf_gradutils.upstream.torch import is_multiple, is_multiple_of_node
 
 logger = logging.getLogger("hf_gradutils.trainer")
 
@@ -141,6 +141,10 @@ class MicroBatch:
     """The loss must be :attr:`share`, which takes the place of the loss in the outputs of the head."""
     share: Tensor | None = None
     """The micro-batch's share in a loss of the whole batch, or of several means."""
+    _node: Any = None
+    """That has computed the share as it was given."""
+    index: int = 0
+    """In its window; where shares are made."""
     division: Division | None = None
     """Set where a Trainer's step is the user's own: what the step returns is reported, as with transformers."""
     drawn: Any = None
@@ -203,13 +207,19 @@ class MicroBatch:
             )
         return torch.zeros_like(num_targets)
 
+    def give(self, share: Tensor) -> Tensor:
+        """Set the share, and return it for code of the user's, whose changes in place do not reach :attr:`share`."""
+        given = share.clone()
+        self.share, self._node = share, given.grad_fn
+        return given
+
     def check_share(self, loss: Tensor, *, looks: bool) -> None:
         """Raise LossUnitError for a loss that is not the share, where it must be. Host syncs: one if it ``looks``."""
         if not self.gives_share or self.is_padding:
             return
         if self.share is None:
             raise LossUnitError(_NO_SHARE)
-        is_same = loss is self.share or is_multiple(loss, self.share)
+        is_same = is_multiple_of_node(loss, self._node) if self.share.requires_grad else not loss.requires_grad
         values = loss.detach().to(self.share), self.share.detach()
         if not is_same or (looks and not torch.allclose(*values, rtol=0.0, atol=0.0, equal_nan=True)):
             raise LossUnitError(_OTHER_LOSS)

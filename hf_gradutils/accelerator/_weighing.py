@@ -22,6 +22,7 @@ from hf_gradutils.accelerator._readers import reader_of_gradients
 from hf_gradutils.accelerator._windows import Windows
 from hf_gradutils.errors import InvalidArgumentError, TargetCountError
 from hf_gradutils.sync import communicates, reduces_in_one_dtype
+from hf_gradutils.targets.probe import LATER_STEPS
 from hf_gradutils.targets.terms import Terms
 from hf_gradutils.upstream.accelerate import optimizers_of
 from hf_gradutils.upstream.torch import grads_of
@@ -80,7 +81,7 @@ def run_backward(
         _goes_on(windows, window)
     is_last = bool(kwargs.get("retain_graph")) and _averages_once(windows, window)
     targets = micro_batch.count_once(window, targets, is_last=is_last)
-    micro_batch.check_share(loss, looks=not window.num_closed)
+    micro_batch.check_share(loss, looks=window.num_closed in (0, *LATER_STEPS))
     weight = micro_batch.undivided(loss, weight)
     is_reported = micro_batch.division is None
     weighted = _weigh(windows, window, loss, targets, weight, is_share=is_share, is_reported=is_reported)

@@ -21,6 +21,7 @@ from hf_gradutils.targets.probe import LATER_STEPS
 from hf_gradutils.targets.rows import with_own_tensors
 from hf_gradutils.targets.whole_batch import Tensors, at_forwards_end
 from hf_gradutils.upstream.accelerate import dataloaders_of, models_of
+from hf_gradutils.upstream.deepspeed import is_partitioned
 from hf_gradutils.upstream.torch import depending_on, finds_unused_parameters
 from hf_gradutils.window import TwoPasses
 
@@ -112,7 +113,7 @@ class WholeBatchAccelerator(Accelerator):  # type: ignore[misc]
 
         Raises:
             InvalidArgumentError: the window has begun; ranks have different numbers of micro-batches, or padding; or
-                the loss reads a parameter that it is not given.
+                the loss reads a parameter that it is not given; or DeepSpeed's ZeRO 3 partitions the model.
             LossUnitError: the two forwards of a micro-batch differ.
         """
         return _backward(self, loss, batches, model, kwargs)
@@ -134,13 +135,19 @@ def _backward(
         model = next(m for m in models_of(accelerator) if any(p.requires_grad for p in m.parameters()))
     model = windows.prepared.outermost(model)
     whole = accelerator.unwrap_model(model)
+    if any(map(is_partitioned, whole.parameters())):
+        raise InvalidArgumentError(
+            "backward_whole_batch is not exact with DeepSpeed's ZeRO 3, which expects a backward for each forward; use "
+            "ZeRO 2, or FSDP2"
+        )
     passes = TwoPasses(loss.of_rows, num_replicas=windows.num_replicas((model,)))
     states = []
     with torch.no_grad(), buffers_kept(model):
         for batch in batches:
             states.append(random_states(accelerator.device))
-            passes.add(*loss.rows_of(model, with_own_tensors(batch), whole))
-    num_rows, value = passes.num_rows, passes.finish()
+            rows, parameters = loss.rows_of(model, with_own_tensors(batch), whole)
+            passes.add(rows)
+    num_rows, value = passes.num_rows, passes.finish(parameters)
     start_window(windows, window, as_number(num_rows, accelerator.device))
     before = accelerator.sync_gradients
     try:
@@ -155,8 +162,8 @@ def _backward(
                 if not (window.num_closed or index):
                     passes.check_reads_rows_only(rows, parameters)
                 micro_batch.num_targets = as_number(len(rows[0]), accelerator.device)
-                micro_batch.share = passes.share(index, rows, parameters)
-                run_backward(accelerator, windows, micro_batch.share, None, model, dict(kwargs))
+                share = micro_batch.give(passes.share(index, rows, parameters))
+                run_backward(accelerator, windows, share, None, model, dict(kwargs))
     except BaseException:
         accelerator.sync_gradients = before  # else accelerate would leave out the next step
         windows.discard(window)

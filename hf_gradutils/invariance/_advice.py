@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from torch import nn
-
 from hf_gradutils.accelerator import WholeBatchLoss
-from hf_gradutils.invariance._losses import has_several_means, is_of_whole_batch, without_adapters
 from hf_gradutils.invariance._stock import Backwards
+from hf_gradutils.targets.known_heads import whole_batch_head
+from hf_gradutils.targets.several_means import several_means_of
 from hf_gradutils.upstream.torch import has_users_hook_after_accumulation
+from hf_gradutils.upstream.transformers import head_of
 
 _CLOSE = 1e-3
 _OURS = "use hf_gradutils.GradUtilsTrainer, or GradUtilsTrainerMixin in front of it"
@@ -15,6 +15,7 @@ _OTHER_FORMS = (
     "a loss that compares all rows of the batch (contrastive) is a WholeBatchLoss(embed, loss, parameters), and one "
     "that adds means over different targets is a list [(loss, count), …]"
 )
+_IS_ANOTHER = "but it is not the one that hf_gradutils knows: does a subclass or a loss of yours change it?"
 _NOT_ATTACHED = (
     "what the loss reads besides the rows of the batch (a temperature, a bias) gets a wrong gradient or none: let "
     "WholeBatchLoss(parameters=lambda model: (…,)) return the parameters themselves, not detached, and freeze those "
@@ -25,11 +26,6 @@ _NOT_THESE_ROWS = (
     "WholeBatchLoss.embed must return all that the loss reads of each row, and its loss must not depend on anything "
     "else but what parameters=… returns"
 )
-
-
-def head_of(trainer: Any) -> nn.Module:
-    """A Trainer's model without wrappers."""
-    return without_adapters(trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False))
 
 
 def advice_for_ours(trainer: Any, factor: float | None, backwards: Backwards) -> str:
@@ -51,7 +47,7 @@ def advice_for_ours(trainer: Any, factor: float | None, backwards: Backwards) ->
     if trainer._unit.num_terms:
         return _OTHER_COUNT
     if plugin.check_loss_unit and reason:
-        return f"{reason}, but it is not the one that hf_gradutils knows: does a subclass or a loss of yours change it?"
+        return f"{reason}, {_IS_ANOTHER}"
     if plugin.aux == "exact":
         return (
             "with aux='exact' the router loss must be that of the head, which label smoothing, a loss function or a "
@@ -88,11 +84,13 @@ def advice_for_stock(trainer: Any, factor: float | None, backwards: Backwards) -
     return f"{fix}; {_not_past_accelerate(backwards)}" if backwards.plain else f"{fix}{_hooks(trainer)}"
 
 
-def advice_if_few_are_wrong(trainer: Any) -> str:
+def advice_if_few_are_wrong(trainer: Any, *, is_ours: bool) -> str:
     """The fix if the gradients of a few parameters are wrong; empty if nothing is known of such a loss."""
     if getattr(trainer, "whole_batch_loss", None) is not None:
         return _NOT_ATTACHED
     reason = _no_mean(trainer)
+    if reason and is_ours:
+        return f"{reason}, {_IS_ANOTHER}"
     return f"{reason}; {_OURS}" if reason else ""
 
 
@@ -142,9 +140,9 @@ def _no_mean(trainer: Any) -> str:
     if trainer.compute_loss_func is not None or trainer.label_smoother is not None:
         return ""
     head = head_of(trainer)
-    if is_of_whole_batch(head):
+    if whole_batch_head(head) is not None:
         return f"the loss of {type(head).__name__} is one of the whole batch, exact in two passes"
-    if has_several_means(head):
+    if several_means_of(head) is not None:
         return f"the loss of {type(head).__name__} adds means over different targets, which need a weight each"
     return ""
 

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from hf_gradutils.invariance._losses import loss_of_rows, split_terms
+from hf_gradutils.invariance._losses import loss_and_count, loss_of_rows
 from hf_gradutils.targets.sentence_rows import calling
 from hf_gradutils.targets.terms import is_terms
 
@@ -78,7 +78,7 @@ def as_stock(trainer: Any, model: nn.Module, num_targets: Tensor | None = None) 
         if whole_batch_loss is not None:
             return loss_of_rows(whole_batch_loss, model, inputs)
         result = compute_loss(model, inputs, *args, **kwargs)
-        return split_terms(result)[0] if is_terms(result) else result
+        return loss_and_count(result)[0] if is_terms(result) else result
 
     vars(trainer)["compute_loss"] = compute_one_loss
     vars(accelerator)["backward"] = backward

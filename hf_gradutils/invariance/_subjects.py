@@ -19,7 +19,7 @@ from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.invariance._advice import advice_for_loop, advice_for_torch, advice_if_few_of_loop
 from hf_gradutils.invariance._as_before import accelerator_untouched, model_untouched, seed_all
 from hf_gradutils.invariance._deepspeed import dry_step_of
-from hf_gradutils.invariance._losses import LossAndTargets, loss_of_batch, split_terms
+from hf_gradutils.invariance._losses import LossAndTargets, loss_and_count, loss_of_batch
 from hf_gradutils.sync import discard_deferred
 from hf_gradutils.targets.terms import is_terms
 from hf_gradutils.upstream.accelerate import optimizers_of
@@ -180,7 +180,7 @@ class AcceleratorLoop(_Loop):
 
     def _go_back(self, result: Any) -> Tensor:
         """Run the backward of what ``loss_and_targets`` returned; returns the loss."""
-        accelerator, (loss, num_targets) = self.accelerator, split_terms(result)
+        accelerator, (loss, num_targets) = self.accelerator, loss_and_count(result)
         if not isinstance(accelerator, GradUtilsAccelerator):
             accelerator.backward(loss)
         elif is_terms(result):
@@ -212,7 +212,7 @@ class AcceleratorLoop(_Loop):
             for part in parts:
                 batch = self.batch(part)
                 seed_all(seed)
-                num_targets = num_targets + split_terms(self.loss_and_targets(self.model, batch))[1]
+                num_targets = num_targets + loss_and_count(self.loss_and_targets(self.model, batch))[1]
         of_terms = isinstance(num_targets, Tensor) and num_targets.dim() > 0
         self.accelerator.start_window(list(num_targets) if of_terms else num_targets, model=self.model)
 

@@ -11,15 +11,16 @@ from torch import nn
 from hf_gradutils._precision import uses_exact_arithmetic
 from hf_gradutils.accelerator import GradUtilsAccelerator
 from hf_gradutils.errors import InvalidArgumentError
-from hf_gradutils.invariance._advice import advice_for_ours, advice_for_stock, advice_if_few_are_wrong, head_of
+from hf_gradutils.invariance._advice import advice_for_ours, advice_for_stock, advice_if_few_are_wrong
 from hf_gradutils.invariance._as_before import accelerator_untouched, attributes_kept, seed_all
-from hf_gradutils.invariance._losses import is_of_whole_batch
 from hf_gradutils.invariance._stock import Backwards, as_stock
 from hf_gradutils.invariance._subjects import Rows, finish_step, in_float64, mean_over_ranks
 from hf_gradutils.sync import discard_deferred
+from hf_gradutils.targets.known_heads import whole_batch_head
+from hf_gradutils.targets.sentence_losses import kind_of, losses_of
 from hf_gradutils.targets.trl_generating import off_policy
 from hf_gradutils.upstream.deepspeed import is_engine
-from hf_gradutils.upstream.transformers import trainer_no_sync
+from hf_gradutils.upstream.transformers import head_of, trainer_no_sync
 from hf_gradutils.upstream.trl import TRL_AUXILIARY
 
 
@@ -40,8 +41,9 @@ class TrainerSubject:
         self.is_exact = uses_exact_arithmetic(self.accelerator, self.model)
         self.is_split = trainer.args.gradient_accumulation_steps > 1
         self.keeps_auxiliary = self._is_ours and trainer.grad_plugin.aux == "exact"
-        has_own = getattr(trainer, "whole_batch_loss", None) is not None
-        self.compares_rows = has_own or is_of_whole_batch(head_of(trainer))
+        has_own = getattr(trainer, "whole_batch_loss", None) is not None or self.keeps_auxiliary
+        has_own |= any(kind_of(loss) == "whole" for loss in losses_of(trainer).values())
+        self.compares_rows = has_own or whole_batch_head(head_of(trainer)) is not None
         num_sharers = _size(trainer, "get_tp_size") * _size(trainer, "get_cp_size") * _size(trainer, "get_sp_size")
         self.num_data_ranks = self.num_ranks // num_sharers
         self.data_rank = self.accelerator.process_index // num_sharers
@@ -112,7 +114,7 @@ class TrainerSubject:
         return advise(self.trainer, factor, self._backwards)
 
     def advice_if_few_are_wrong(self) -> str:
-        return advice_if_few_are_wrong(self.trainer)
+        return advice_if_few_are_wrong(self.trainer, is_ours=self._is_ours)
 
     @contextlib.contextmanager
     def as_it_was(self) -> Iterator[None]:

@@ -64,9 +64,10 @@ def check_shares(trainer: Any, shares: "Shares", model: nn.Module, batch: Any) -
     is_cut = shares.can_be_cut and is_divisible(batch, num_blocks=num_blocks)
     num_rows = count_rows(batch, num_blocks=num_blocks) if is_cut else 0
     num_rows = -int(find_largest(world_domain(), fewest=-num_rows)["fewest"])
-    loss, whole = shares.look(model, with_own_tensors(batch))
-    parts = [whole]
-    if num_rows > 1:
+    if num_rows <= 1:
+        loss, whole = shares.look(model, with_own_tensors(batch))
+        parts = [whole]
+    else:
         of_both = cut_after(take_rows(batch, 0, num_rows, num_blocks=num_blocks), num_rows // 2, num_blocks=num_blocks)
         loss, _ = shares.look(model, with_own_tensors(of_both.whole))
         parts = [shares.look(model, with_own_tensors(part))[1] for part in (of_both.first, of_both.second)]
@@ -79,10 +80,11 @@ def check_shares(trainer: Any, shares: "Shares", model: nn.Module, batch: Any) -
         )
 
 
-def counter_of_shares(counter: TargetCounter, batch: Any) -> TargetCounter:
-    """The counter for the report, of which shares do not depend: the user's, or rows, or else micro-batches."""
+def counter_of_shares(trainer: Any, batch: Any) -> TargetCounter:
+    """The counter for the report, of which shares do not depend: the user's, pairs, rows, or else micro-batches."""
+    counter: TargetCounter = trainer.grad_plugin.counter()
     if counter.is_default:
-        counter = TargetCounter("rows")
+        counter = TargetCounter(count=trl.count_pairs) if trl.num_blocks(trainer) == 2 else TargetCounter("rows")
     try:
         counter(batch)
     except TargetCountError:

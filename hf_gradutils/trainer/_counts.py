@@ -17,6 +17,7 @@ from hf_gradutils.trainer._batches import TrainingBatches
 from hf_gradutils.trainer._contract import LossContract
 from hf_gradutils.trainer._loss import LossUnit
 from hf_gradutils.trainer._overrides import is_users, names_read
+from hf_gradutils.upstream.transformers import without_average
 
 logger = logging.getLogger("hf_gradutils.trainer")
 
@@ -127,12 +128,8 @@ class WindowCounts:
     def stock_count(self, batches: Sequence[Any]) -> Any:
         """The count by transformers of this rank's batches, without other ranks; None where it has none."""
         trainer, args = self._trainer, self._trainer.args
-        average, args.average_tokens_across_devices = args.average_tokens_across_devices, False
-        try:
-            with self.handing():
-                return trainer._get_num_items_in_batch(list(batches), args.device)
-        finally:
-            args.average_tokens_across_devices = average
+        with without_average(args), self.handing():
+            return trainer._get_num_items_in_batch(list(batches), args.device)
 
     @contextlib.contextmanager
     def handing(self) -> Iterator[None]:
@@ -157,11 +154,13 @@ class WindowCounts:
         """Raise InvalidArgumentError if an override's batches are not one window's, and their count matters."""
         if len(batches) <= num_batches and not is_open:
             return
-        if self._unit.contract.divides or reader_of_gradients(self._trainer.model, [self._trainer.optimizer]):
+        has_shares = self._unit.shares is not None
+        reader = reader_of_gradients(self._trainer.model, [self._trainer.optimizer])
+        if has_shares or reader or self._unit.contract.divides:
+            remedy = "" if has_shares else ", or let compute_loss return the mean of its micro-batch"
             raise InvalidArgumentError(
                 f"get_batch_samples returned {len(batches)} batches where {num_batches} make an optimizer step, so "
-                "their count is not the count of a step; return that many (fewer at the end of an epoch), or let "
-                "compute_loss return the mean of its micro-batch"
+                f"their count is not the count of a step; return that many (fewer at the end of an epoch){remedy}"
             )
 
     @property

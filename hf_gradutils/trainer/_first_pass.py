@@ -16,6 +16,7 @@ from hf_gradutils.trainer._kept import variables
 from hf_gradutils.trainer._loss import LossUnit
 from hf_gradutils.trainer._no_trace import without_trace
 from hf_gradutils.trainer._shares import Shares
+from hf_gradutils.upstream.transformers import without_average
 
 
 class FirstPass:
@@ -62,7 +63,12 @@ class FirstPass:
                     "window must be those that get_batch_samples returned"
                 )
             self._states[index]()
-        with shares.second(micro_batch, index):
+        micro_batch.index = index
+        # Where a loss is a share, nothing is multiplied by the number of ranks.
+        with (
+            without_average(self._trainer.args) if shares.gives_share else contextlib.nullcontext(),
+            shares.second(micro_batch),
+        ):
             yield
         if self._trainer.accelerator.sync_gradients:
             shares.end()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_gradutils._collectives import all_reduce_, world_domain
-from hf_gradutils.accelerator import MicroBatch, as_number
+from hf_gradutils.accelerator import MicroBatch, split_terms
 from hf_gradutils.errors import InvalidArgumentError, LossUnitError
 from hf_gradutils.targets.terms import Terms, is_terms, sum_of_terms
 from hf_gradutils.trainer._means import MeanShares
@@ -33,8 +33,6 @@ class GivenTerms(MeanShares):
         self._counts_first = False
         self._counts: list[Tensor] = []
         """Of each micro-batch, in the first pass."""
-        self._is_first = True
-        """The next micro-batch is a window's first."""
 
     @property
     def needs_first_pass(self) -> bool:
@@ -52,7 +50,7 @@ class GivenTerms(MeanShares):
 
     def begin(self, totals: Callable[[], Tensor]) -> None:
         super().begin(totals)
-        self._counts, self._is_first = [], True
+        self._counts = []
 
     def first(self, model: nn.Module, inputs: Any, *, is_padding: bool) -> None:
         _, (_, counts) = self.look(model, inputs)
@@ -100,13 +98,10 @@ class GivenTerms(MeanShares):
         seen = _split(terms)
         counts = torch.stack(seen[1]) * (not micro_batch.is_padding)
         if self._counts_first:
-            assert self._totals is not None
-            self._count(counts, self._totals, is_first=self._is_first)
-            self._is_first = False
+            self.count(counts)
         elif not self.needs_first_pass:
             self._add_up(counts)
-        micro_batch.share = self.add(seen, self.totals)
-        return micro_batch.share
+        return micro_batch.give(self.add(seen, self.totals))
 
 
 def one_loss(unit: "LossUnit", result: Any, micro_batch: MicroBatch | None = None) -> Any:
@@ -126,11 +121,10 @@ def one_loss(unit: "LossUnit", result: Any, micro_batch: MicroBatch | None = Non
             "for every batch, those that are not trained yet as (loss, 0)"
         )
     else:
-        losses, counts = _split(terms)
-        loss = sum_of_terms(losses, torch.stack(counts))
+        loss = sum_of_terms(*split_terms(terms))
     return (loss, *outputs) if outputs else loss
 
 
 def _split(terms: Terms) -> Seen:
-    losses = tuple(loss.reshape(()) for loss, _ in terms)
-    return losses, tuple(as_number(count, losses[0].device).double() for _, count in terms)
+    losses, counts = split_terms(terms)
+    return tuple(losses), counts.unbind()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hf_gradutils._collectives import add_up, world_domain
 from hf_gradutils._devices import on_device
+from hf_gradutils.accelerator import MicroBatch
 from hf_gradutils.errors import TargetCountError
 from hf_gradutils.targets import trl_generating
 from hf_gradutils.targets.counter import TargetCounter
@@ -25,14 +26,14 @@ from hf_gradutils.targets.terms import Terms
 from hf_gradutils.trainer._contract import LossContract, as_if_alone, ask_loss, warn_of, warn_of_change
 from hf_gradutils.trainer._find_shares import find_shares
 from hf_gradutils.trainer._generating import settled_counter
-from hf_gradutils.trainer._given_terms import GivenTerms
-from hf_gradutils.trainer._means import MeanShares, TermShares
+from hf_gradutils.trainer._means import MeanShares
 from hf_gradutils.trainer._overrides import is_transformers, is_users
 from hf_gradutils.trainer._sentences import one_draw
 from hf_gradutils.trainer._settle import UnitSettler
 from hf_gradutils.trainer._shares import Shares
 from hf_gradutils.trainer._ulysses import as_own_shard
 from hf_gradutils.upstream.accelerate import without_accelerate_state
+from hf_gradutils.upstream.transformers import head_of
 
 
 class LossUnit:
@@ -57,7 +58,7 @@ class LossUnit:
         self.shares: Shares | None = None
         """Set if no weight makes micro-batches add up to the loss, but shares do."""
         self.means: MeanShares | None = None
-        """Set if the loss is a sum of several means, for evaluation."""
+        """Set if the loss is a sum of several means, each of which is one over the evaluation set."""
         self.terms: Terms | None = None
         """The terms of the latest loss, if it has several."""
         self.num_terms = 0
@@ -97,8 +98,7 @@ class LossUnit:
     @property
     def head(self) -> nn.Module:
         """The model without wrappers."""
-        model = self._trainer.accelerator.unwrap_model(self._trainer.model, keep_torch_compile=False)
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
+        return head_of(self._trainer)
 
     @property
     def forward_takes_count(self) -> bool:
@@ -173,7 +173,7 @@ class LossUnit:
             return trl_generating.targets_per_micro_batch(self._trainer)
         shares = find_shares(self._trainer, self, self._settler.losses, inputs)
         self.shares = shares if is_split else None
-        self.means = shares if isinstance(shares, TermShares | GivenTerms) else None
+        self.means = shares if isinstance(shares, MeanShares) and shares.evaluates_terms else None
         if self.may_be_asked_for_parts:  # without labels in their usual place transformers hands over no count
             self.hands_count = self._trainer._steps.counts.stock_count([inputs]) is not None
         gives_share = self.shares is not None and self.shares.gives_share
@@ -255,9 +255,9 @@ class LossUnit:
         ranks = add_up(world_domain(), divides=once != 0 and math.isclose(once, 2 * twice, rel_tol=1e-3))
         return bool(ranks["divides"])
 
-    def in_share(self, inputs: Any) -> contextlib.AbstractContextManager[None]:
+    def in_share(self, inputs: Any, micro_batch: MicroBatch) -> contextlib.AbstractContextManager[None]:
         """The context of a micro-batch's outermost loss, where shares are made."""
-        return one_draw(self._trainer) if self.shares is None else self.shares.in_loss(inputs)
+        return one_draw(self._trainer) if self.shares is None else self.shares.in_loss(inputs, micro_batch)
 
     def alone(self) -> contextlib.AbstractContextManager[None]:
         """The context of a loss that is a mean only if it is told that its micro-batch is the whole batch."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hf_gradutils._devices import on_device
 from hf_gradutils.accelerator import MicroBatch
-from hf_gradutils.targets.terms import SeveralMeans, add_terms, shares_of_totals
+from hf_gradutils.targets.terms import SeveralMeans, add_terms, check_counted, shares_of_totals
 from hf_gradutils.targets.whole_batch import at_forwards_end
 from hf_gradutils.trainer._shares import HeadShares, Seen, Shares
 from hf_gradutils.upstream.accelerate import without_accelerate_state
@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 class MeanShares(Shares):
     """Shares of a sum of several means, whose targets are counted before a window's first forward."""
 
+    evaluates_terms = True
+    """Each term is a mean over the targets of the evaluation set; else their sum is one over the unit of the loss."""
     _totals: Callable[[], Tensor] | None = None
+    _counted: Tensor | None = None
+    """Targets of each term in the micro-batches so far, in a window that is looked at."""
 
     @property
     def needs_first_pass(self) -> bool:
@@ -29,7 +33,18 @@ class MeanShares(Shares):
 
     def begin(self, totals: Callable[[], Tensor]) -> None:
         super().begin(totals)
-        self._totals = totals
+        self._totals, self._counted = totals, None
+
+    def count(self, counts: Tensor) -> None:
+        """Count the targets of a micro-batch, to be compared with what was counted before the window."""
+        if self._looks:
+            self._counted = counts if self._counted is None else self._counted + counts
+
+    def end(self) -> None:
+        """Compare what was counted. Collectives and errors: as ``check_counted``, where the window is looked at."""
+        if self._counted is not None:
+            assert self._totals is not None
+            check_counted(self._counted, self._totals())
 
     @property
     def totals(self) -> Tensor:
@@ -84,8 +99,8 @@ class TermShares(MeanShares, HeadShares):
         return self._of_head.divisors(counts)
 
     @contextlib.contextmanager
-    def second(self, micro_batch: MicroBatch, index: int) -> Iterator[None]:
-        with self._dividing_by_own_boxes(), super().second(micro_batch, index):
+    def second(self, micro_batch: MicroBatch) -> Iterator[None]:
+        with self._dividing_by_own_boxes(), super().second(micro_batch):
             yield
 
     def look(self, model: nn.Module, batch: Any) -> tuple[Tensor, Seen]:
@@ -98,9 +113,8 @@ class TermShares(MeanShares, HeadShares):
     def _see(self, head: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> Seen:
         return self._of_head.terms(head, inputs, outputs), self._of_head.counts(head, inputs).unbind()
 
-    def _share(self, micro_batch: MicroBatch, index: int, seen: Seen, outputs: Any) -> Tensor:
-        assert self._totals is not None
-        self._count(torch.stack(seen[1]) * (not micro_batch.is_padding), self._totals, is_first=not index)
+    def _share(self, micro_batch: MicroBatch, seen: Seen, outputs: Any) -> Tensor:
+        self.count(torch.stack(seen[1]) * (not micro_batch.is_padding))
         return self.add(seen, self.totals)
 
     @contextlib.contextmanager

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from hf_gradutils._pretended_world import Variable
+from hf_gradutils._undisturbed import is_plain, kept_buffers
 from hf_gradutils.sync import discard_deferred
 
 _NAMES = """
@@ -36,7 +36,6 @@ _DRAWING = ("dataset", "collate_fn")
 _DEPTH = 4
 _FEW = 64
 """Parts of a data set or collator up to which each is looked at."""
-_DDP_FLAG = "require_forward_param_sync"
 _LEFT_ALONE = (type, torch.optim.Optimizer, torch.utils.data.Dataset)
 _IN_MODULES = frozenset(("_parameters", "_modules", "_buffers", "training"))
 
@@ -51,10 +50,9 @@ class Snapshot:
         self._seen: set[int] = {id(vars(trainer).get(name)) for name in _DATA}
         self._drawing: set[int] = set()
         self._room = _ALL
-        for buffer in model.buffers():
-            # Of any size, such as a queue of negatives; but there is no second copy of quantized weights.
-            if _is_plain(buffer) and buffer.is_floating_point() and buffer.element_size() > 1:
-                self._keep_tensor(buffer)
+        undo, buffers = kept_buffers(model)
+        self._undo.append(undo)
+        self._seen.update(map(id, buffers))
         self._keep_attributes(vars(trainer), _DEPTH)
         self._keep_attributes(vars(trainer.state), _DEPTH)
         self._keep_attributes(vars(trainer.control), 0)
@@ -64,10 +62,6 @@ class Snapshot:
             self._keep_generators(value, _DEPTH)
         for module in model.modules():
             self._keep_module(module)
-        if isinstance(model, DistributedDataParallel):
-            # A forward without gradients says that the next one need not send buffers.
-            flag = {_DDP_FLAG: vars(model)[_DDP_FLAG]}
-            self._undo.append(lambda: vars(model).update(flag))
 
     def keep_numbers(self, variables: Iterable[Variable]) -> None:
         """Keep counters outside of the Trainer."""
@@ -118,7 +112,7 @@ class Snapshot:
             self._seen.add(id(value))
             self._keep_container(value, depth)
         elif isinstance(value, Tensor):
-            if _is_plain(value) and self._has_room(value.numel()):
+            if is_plain(value) and self._has_room(value.numel()):
                 self._keep_tensor(value)
         elif type(value).__name__ == "ndarray":
             if value.flags.writeable and self._has_room(value.size):
@@ -210,11 +204,6 @@ def without_trace(trainer: Any, model: nn.Module, variables: Iterable[Variable])
                 discard_deferred(model)
             for parameter, gradient in gradients:
                 parameter.grad = gradient
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """True for what is neither a parameter nor spread over ranks."""
-    return type(tensor) is Tensor and tensor.layout == torch.strided and not tensor.is_inference()
 
 
 @contextlib.contextmanager

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from hf_gradutils._collectives import gather_objects, world_domain
 from hf_gradutils._devices import widened
-from hf_gradutils._undisturbed import random_states
 from hf_gradutils.accelerator import LossParameters, MicroBatch
 from hf_gradutils.errors import InvalidArgumentError, LossUnitError
 from hf_gradutils.targets.counter import TargetCounter
@@ -51,7 +50,6 @@ class SentenceShares(TwoPassShares):
         self._first: list[tuple[str | None, Seen, bool]] = []
         """Data set, rows and padding of the micro-batches of the first pass."""
         self._components: dict[str, Tensor] = {}
-        self._is_finished = True
 
     # ---- The two passes ----
 
@@ -62,37 +60,29 @@ class SentenceShares(TwoPassShares):
         if len(self._names) > 1:  # which ranks may have seen differently many of
             for found in gather_objects(world_domain(), self._layouts):
                 self._layouts = found | self._layouts
-        for dataset, (rows, shared), is_padding in self._first:
-            self.passes.add(self._in_all_columns(dataset, rows), shared, is_padding=is_padding)
-        self._first, self._is_finished = [], False
+        for dataset, (rows, _), is_padding in self._first:
+            self.passes.add(self._in_all_columns(dataset, rows), is_padding=is_padding)
+        self._first = []
 
-    def _finish(self) -> None:
-        """Compute the loss of the rows, not before the step has begun: callbacks change weights of the loss then."""
-        self._is_finished, put_back = True, random_states(self._trainer.args.device)
+    def _finish(self, shared: Tensors) -> None:
         with one_draw(self._trainer):
-            self.passes.finish()
-        put_back()
+            super()._finish(shared)
 
     @contextlib.contextmanager
-    def second(self, micro_batch: MicroBatch, index: int) -> Iterator[None]:
+    def second(self, micro_batch: MicroBatch) -> Iterator[None]:
         trainer = self._trainer
 
-        def share(dataset: str | None, features: Sequence[Any], labels: Tensor | None) -> Tensor:
+        def give_share(dataset: str | None, features: Sequence[Any], labels: Tensor | None) -> Tensor:
             if not torch.is_grad_enabled():
                 value: Any = self._losses[dataset](features, labels)
                 return torch.stack(list(value.values())).sum() if isinstance(value, dict) else value
-            if micro_batch.share is not None:
-                raise LossUnitError("compute_loss runs twice in one micro-batch, whose share in the loss is known once")
             rows, shared = self._embed(trainer.model_wrapped, dataset, features, labels)
+            share = self.share_of_rows(micro_batch, (self._in_all_columns(dataset, rows), shared))
             if self._components:
                 trainer.track_loss_components(self._components)
-            seen = self._in_all_columns(dataset, rows), shared
-            micro_batch.share = self.share_of_rows(index, seen)
-            return micro_batch.share
+            return micro_batch.give(share)
 
-        if not self._is_finished:
-            self._finish()
-        with super().second(micro_batch, index), self._in_place_of_losses(share):
+        with super().second(micro_batch), self._in_place_of_losses(give_share):
             yield
 
     # ---- The check before the first step ----

@@ -114,12 +114,11 @@ class UnitSettler:
         return settled.targets_per_micro_batch
 
     def _settle_shares(self, shares: Shares, inputs: Any) -> float:
-        """Check on the first batch that the shares are those of the loss. Collectives: two sums over all ranks."""
+        """Check on the first batch that shares are those of the loss. Collectives: as ``check_shares``, and a sum."""
         trainer, unit = self._trainer, self._unit
-        counter = trainer.grad_plugin.counter()
         with self.losses.asked() as prepare:
             batch = prepare(inputs)
-            unit.counter = counter_of_shares(counter, batch)
+            unit.counter = counter_of_shares(trainer, batch)
             check_shares(trainer, shares, self.losses.model, batch)
             num_targets = add_up(world_domain(), targets=float(unit.counter(batch)))["targets"]
         return num_targets / trainer.accelerator.num_processes

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hf_gradutils._undisturbed import random_states
 from hf_gradutils.accelerator import MicroBatch
 from hf_gradutils.errors import LossUnitError
 from hf_gradutils.targets.probe import LATER_STEPS
-from hf_gradutils.targets.terms import check_counted
 from hf_gradutils.targets.whole_batch import Tensors, WholeBatchHead, at_forwards_end
 from hf_gradutils.trainer._check_shares import check_own_loss
 from hf_gradutils.trainer._overrides import is_users
+from hf_gradutils.upstream.transformers import without_average
 from hf_gradutils.window import TwoPasses
 
 if TYPE_CHECKING:
@@ -49,7 +50,6 @@ class Shares:
     def __init__(self, trainer: Any, unit: "LossUnit"):
         self._trainer, self._unit = trainer, weakref.proxy(unit)
         self._num_windows = 0
-        self._counted: Tensor | float = 0.0
 
     @property
     def needs_first_pass(self) -> bool:
@@ -69,14 +69,6 @@ class Shares:
         """The micro-batches of this window are looked at."""
         return self._num_windows - 1 in (0, *LATER_STEPS)
 
-    def _count(self, counts: Tensor, totals: Callable[[], Tensor], *, is_first: bool) -> None:
-        """Compare a window's targets with those that were counted first, where it is looked at."""
-        if self._looks:
-            self._counted = counts if is_first else self._counted + counts
-            if self._trainer.accelerator.sync_gradients:
-                assert isinstance(self._counted, Tensor)
-                check_counted(self._counted, totals())
-
     def first(self, model: nn.Module, inputs: Any, *, is_padding: bool) -> None:
         """Run the first pass of the next micro-batch, without gradients."""
 
@@ -84,15 +76,15 @@ class Shares:
         """Put together what the first pass of all ranks has found."""
 
     @contextlib.contextmanager
-    def second(self, micro_batch: MicroBatch, index: int) -> Iterator[None]:
-        """The context of a training step on the micro-batch of this index."""
+    def second(self, micro_batch: MicroBatch) -> Iterator[None]:
+        """The context of a training step on a micro-batch."""
         micro_batch.gives_share = self.gives_share
         yield
 
     def end(self) -> None:
         """End a window: its last micro-batch has been trained."""
 
-    def in_loss(self, inputs: Any) -> contextlib.AbstractContextManager[None]:
+    def in_loss(self, inputs: Any, micro_batch: MicroBatch) -> contextlib.AbstractContextManager[None]:
         """The context of ``compute_loss``, outermost, in training."""
         return contextlib.nullcontext()
 
@@ -112,7 +104,7 @@ class Shares:
 
     def _loss_of(self, model: nn.Module, batch: Any) -> Any:
         """What ``compute_loss`` returns, given a count, which code of the user's may read."""
-        with self._trainer.compute_loss_context_manager():
+        with without_average(self._trainer.args), self._trainer.compute_loss_context_manager():
             count = torch.ones((), device=self._trainer.args.device)
             return self._trainer.compute_loss(model, batch, num_items_in_batch=count)
 
@@ -135,12 +127,12 @@ class HeadShares(Shares):
         loss: Tensor = outputs["loss"]
         return loss
 
-    def _share(self, micro_batch: MicroBatch, index: int, seen: Seen, outputs: Any) -> Tensor:
+    def _share(self, micro_batch: MicroBatch, seen: Seen, outputs: Any) -> Tensor:
         """The loss that takes the place of the outputs' own."""
         raise NotImplementedError
 
     @contextlib.contextmanager
-    def second(self, micro_batch: MicroBatch, index: int) -> Iterator[None]:
+    def second(self, micro_batch: MicroBatch) -> Iterator[None]:
         head = self._unit.head
 
         def replace(inputs: Mapping[str, Any], outputs: Any) -> None:
@@ -151,10 +143,9 @@ class HeadShares(Shares):
             seen = self._see(head, inputs, outputs)
             if self._looks:
                 check_own_loss(self._trainer, self, self._own(head, outputs), seen)
-            micro_batch.share = self._share(micro_batch, index, seen, outputs)
-            outputs["loss"] = micro_batch.share
+            outputs["loss"] = micro_batch.give(self._share(micro_batch, seen, outputs))
 
-        with super().second(micro_batch, index), self._watching(head), at_forwards_end(head, replace):
+        with super().second(micro_batch), self._watching(head), at_forwards_end(head, replace):
             yield
 
     def look(self, model: nn.Module, batch: Any) -> tuple[Tensor, Seen]:
@@ -211,20 +202,32 @@ class TwoPassShares(Shares):
         return self._passes
 
     def first(self, model: nn.Module, inputs: Any, *, is_padding: bool) -> None:
-        _, seen = self.look(model, inputs)
-        self.passes.add(*seen, is_padding=is_padding)
-
-    def end_first(self) -> None:
-        self.passes.finish()
+        _, (rows, _) = self.look(model, inputs)
+        self.passes.add(rows, is_padding=is_padding)
 
     def end(self) -> None:
         self._passes = None  # which holds rows, and this object
 
-    def share_of_rows(self, index: int, seen: Seen) -> Tensor:
-        """The share of the micro-batch of this index. Collectives and errors: as ``TwoPasses.check_equal``."""
-        if self._looks:
-            self.passes.check_equal(index, seen[0])
-        return self.passes.share(index, *seen)
+    def _finish(self, shared: Tensors) -> None:
+        """Compute the loss of the window's rows."""
+        self.passes.finish(shared)
+
+    def share_of_rows(self, micro_batch: MicroBatch, seen: Seen) -> Tensor:
+        """The share of a micro-batch.
+
+        Collectives: those of ``TwoPasses.finish`` in the first of a window, not before: callbacks and a step of the
+        user's may set parameters of the loss. Where it is looked at, those of ``TwoPasses.check_equal``.
+
+        Raises:
+            LossUnitError: as these.
+        """
+        if not self.passes.is_finished:
+            put_back = random_states(self._trainer.args.device)  # a loss may draw
+            self._finish(seen[1])
+            put_back()
+        if self._looks and self.compares_passes:
+            self.passes.check_equal(micro_batch.index, seen[0])
+        return self.passes.share(micro_batch.index, *seen)
 
     def combine(self, parts: Sequence[Seen]) -> Tensor:
         rows = tuple(torch.cat(kind) for kind in zip(*(rows for rows, _ in parts), strict=True))
@@ -245,5 +248,5 @@ class WholeBatchShares(TwoPassShares, HeadShares):
     def _see(self, head: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> Seen:
         return self._of_head.rows(head, inputs, outputs), self._of_head.shared(head)
 
-    def _share(self, micro_batch: MicroBatch, index: int, seen: Seen, outputs: Any) -> Tensor:
-        return self.share_of_rows(index, seen)
+    def _share(self, micro_batch: MicroBatch, seen: Seen, outputs: Any) -> Tensor:
+        return self.share_of_rows(micro_batch, seen)

@@ -1,7 +1,6 @@
 """Shares of a mixture's router loss, of DPO with several losses, and of a ``WholeBatchLoss``."""
 
 import contextlib
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +26,8 @@ class RouterShares(WholeBatchShares):
 
     why = "aux='exact' counts the tokens of each expert in the whole batch, in a first pass without gradients"
     gives_share = False
+    compares_passes = False
+    """Rounding may send a token to another expert in the second pass."""
 
     def __init__(self, trainer: Any, unit: "LossUnit", of_head: WholeBatchHead):
         super().__init__(trainer, unit, of_head)
@@ -37,7 +38,7 @@ class RouterShares(WholeBatchShares):
         own = own_router_loss(head, outputs)
         return torch.zeros(()) if own is None else own
 
-    def _share(self, micro_batch: MicroBatch, index: int, seen: Seen, outputs: Any) -> Tensor:
+    def _share(self, micro_batch: MicroBatch, seen: Seen, outputs: Any) -> Tensor:
         head, loss = self._unit.head, outputs["loss"]
         own = own_router_loss(head, outputs)
         if own is None:
@@ -49,13 +50,14 @@ class RouterShares(WholeBatchShares):
                 "aux='exact' is not done with a compute_loss of your own that divides by num_items_in_batch; let it "
                 "return the mean over its micro-batch"
             )
-        count = micro_batch.num_targets
+        count, own_weight = micro_batch.num_targets, micro_batch.own_weight
         assert count is not None
+        assert own_weight is not None
         windows = self._trainer.accelerator.windows
         window = windows.of_loss(self._trainer.model_wrapped)
-        # The loss gets the weight n/N, of at least one target, which the router loss is not to have.
-        weight = window.sums.share(count.clamp(min=1).double()) / num_averaged(windows, window)
-        exact = self.passes.share(index, *seen)
+        # The weight that the loss gets, which the router loss is not to have.
+        weight = window.sums.share(own_weight.double()) / num_averaged(windows, window)
+        exact = self.share_of_rows(micro_batch, seen)
         exact = exact / weight.to(exact.device, exact.dtype)
         if "aux_loss" in outputs:
             outputs["aux_loss"] = exact  # to which trl's trainers look
@@ -69,12 +71,15 @@ class DpoShares(MeanShares):
 
     why = "the loss adds means over pairs and over tokens, which have a weight each"
     is_result = True
+    evaluates_terms = False
+    """Terms would take a forward each; pairs count."""
 
     def counts(self, batch: Any) -> Tensor:
         return trl_terms.dpo_counts(self._trainer, batch)
 
-    def in_loss(self, inputs: Any) -> contextlib.AbstractContextManager[None]:
+    def in_loss(self, inputs: Any, micro_batch: MicroBatch) -> contextlib.AbstractContextManager[None]:
         counts = self.counts(inputs).to(self.totals.device)
+        self.count(counts * (not micro_batch.is_padding))
         return trl_terms.dpo_shares(self._trainer, shares_of_totals(counts, self.totals))
 
     def look(self, model: nn.Module, batch: Any) -> tuple[Tensor, Seen]:
@@ -95,7 +100,6 @@ class UsersShares(TwoPassShares):
     def __init__(self, trainer: Any, unit: "LossUnit", loss: WholeBatchLoss):
         super().__init__(trainer, unit)
         self._loss = loss
-        self._index: int | None = None
 
     def loss_of_rows(self, rows: Tensors, shared: Tensors) -> Tensor:
         return self._loss.of_rows(tuple(map(widened, rows)), tuple(map(widened, shared)))
@@ -106,25 +110,15 @@ class UsersShares(TwoPassShares):
         with torch.autocast(seen[0][0].device.type, enabled=False):
             return self.loss_of_rows(*seen), seen
 
-    @contextlib.contextmanager
-    def second(self, micro_batch: MicroBatch, index: int) -> Iterator[None]:
-        self._index = index
-        try:
-            with super().second(micro_batch, index):
-                yield
-        finally:
-            self._index = None
-
     def loss_of(self, model: nn.Module, inputs: Any, micro_batch: MicroBatch | None) -> tuple[Tensor, Tensors]:
         """The loss of a batch and its rows: the share in training, else the loss as if there were no others."""
-        if micro_batch is None or self._index is None or not torch.is_grad_enabled():
+        if micro_batch is None or not (micro_batch.gives_share and torch.is_grad_enabled()):
             loss, (rows, _) = self.look(model, inputs)
             return loss, rows
         seen = self._loss.rows_of(model, inputs, self._unit.head)
-        if self._num_windows == 1 and self._index == 0:
+        if self._num_windows == 1 and micro_batch.index == 0:
             self.passes.check_reads_rows_only(*seen)
-        micro_batch.share = self.share_of_rows(self._index, seen)
-        return micro_batch.share, seen[0]
+        return micro_batch.give(self.share_of_rows(micro_batch, seen)), seen[0]
 
 
 @torch.no_grad()

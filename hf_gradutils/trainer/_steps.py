@@ -107,20 +107,23 @@ class OptimizerSteps:
                 result = one_loss(self._unit, compute_loss(*args, **kwargs), self.micro_batch)
         finally:
             self._num_losses -= 1
-        self.keep(result[0] if isinstance(result, tuple) else result)
-        return result
+        loss, *outputs = result if isinstance(result, tuple) else (result,)
+        shares, micro_batch = self._unit.shares, self.micro_batch
+        if micro_batch is not None and shares is not None and shares.is_result and loss.requires_grad:
+            loss = micro_batch.give(loss) if micro_batch.share is None else loss
+        self.keep(loss)
+        return (loss, *outputs) if isinstance(result, tuple) else loss
 
     def _in_share(self, inputs: Any) -> contextlib.AbstractContextManager[None]:
         """The context of the outermost loss of a micro-batch, which is to become its share."""
-        is_inside = self.micro_batch is None or self._num_losses or not torch.is_grad_enabled()
-        return self._unit.in_share(inputs) if not is_inside else contextlib.nullcontext()
+        if self.micro_batch is None or self._num_losses or not torch.is_grad_enabled():
+            return contextlib.nullcontext()
+        return self._unit.in_share(inputs, self.micro_batch)
 
     def keep(self, loss: Tensor) -> None:
         """Keep a loss for ``backward`` to compare; one without a graph is looked at only."""
         if self.micro_batch is not None and loss.requires_grad:
             self.micro_batch.computed = loss
-            if self._unit.shares is not None and self._unit.shares.is_result and self.micro_batch.share is None:
-                self.micro_batch.share = loss
 
     @contextlib.contextmanager
     def _keeping_models_losses(self, model: nn.Module, count: Any) -> Iterator[None]:

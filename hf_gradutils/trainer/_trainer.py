@@ -212,6 +212,7 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
         steps.see_count(count)
         if self.whole_batch_loss is not None:
             loss, rows = users_loss(self, self._unit, model, inputs, steps.micro_batch)
+            steps.keep(loss)
             return (loss, {"embeddings": rows}) if return_outputs else loss
         with self._unit.own_mean(count, inputs) as inputs:
             if not is_transformers(super().compute_loss):
@@ -282,7 +283,8 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
         **kwargs: Any,
     ) -> tuple[Tensor | None, Any, Any]:
         """Like ``Trainer.prediction_step``; also add up the loss for :meth:`evaluation_loop`."""
-        if isinstance(inputs, Mapping) and any(inputs.get(name) is not None for name in self.label_names):
+        names = self.label_names  # of which transformers computes a loss only if all are there
+        if isinstance(inputs, Mapping) and names and all(inputs.get(name) is not None for name in names):
             self._unit.settle_once(inputs)
         with self._evaluation.in_batch():
             if self.whole_batch_loss is not None:

@@ -178,11 +178,16 @@ _NOT_LINEAR = (
 
 def is_multiple(loss: Tensor, of: Tensor) -> bool:
     """True if a loss is another one times constants, by its graph: not where terms were added."""
+    return is_multiple_of_node(loss, of.grad_fn)
+
+
+def is_multiple_of_node(loss: Tensor, of: Any) -> bool:
+    """:func:`is_multiple` of what a node of the graph has computed, whatever was done to its tensor in place."""
     node = loss.grad_fn
-    while node is not None and node is not of.grad_fn:
+    while node is not None and node is not of:
         following = [n for n, _ in node.next_functions if n is not None]
         if node.name().startswith(_DDP_SINK):  # all outputs of the model go through one node
-            return of.grad_fn in following
+            return of in following
         if len(following) != 1 or node.name().startswith(_NOT_LINEAR):
             return False
         node = following[0]

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 from accelerate import DistributedType
@@ -69,3 +70,24 @@ def trainer_no_sync(trainer: Any, model: nn.Module) -> contextlib.AbstractContex
     if getattr(trainer, "is_distributed_loading_by_transformers", False) and is_fsdp_managed_module(trainer.model):
         return trainer._defer_fsdp_gradient_reduction()  # type: ignore[no-any-return]
     return trainer.accelerator.no_sync(model)  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def without_average(args: Any) -> Iterator[None]:
+    """Let a Trainer neither count over ranks nor multiply its loss by their number."""
+    before, args.average_tokens_across_devices = args.average_tokens_across_devices, False
+    try:
+        yield
+    finally:
+        args.average_tokens_across_devices = before
+
+
+def without_adapters(model: nn.Module) -> nn.Module:
+    """The model inside peft's."""
+    inside: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return inside
+
+
+def head_of(trainer: Any) -> nn.Module:
+    """A Trainer's model without wrappers and adapters."""
+    return without_adapters(trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False))

@@ -15,10 +15,17 @@ _LARGEST_DIFFERENCE, _LARGEST_DIFFERENCE_HALF = 1e-3, 5e-2
 """Of the two passes' rows, relative: kernels may add in another order, but dropout at other places is larger."""
 
 
+_TWICE = (
+    "a loss of the whole batch is computed twice in one micro-batch, but its share is known once; call compute_loss or "
+    "the model once in training, or the second time under torch.no_grad()"
+)
+
+
 class TwoPasses:
     """What the micro-batches of one window contribute to the loss of the whole batch, and its gradient.
 
-        first pass:   add(rows, shared) for each micro-batch;  then finish()
+        first pass:   add(rows) for each micro-batch
+        between:      finish(shared), when the parameters are those of the step
         second pass:  share(i, rows, shared).backward() for the i-th
 
     The shares of all micro-batches and ranks add up to the loss; their gradients, to its gradient.
@@ -35,9 +42,8 @@ class TwoPasses:
         self._rows: list[Tensors] = []
         """Of each micro-batch of this rank."""
         self._are_padding: list[bool] = []
-        self._shared: Tensors = ()
-        self._gradients: list[list[Tensor | None]] = []
-        """Of the loss, by micro-batch and kind of rows."""
+        self._gradients: list[list[Tensor | None] | None] = []
+        """Of the loss, by micro-batch and kind of rows; None once the share is made."""
         self._of_shared: list[Tensor | None] = []
         self._value = torch.zeros(())
         """The loss, over the micro-batches of all ranks that are no padding."""
@@ -47,15 +53,22 @@ class TwoPasses:
         """Rows that this rank has added."""
         return sum(len(rows[0]) for rows in self._rows)
 
+    @property
+    def is_finished(self) -> bool:
+        """The loss is known."""
+        return bool(self._gradients)
+
     @torch.no_grad()
-    def add(self, rows: Tensors, shared: Tensors = (), *, is_padding: bool = False) -> None:
-        """Add the rows of this rank's next micro-batch, and what the loss reads besides, the same on all ranks."""
+    def add(self, rows: Tensors, *, is_padding: bool = False) -> None:
+        """Add the rows of this rank's next micro-batch."""
         self._rows.append(tuple(kind.detach()[:0] if is_padding else kind.detach() for kind in rows))
         self._are_padding.append(is_padding)
-        self._shared = tuple(value.detach() for value in shared)
 
-    def finish(self) -> Tensor:
+    def finish(self, shared: Tensors = ()) -> Tensor:
         """Compute the loss of the rows of all ranks, and its gradients; returns the loss, shape (), detached.
+
+        Args:
+            shared: What the loss reads besides, the same on all ranks.
 
         Collectives: two all-gathers over all ranks, and one for each parameter that is sharded. Host syncs: one.
 
@@ -70,21 +83,22 @@ class TwoPasses:
         num_real = sum(len(of_rank[-1]) for of_rank in of_ranks)
         position = self._position()
         rows = [_leaf(torch.cat(kind)) for kind in zip(*(of_rank[:-1] for of_rank in of_ranks), strict=True)]
-        shared = [_leaf(_whole(value)) for value in self._shared]
+        leaves = [_leaf(_whole(value)) for value in shared]
         with torch.enable_grad(), torch.autocast(rows[0].device.type, enabled=False):
-            loss = self._loss_of(tuple(rows), tuple(shared))
-        _check_reads_nothing_else(loss, [*rows, *shared])
-        gradients = _gradients(loss, [*rows, *shared])
+            loss = self._loss_of(tuple(rows), tuple(leaves))
+        _check_reads_nothing_else(loss, [*rows, *leaves])
+        gradients = _gradients(loss, [*rows, *leaves])
         self._of_shared = [g if g is None else g / num_real for g in gradients[len(rows) :]]
         self._value = loss.detach() / num_real
-        self._gradients = [[] for _ in self._rows]
+        by_micro_batch: list[list[Tensor | None]] = [[] for _ in self._rows]
         for index, gradient in enumerate(gradients[: len(rows)]):
             start = sum(len(of_rank[index]) for of_rank in of_ranks[:position])
-            for micro_batch, parts in zip(self._rows, self._gradients, strict=True):
+            for micro_batch, parts in zip(self._rows, by_micro_batch, strict=True):
                 stop = start + len(micro_batch[index])
                 # A copy: the gradients of other ranks' rows need not be kept.
                 parts.append(None if gradient is None else gradient[start:stop].clone())
                 start = stop
+        self._gradients = list(by_micro_batch)
         return loss.detach()
 
     def share(self, index: int, rows: Tensors, shared: Tensors = ()) -> Tensor:
@@ -93,15 +107,19 @@ class TwoPasses:
         Args:
             index: Of the micro-batch, in the order of the first pass.
             rows: As in the first pass, with their graph. Those of padding count for nothing.
-            shared: As in the first pass, with their graph.
+            shared: As :meth:`finish` had them, with their graph.
+
+        Raises:
+            LossUnitError: the share has been made.
         """
-        is_padding = self._are_padding[index]
+        is_padding, gradients = self._are_padding[index], self._gradients[index]
+        if gradients is None:
+            raise LossUnitError(_TWICE)
         if is_padding:
             terms = [kind.float().sum() * 0 for kind in rows if kind.requires_grad]
         else:
-            gradients = self._gradients[index]
             terms = [_inner(kind, of) for kind, of in zip(rows, gradients, strict=True) if of is not None]
-        self._gradients[index] = []  # which the graph of the share keeps as long as it is needed
+        self._gradients[index] = None  # the graph of the share keeps them as long as they are needed
         for value, of in zip(shared, self._of_shared, strict=True):
             if of is not None and value.requires_grad:  # on padding too: a sharded one communicates
                 terms.append(_of_parameter(value, of * (not is_padding)))

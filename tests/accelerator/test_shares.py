@@ -13,6 +13,7 @@ from hf_gradutils.accelerator._padding import PaddedShard
 from hf_gradutils.errors import InvalidArgumentError, LossUnitError
 from tests.harness.gradients import norm_of, relative_error, whole_gradients
 from tests.harness.layouts import LAYOUTS, on_layouts
+from tests.harness.shared_heads import contrast
 from tests.harness.trainer_cases import fsdp_on_cpu, reset_accelerate
 
 TOLERANCE = 1e-6
@@ -29,11 +30,6 @@ class Pairs(nn.Module):
 
     def forward(self, x):
         return normalize(self.out(self.dropout(torch.tanh(self.inp(x)))), dim=-1)
-
-
-def contrast(left, right, scale):
-    similar, own = left @ right.T * scale.exp(), torch.arange(len(left))
-    return (cross_entropy(similar, own) + cross_entropy(similar.T, own)) / 2
 
 
 LOSS = WholeBatchLoss(

@@ -16,7 +16,8 @@ from tests.harness.deepspeed_cases import config, reference, reset, use_cpu, who
 from tests.harness.gradients import relative_error
 from tests.harness.heads import HEADS
 from tests.harness.ranks import ranks
-from tests.harness.trainer_cases import make_data, make_model
+from tests.harness.shared_heads import LOSS_OF_PAIRS, SHARED_HEADS
+from tests.harness.trainer_cases import make_data, make_model, truth
 
 deepspeed = pytest.importorskip("deepspeed")
 
@@ -315,3 +316,35 @@ def test_a_window_whose_last_micro_batch_has_no_backward_is_not_stepped_on():
             optimizer.step()
         after = whole_weights(accelerator.unwrap_model(model))
         assert all(torch.equal(before[name], after[name]) for name in after)
+
+
+# ---- Losses of the whole batch ----
+
+PAIRS = SHARED_HEADS["clip pairs"]
+
+
+def pairs_in_two_passes(stage):
+    """A step on four micro-batches of each rank: the weights' change, and that of one process in float64."""
+    data = make_data("clip pairs")
+    want, _ = truth("clip pairs", data)  # before ZeRO 3, which partitions every model
+    accelerator, model = make_accelerator(stage, 0.0, 4), make_model("clip pairs")
+    model.logit_scale = torch.nn.Parameter(model.logit_scale.data[None])  # DeepSpeed broadcasts no scalar
+    before, optimizer = whole_weights(model), torch.optim.SGD(model.parameters(), lr=1.0)
+    loader = DataLoader(data, batch_size=len(data) // 8, collate_fn=PAIRS.collate)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    accelerator.backward_whole_batch(LOSS_OF_PAIRS, list(loader))
+    optimizer.step()
+    after = whole_weights(accelerator.unwrap_model(model))
+    return {name: before[name] - after[name] for name in before}, want
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@ranks(2)
+def test_two_passes_of_a_loop_are_exact(stage):
+    assert relative_error(*pairs_in_two_passes(stage)) < TOLERANCE
+
+
+@ranks(2)
+def test_two_passes_are_refused_under_zero_3():
+    with pytest.raises(InvalidArgumentError, match="not exact with DeepSpeed's ZeRO 3"):
+        pairs_in_two_passes(3)

@@ -2,11 +2,14 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from hf_gradutils.targets.whole_batch import Tensors, WholeBatchHead
 
 
 def whole_gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -29,6 +32,20 @@ def relative_error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
 
 def norm_of(gradients: dict[str, Tensor], p: float = 2.0) -> float:
     return float(torch.linalg.vector_norm(torch.cat([g.flatten().double() for g in gradients.values()]), p))
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """A batch or a row with its floating-point tensors in another dtype."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {name: cast(part, dtype) for name, part in value.items()}
+    return type(value)(cast(part, dtype) for part in value) if isinstance(value, list | tuple) else value
+
+
+def loss_of_micro_batches(loss_of: WholeBatchHead, head: nn.Module, rows: Sequence[Tensors]) -> Tensor:
+    """The loss of the whole batch, from the rows of each micro-batch with their graph."""
+    return loss_of.loss(tuple(torch.cat(kind) for kind in zip(*rows, strict=True)), loss_of.shared(head))
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hf_gradutils.targets.auxiliary_loss import auxiliary_places
 from hf_gradutils.targets.router_losses import add_coefficient, own_router_loss, router_loss_of
 from tests.harness import head_configs as cfg
-from tests.harness.gradients import whole_gradients
+from tests.harness.gradients import loss_of_micro_batches, whole_gradients
 from tests.harness.head_rows import FIRST_WORD, PAD, VOCAB
 
 Batch = dict[str, Tensor]
@@ -159,18 +159,15 @@ def gradient_of_mean(model: nn.Module, batches: Sequence[Batch]) -> Gradients:
 
 
 def gradient_of_two_passes(model: nn.Module, batches: Sequence[Batch]) -> Gradients:
-    """Rows of every micro-batch first, without gradients; then the gradient of the router loss through each."""
+    """The router loss of the rows of all micro-batches, and the mean of their cross-entropies."""
     model.zero_grad()
     found = router_loss_of(model)
     assert found is not None
-    counts = [num_targets(model, batch) for batch in batches]
-    with torch.no_grad():
-        rows = [found.rows(model, batch, _forward(model, batch)[1]) for batch in batches]
-    whole = tuple(torch.cat(parts).requires_grad_() for parts in zip(*rows, strict=True))
-    upstream = torch.autograd.grad(found.loss(whole, ()), whole)
-    for index, (batch, count) in enumerate(zip(batches, counts, strict=True)):
+    counts, rows, losses = [num_targets(model, batch) for batch in batches], [], []
+    for batch, count in zip(batches, counts, strict=True):
         loss, outputs = _forward(model, batch)
-        mine = found.rows(model, batch, outputs)
-        routers = sum((grad[index] * part[0]).sum() for grad, part in zip(upstream, mine, strict=True))
-        (loss * count / sum(counts) + add_coefficient(model) * routers).backward()
+        rows.append(found.rows(model, batch, outputs))
+        losses.append(loss * count / sum(counts))
+    routers = loss_of_micro_batches(found, model, rows)
+    (torch.stack(losses).sum() + add_coefficient(model) * routers).backward()
     return whole_gradients(model)

@@ -113,7 +113,7 @@ class Case:
 
     make: Callable
     rows: Callable
-    group: str  # mean, whole, sum or refused
+    group: str  # mean, whole, sum or tokens
 
 
 def _wrapped(cls, make, **kwargs):

@@ -4,11 +4,13 @@ from typing import Any
 
 import torch
 import transformers as hf
-from torch import Generator
+from torch import Generator, Tensor, nn
+from torch.nn.functional import cross_entropy
 
+from hf_gradutils import WholeBatchLoss
 from tests.harness import head_configs as cfg
 from tests.harness import head_rows as data
-from tests.harness.head_rows import LENGTH, VOCAB, Row, collate
+from tests.harness.head_rows import LENGTH, VOCAB, Row, collate, count_rows
 from tests.harness.heads import Head, _model, _seeded
 
 _TOWER = {
@@ -41,6 +43,20 @@ def collate_pairs(rows: list[Row]) -> Row:
     return paired
 
 
+def embed_pairs(model: nn.Module, batch: Row) -> tuple[Tensor, Tensor]:
+    outputs = model(**batch)
+    return outputs.text_embeds, outputs.image_embeds
+
+
+def contrast(one: Tensor, other: Tensor, scale: Tensor) -> Tensor:
+    """CLIP's loss."""
+    similar, own = one @ other.T * scale.exp(), torch.arange(len(one))
+    return (cross_entropy(similar, own) + cross_entropy(similar.T, own)) / 2
+
+
+LOSS_OF_PAIRS = WholeBatchLoss(embed_pairs, contrast, lambda model: (model.logit_scale,))
+
+
 def text_with_words_and_order(generator: Generator) -> Row:
     """The sentences' order is not told of every fourth row."""
     row = data._text_with_words(generator)
@@ -61,10 +77,6 @@ def image_with_boxes(generator: Generator) -> Row:
 def collate_boxes(rows: list[Row]) -> Row:
     labels: Any = [row["labels"] for row in rows]
     return {"pixel_values": torch.stack([row["pixel_values"] for row in rows]), "labels": labels}
-
-
-def count_rows(batch: Row) -> int:
-    return len(next(iter(batch.values())))
 
 
 def _pairs(model_class: Any, *layers: str, **more: Any) -> Head:

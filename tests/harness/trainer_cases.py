@@ -20,7 +20,7 @@ from transformers.distributed import DistributedConfig
 
 from hf_gradutils import GradUtilsTrainer
 from tests.harness import heads
-from tests.harness.gradients import whole_gradients
+from tests.harness.gradients import cast, whole_gradients
 from tests.harness.heads import without_batch_statistics
 from tests.harness.layouts import LAYOUTS
 from tests.harness.shared_heads import SHARED_HEADS
@@ -71,8 +71,7 @@ def truth_of_micro_batches(head: str, micro_batches: list[Rows]) -> tuple[dict[s
     counts = [HEADS[head].targets(batch) for batch in batches]
     total = 0.0
     for batch, count in zip(batches, counts, strict=True):
-        batch = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in batch.items()}
-        loss = model(**batch)["loss"] * (count / sum(counts))
+        loss = model(**cast(batch, torch.float64))["loss"] * (count / sum(counts))
         loss.backward()
         total += loss.item()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, total

@@ -1,15 +1,14 @@
 """Trainers and loops whose loss is made of shares: contrastive, of several means, with a router loss, of the user's."""
 
-import tempfile
-from pathlib import Path
-
 import torch
 import transformers as hf
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
-from hf_gradutils import GradUtilsAccelerator, GradUtilsPlugin, GradUtilsTrainer, WholeBatchLoss
-from tests.harness.trainer_cases import reset_accelerate
+from hf_gradutils import GradUtilsAccelerator, GradUtilsPlugin, GradUtilsTrainer
+from tests.harness.head_rows import collate
+from tests.harness.shared_heads import LOSS_OF_PAIRS, collate_pairs
+from tests.harness.trainer_cases import ONE_STEP, reset_accelerate
 
 _SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 _TEXT = _SIZES | {"vocab_size": 48, "max_position_embeddings": 8, "attention_dropout": 0.1}
@@ -85,29 +84,7 @@ def texts(num_rows=NUM_ROWS):
     return rows
 
 
-def collate(rows):
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-def collate_pairs(rows):
-    return collate(rows) | {"return_loss": True}
-
-
 # ---- Losses of the user's own ----
-
-
-def embed(model, batch):
-    outputs = model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"])
-    return outputs.text_embeds, outputs.image_embeds
-
-
-def contrast(texts, images, scale):
-    logits = texts @ images.T * scale.exp()
-    targets = torch.arange(len(logits), device=logits.device)
-    return nn.functional.cross_entropy(logits, targets)
-
-
-CONTRAST = WholeBatchLoss(embed=embed, loss=contrast, parameters=lambda model: (model.logit_scale,))
 
 
 def terms_of(model, batch):
@@ -142,18 +119,11 @@ HEADS = {
 def make_trainer(head, kind=GradUtilsTrainer, accumulation=2, *, model=None, arguments=None, **options):
     reset_accelerate()
     make, make_rows, collate = HEADS[head]
-    settings = {
-        "output_dir": str(Path(tempfile.gettempdir()) / "hf_gradutils-tests"),  # nothing is saved there
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
+    settings = ONE_STEP | {
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": accumulation,
         "max_steps": 2,
-        "logging_steps": 1,
         "learning_rate": 0.01,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
         "remove_unused_columns": False,
     }
     return kind(
@@ -173,7 +143,7 @@ RIGHT = {
     "bert": lambda **options: make_trainer("bert", **options),
     "experts": lambda **options: make_trainer("experts", grad_plugin=EXACT, **options),
     "terms": lambda **options: make_trainer("bert", UserTerms, **options),
-    "whole batch": lambda **options: make_trainer("clip", whole_batch_loss=CONTRAST, **options),
+    "whole batch": lambda **options: make_trainer("clip", whole_batch_loss=LOSS_OF_PAIRS, **options),
 }
 """Name → a Trainer of ours that is exact."""
 
@@ -187,7 +157,5 @@ def make_loop(make_model, kind=GradUtilsAccelerator):
     return accelerator, model
 
 
-LOOPS = {"terms": (make_bert, sentences, terms_of), "whole batch": (make_clip, pairs, CONTRAST)}
+LOOPS = {"terms": (make_bert, sentences, terms_of), "whole batch": (make_clip, pairs, LOSS_OF_PAIRS)}
 """Name → model, rows and loss of a loop."""
-
-STOCK = Trainer

@@ -14,7 +14,6 @@ from transformers import Trainer
 from hf_gradutils import (
     GradUtilsPlugin,
     GradUtilsTrainer,
-    WholeBatchLoss,
     check_invariance,
     check_loop_invariance,
     check_window_invariance,
@@ -23,6 +22,7 @@ from hf_gradutils.targets import contrastive_heads, several_means
 from hf_gradutils.trainer import _first_pass, _special_shares
 from hf_gradutils.window import TwoPasses, _two_passes
 from tests.harness.layouts import on_layouts
+from tests.harness.shared_heads import LOSS_OF_PAIRS, contrast, embed_pairs
 from tests.harness.trainer_cases import fsdp_on_cpu
 from tests.invariance import share_cases as cases
 from tests.invariance.checks import LAYOUT, PARTS
@@ -51,7 +51,7 @@ def test_shares_pass(layout):
         assert report.passed, f"{name}: {report}"
         assert _is_compared(report), f"{name}: {report}"
         assert all(row.gradient_error < 2e-6 for row in report.comparisons[PARTS : LAYOUT + 1]), str(report)
-        assert len(report.comparisons) == (3 if name in ("bert", "terms") else 4)
+        assert len(report.comparisons) == (4 if name in ("clip", "siglip", "whole batch") else 3)
     for name, (make_model, make_rows, loss) in cases.LOOPS.items():
         accelerator, model = cases.make_loop(make_model)
         report = check_loop_invariance(accelerator, model, make_rows(), cases.collate, loss, num_samples=8)
@@ -139,12 +139,12 @@ def _rows_of_this_rank(monkeypatch):
 def _rows_of_one_micro_batch(monkeypatch):
     finish = TwoPasses.finish
 
-    def alone(self):
+    def alone(self, shared):
         gradients, values, of_shared = [], [], []
         for rows in self._rows:
             one = TwoPasses(self._loss_of)
-            one._rows, one._are_padding, one._shared = [rows], [False], self._shared
-            values.append(finish(one))
+            one.add(rows)
+            values.append(finish(one, shared))
             gradients += one._gradients
             of_shared.append(one._of_shared)
         self._gradients, self._of_shared, self._value = gradients, of_shared[0], torch.stack(values).mean()
@@ -164,11 +164,11 @@ def _other_masks(monkeypatch):
 
 
 def _router_loss_of_micro_batches(monkeypatch):
-    monkeypatch.setattr(_special_shares.RouterShares, "_share", lambda self, _, index, seen, outputs: outputs["loss"])
+    monkeypatch.setattr(_special_shares.RouterShares, "_share", lambda self, _, seen, outputs: outputs["loss"])
 
 
 FAULTS = {
-    # name: (layout, Trainer, fault, row, what it says)
+    # name: (case, fault, row, what it says)
     "detached temperature": ("clip", _detached_temperature, LAYOUT, "gradients of 1 of"),
     "bias forgotten": ("siglip", _bias_forgotten, 1, "when it is put together"),
     "rows of one micro-batch": ("clip", _rows_of_one_micro_batch, PARTS, "the gradient is"),
@@ -210,13 +210,11 @@ class SwappedTerms(GradUtilsTrainer):
         return _swapped(model, inputs)
 
 
-DETACHED = dataclasses.replace(cases.CONTRAST, parameters=lambda model: (model.logit_scale.detach(),))
+DETACHED = dataclasses.replace(LOSS_OF_PAIRS, parameters=lambda model: (model.logit_scale.detach(),))
 
 
 class _DrawsItself(nn.Module):
     """Dropout by numbers that are out of reach."""
-
-    generator = [torch.Generator()]  # noqa: RUF012
 
     def __init__(self, inside):
         super().__init__()
@@ -271,24 +269,25 @@ def test_a_loop_of_plain_torch_is_checked_against_the_loss_of_the_whole_batch(la
 
     def run_window(batches, *, passes_of=TwoPasses):
         model.zero_grad()
-        passes = passes_of(cases.CONTRAST.of_rows)
+        passes = passes_of(LOSS_OF_PAIRS.of_rows)
         with torch.no_grad():
             for batch in batches:
-                passes.add(*cases.CONTRAST.rows_of(model, batch, model.module))
-        loss = passes.finish()
+                rows, parameters = LOSS_OF_PAIRS.rows_of(model, batch, model.module)
+                passes.add(rows)
+        loss = passes.finish(parameters)
         for index, batch in enumerate(batches):
             is_last = index == len(batches) - 1
             with contextlib.nullcontext() if is_last else model.no_sync():
-                share = passes.share(index, *cases.CONTRAST.rows_of(model, batch, model.module))
+                share = passes.share(index, *LOSS_OF_PAIRS.rows_of(model, batch, model.module))
                 (share * dist.get_world_size()).backward()  # which DDP averages
         return loss
 
     arguments = model, cases.pairs(), cases.collate
-    report = check_window_invariance(*arguments, run_window, cases.CONTRAST, num_samples=8)
+    report = check_window_invariance(*arguments, run_window, LOSS_OF_PAIRS, num_samples=8)
     assert report.passed, str(report)
     with pytest.MonkeyPatch.context() as monkeypatch:
         _rows_of_this_rank(monkeypatch)
-        report = check_window_invariance(*arguments, run_window, cases.CONTRAST, num_samples=8)
+        report = check_window_invariance(*arguments, run_window, LOSS_OF_PAIRS, num_samples=8)
     assert "from the rows of all micro-batches and ranks" in report.comparisons[LAYOUT].problem, str(report)
 
 
@@ -316,7 +315,8 @@ class OwnContrast(GradUtilsTrainer):
     """A contrastive loss of which nothing is known."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        return cases.contrast(*cases.embed(model, inputs), model.logit_scale)
+        inputs.pop("return_loss")
+        return contrast(*embed_pairs(model, inputs), model.logit_scale)
 
 
 def test_ours_says_what_to_do_with_other_losses():
@@ -330,8 +330,7 @@ def test_ours_says_what_to_do_with_other_losses():
     assert "whole_batch_loss=WholeBatchLoss(embed, loss, parameters)" in report.comparisons[-1].problem, str(report)
     report = _check(cases.make_trainer("clip", OwnContrast, grad_plugin=unchecked))
     assert "is a WholeBatchLoss(embed, loss, parameters)" in report.comparisons[PARTS].problem, str(report)
-    repaired = WholeBatchLoss(cases.embed, cases.contrast, lambda model: (model.logit_scale,))
-    assert _check(cases.make_trainer("clip", whole_batch_loss=repaired)).passed
+    assert _check(cases.make_trainer("clip", whole_batch_loss=LOSS_OF_PAIRS)).passed
 
     report = _check(cases.make_trainer("clip", OwnContrast, 1))  # exact as it is
     assert report.passed, str(report)

@@ -1,5 +1,7 @@
 """A ``compute_loss`` that returns several (loss, count), a ``WholeBatchLoss``, and the exact router loss."""
 
+import statistics
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -9,6 +11,7 @@ from hf_gradutils import GradUtilsAccelerator, GradUtilsPlugin, GradUtilsTrainer
 from hf_gradutils.errors import InvalidArgumentError, LossUnitError
 from tests.harness.gradients import norm_of, relative_error
 from tests.harness.layouts import on_layouts
+from tests.harness.shared_heads import LOSS_OF_PAIRS, contrast, embed_pairs
 from tests.harness.trainer_cases import make_data, make_model, train, truth
 
 TOLERANCE = 1e-5
@@ -152,45 +155,39 @@ def test_code_that_reads_the_count_is_given_one():
 # ---- A loss of the whole batch that is the user's own ----
 
 
-def embed(model, batch):
-    outputs = model(**batch)
-    return outputs.text_embeds, outputs.image_embeds
-
-
-def contrast(text, image, scale):
-    similar, own = text @ image.T * scale.exp(), torch.arange(len(text))
-    return (cross_entropy(similar, own) + cross_entropy(similar.T, own)) / 2
-
-
-LOSS = WholeBatchLoss(embed, contrast, lambda model: (model.logit_scale,))
-
-
 @on_layouts("one_rank", "ddp2")
 def test_a_loss_of_the_whole_batch_takes_the_place_of_the_models(layout):
     data = make_data("clip pairs", 32)
     for accumulation in (1, 4):
-        trained = train("clip pairs", accumulation, layout=layout, data=data, arguments=IN_ORDER, whole_batch_loss=LOSS)
+        trained = train(
+            "clip pairs", accumulation, layout=layout, data=data, arguments=IN_ORDER, whole_batch_loss=LOSS_OF_PAIRS
+        )
         check(*trained, data, "clip pairs")
 
 
 def test_it_evaluates_batch_by_batch():
     data = make_data("clip pairs", 16)
-    trainer, _ = train("clip pairs", 4, data=data, eval_data=data, whole_batch_loss=LOSS)
-    trainer.args.per_device_eval_batch_size = 16
+    trainer, _ = train("clip pairs", 4, data=data, eval_data=data, whole_batch_loss=LOSS_OF_PAIRS)
+    trainer.args.per_device_eval_batch_size = 4
     model = trainer.model.eval()
-    rows = embed(model, trainer.data_collator(data))
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(contrast(*rows, model.logit_scale).item(), rel=1e-5)
+
+    def loss_of(rows):
+        return contrast(*embed_pairs(model, trainer.data_collator(rows)), model.logit_scale).item()
+
+    of_batches = statistics.mean(loss_of(data[start : start + 4]) for start in range(0, 16, 4))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(of_batches, rel=1e-5)
+    assert abs(of_batches - loss_of(data)) > 1e-2, "control: all rows compared with each other are another loss"
 
 
 def test_a_temperature_that_is_not_passed_stops_before_the_first_step():
     model = make_model("clip pairs")
-    lost = WholeBatchLoss(embed, lambda text, image: contrast(text, image, model.logit_scale))
+    lost = WholeBatchLoss(embed_pairs, lambda text, image: contrast(text, image, model.logit_scale))
     with pytest.raises(InvalidArgumentError, match="return it from parameters"):
         train("clip pairs", 4, model=model, whole_batch_loss=lost)
 
 
 def test_it_evaluates_and_predicts_batches_that_only_embed_understands():
-    named = WholeBatchLoss(lambda model, batch: embed(model, batch["pair"]), contrast, LOSS.parameters)
+    named = WholeBatchLoss(lambda model, batch: embed_pairs(model, batch["pair"]), contrast, LOSS_OF_PAIRS.parameters)
     data = make_data("clip pairs", 8)
 
     def collate(rows):
@@ -198,7 +195,7 @@ def test_it_evaluates_and_predicts_batches_that_only_embed_understands():
 
     trainer, _ = train("clip pairs", 2, data=data, eval_data=data, whole_batch_loss=named, data_collator=collate)
     trainer.args.per_device_eval_batch_size = 8
-    rows = embed(trainer.model.eval(), trainer._prepare_inputs(collate(data))["pair"])
+    rows = embed_pairs(trainer.model.eval(), trainer._prepare_inputs(collate(data))["pair"])
     assert trainer.evaluate()["eval_loss"] == pytest.approx(contrast(*rows, trainer.model.logit_scale).item(), rel=1e-5)
     predicted = trainer.predict(data).predictions
     assert torch.allclose(torch.as_tensor(predicted[0]), rows[0], atol=1e-6)

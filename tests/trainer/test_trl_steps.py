@@ -11,8 +11,8 @@ from accelerate import PartialState
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForSequenceClassification, MixtralConfig, MixtralForCausalLM
 
-from hf_gradutils.accelerator import GradUtilsPlugin
-from hf_gradutils.errors import LossUnitError
+from hf_gradutils import GradUtilsPlugin, GradUtilsTrainerMixin
+from hf_gradutils.errors import InvalidArgumentError, LossUnitError
 from hf_gradutils.targets import trl as trl_trainers
 from tests.harness.gradients import norm_of, relative_error
 from tests.harness.layouts import on_layouts
@@ -151,6 +151,38 @@ def test_dpo_with_an_sft_term_has_a_weight_for_each():
     _, stock = train(trl.DPOTrainer, 4, 4, data=make_data(15), arguments=arguments)
     assert relative_error(got.steps[0], want.steps[0]) < TOLERANCE
     assert relative_error(stock.steps[0], want.steps[0]) > 1e-2
+
+
+class Shortens(trl.DPOTrainer):
+    """Trains on the first three tokens of an answer, which the batch as it was drawn does not tell."""
+
+    def _prepare_inputs(self, inputs):
+        prepared = super()._prepare_inputs(inputs)
+        mask = prepared["completion_mask"]
+        return prepared | {"completion_mask": mask * (mask.cumsum(1) <= 3)}
+
+
+def test_dpo_with_an_sft_term_counts_pairs_and_stops_if_the_step_changes_its_tokens():
+    arguments = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}
+    trainer, _ = train(ExactDPO, 4, 4, data=make_data(15), arguments=arguments)
+    assert trainer.state.log_history[0]["num_targets"] == 15
+    for bases in ((GradUtilsTrainerMixin, Shortens), (Shortens, ExactDPO)):
+        with pytest.raises(InvalidArgumentError, match="were counted before its first backward"):
+            train(type("Shortened", bases, {}), 4, 4, data=make_data(15), arguments=arguments)
+
+
+class AddsToIt(ExactDPO):
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.state.global_step:
+            loss += 0.1 * next(model.parameters()).square().sum()
+        return loss
+
+
+def test_dpo_with_an_sft_term_stops_at_a_term_that_is_added_in_place():
+    arguments = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5], "max_steps": 2}
+    with pytest.raises(LossUnitError, match="the loss that comes to backward is not the model's"):
+        train(AddsToIt, 4, 4, data=make_data(32), arguments=arguments)
 
 
 def count_chosen(batch):
