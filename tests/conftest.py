@@ -49,10 +49,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     by_function: dict[tuple[str, int], list[pytest.Item]] = {}
     for item in items:
         part = 8 if item.get_closest_marker("wide") else 2 if _num_ranks(item) > 1 else 1
+        if part == 1:
+            continue
         by_function.setdefault((item.nodeid.partition("[")[0], part), []).append(item)
     left_out: set[pytest.Item] = set()
     for (name, part), cases in by_function.items():
-        if part == 8 or (part == 2 and len(cases) >= 4):
+        if part == 8 or len(cases) >= 4:
             left_out.update(random.Random(name).sample(cases, len(cases) - max(1, len(cases) // part)))
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=list(left_out))

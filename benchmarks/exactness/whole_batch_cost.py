@@ -20,11 +20,12 @@ from benchmarks.performance.window import on_ranks, ratios, spread
 from benchmarks.trainings import SETTINGS, silence
 from hf_gradutils import GradUtilsTrainer
 from tests.harness.counting import Reads, SavedBytes, collectives, events_of
+from tests.harness.shared_heads import collate_pairs
 from tests.harness.trainer_cases import reset_accelerate
 
 BATCH, NUM_MICRO_BATCHES = 64, 8
 """Rows of the whole batch of a rank, and how it is cut."""
-LENGTH, VOCAB, IMAGE, PATCH = 16, 1024, 32, 8
+LENGTH, VOCAB, IMAGE, PATCH, EMBEDDING = 16, 1024, 32, 8, 128
 TWO_PASSES, ONE_PASS, MEAN = "two passes", "one pass", "mean of means"
 WAYS: dict[str, tuple[type[Trainer], int]] = {
     TWO_PASSES: (GradUtilsTrainer, NUM_MICRO_BATCHES),
@@ -45,11 +46,11 @@ def make_model(num_layers: int, hidden_size: int) -> nn.Module:
         "intermediate_size": 4 * hidden_size,
         "num_hidden_layers": num_layers,
         "num_attention_heads": 4,
-        "projection_dim": 128,
+        "projection_dim": EMBEDDING,
     }
     text = tower | {"vocab_size": VOCAB, "max_position_embeddings": LENGTH, "eos_token_id": 2}
     image = tower | {"image_size": IMAGE, "patch_size": PATCH}
-    return hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=image, projection_dim=128))
+    return hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=image, projection_dim=EMBEDDING))
 
 
 def large() -> nn.Module:
@@ -72,10 +73,6 @@ def make_rows(num_rows: int) -> list[dict[str, Tensor]]:
     ]
 
 
-def collate(rows: list[dict[str, Tensor]]) -> dict[str, Any]:
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} | {"return_loss": True}
-
-
 def train(
     trainer_class: type[Trainer], accumulation: int, num_steps: int, model: nn.Module, *callbacks: TrainerCallback
 ) -> None:
@@ -95,7 +92,7 @@ def train(
         model=model,
         args=TrainingArguments(**SETTINGS | arguments),
         train_dataset=make_rows(BATCH * num_ranks * num_steps),
-        data_collator=collate,
+        data_collator=collate_pairs,
         callbacks=list(callbacks),
     ).train()
 
@@ -156,7 +153,7 @@ class _Watch(TrainerCallback):
 
 def bytes_of_rows() -> int:
     """Of the embeddings of a whole batch: both kinds, and their gradients, in float32."""
-    return BATCH * 128 * 2 * 2 * 4
+    return BATCH * EMBEDDING * 2 * 2 * 4
 
 
 # ---- Collectives and host syncs ----
@@ -187,13 +184,14 @@ def _count_calls(layout: str) -> dict[str, dict[str, Any]]:
 
 
 def _calls_of(trainer_class: type[Trainer], accumulation: int, num_steps: int) -> Any:
+    """Collectives, and host syncs that Python asks for: a fused optimizer's, one for each parameter on CPU, are not."""
     with Reads() as reads:
         events = events_of(lambda: train(trainer_class, accumulation, num_steps, small()))
     return collectives(events), reads.count
 
 
 def _reads_of_a_forward() -> int:
-    model, batch = small(), collate(make_rows(2))
+    model, batch = small(), collate_pairs(make_rows(2))
     with Reads() as reads:
         model(**batch)
     return reads.count

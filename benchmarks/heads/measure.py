@@ -22,7 +22,7 @@ from benchmarks.heads.rows import NoLossError, collate, find_rows
 from benchmarks.trainings import SETTINGS, TRAINERS
 from hf_gradutils._undisturbed import RowsDrawAlike
 from hf_gradutils.errors import LossUnitError, TargetCountError
-from tests.harness.gradients import relative_error
+from tests.harness.gradients import cast, relative_error
 from tests.harness.trainer_cases import GradientTap, reset_accelerate
 
 ACCUMULATION, ROWS_PER_MICRO_BATCH = 4, 4
@@ -91,7 +91,7 @@ def _compare(measured: Measured, model: nn.Module, rows: list[Any]) -> None:
     if ours.status == "wrong" and not is_noisy and measured.precision == "float64":
         # A gradient that float32 cannot resolve, or a matching that it decides otherwise: is float64 exact?
         measured.error_in_float32 = ours.error
-        rows = [_cast(row, torch.float64) for row in rows]
+        rows = [cast(row, torch.float64) for row in rows]
         model.double()
         measured.outcomes = {name: train(trainer, model, rows, want) for name, trainer in TRAINERS.items()}
         ours = measured.outcomes["ours"]
@@ -136,7 +136,7 @@ def loss_of(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 def gradient_of_one_batch(model: nn.Module, rows: list[Any], dtype: torch.dtype) -> Gradients:
     """The gradient of the head's own loss for all rows at once."""
     model.to(dtype).zero_grad()
-    loss_of(model, _cast(collate(rows), dtype)).backward()
+    loss_of(model, cast(collate(rows), dtype)).backward()
     gradients = {name: p.grad.double().clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return gradients
@@ -144,14 +144,6 @@ def gradient_of_one_batch(model: nn.Module, rows: list[Any], dtype: torch.dtype)
 
 def squared_norm(gradients: Gradients) -> float:
     return sum(float(grad.square().sum()) for grad in gradients.values())
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {name: _cast(part, dtype) for name, part in value.items()}
-    return [_cast(part, dtype) for part in value] if isinstance(value, list) else value
 
 
 def train(trainer_class: type[Trainer], model: nn.Module, rows: list[Any], want: Gradients) -> Outcome:

@@ -60,6 +60,7 @@ def test_the_estimate_of_deferred_memory_is_what_is_measured(layout, mesh, preci
         assert estimate == 0
         assert max(held.values()) - min(held.values()) < 0.2 * whole, "gradients of DDP are whole under any policy"
         return
+    # Whole pages come with it: 0.24 off was measured with two files of tests at a time.
     assert held["defer"] - held["every"] == pytest.approx(estimate, rel=0.3, abs=0.1 * whole if not estimate else 0)
     assert held[policies[-1]] == pytest.approx(whole / 2, rel=0.3), "each of two ranks its shards"
 

@@ -20,7 +20,7 @@ from benchmarks.heads.rows import collate, find_rows
 from hf_gradutils.errors import TargetCountError
 from hf_gradutils.targets.contrast_and_means import CONTRAST_AND_MEANS, contrast_and_means_of
 from hf_gradutils.upstream.accelerate import without_accelerate_state
-from tests.harness.gradients import relative_error, whole_gradients
+from tests.harness.gradients import cast, loss_of_micro_batches, relative_error, whole_gradients
 
 SIZES = 4, 3, 2, 3
 """Rows of the micro-batches."""
@@ -75,13 +75,9 @@ def _case(name):
     dtype = torch.float32 if name in SINGLE else torch.float64
     head.to(dtype)
     generator = torch.Generator().manual_seed(5)
-    rows = [{key: _cast(value, dtype) for key, value in make_row(generator).items()} for _ in range(sum(SIZES))]
+    rows = [cast(make_row(generator), dtype) for _ in range(sum(SIZES))]
     ends = [sum(SIZES[:i]) for i in range(len(SIZES) + 1)]
     return head, collate(rows), [collate(rows[start:end]) for start, end in itertools.pairwise(ends)]
-
-
-def _cast(value, dtype):
-    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def _seen(head, batch):
@@ -107,15 +103,10 @@ def test_two_passes_over_micro_batches_give_the_loss_and_the_gradient_of_the_who
     want = _gradients(head, loss)
 
     rows = [_seen(head, part)[0] for part in parts]
-    gathered = tuple(torch.cat(kind).detach().requires_grad_() for kind in zip(*rows, strict=True))
-    together = loss_of.loss(gathered, loss_of.shared(head))
+    together = loss_of_micro_batches(loss_of, head, rows)
     assert together.shape == ()
     torch.testing.assert_close(together.double(), loss.detach().double(), rtol=EXACT, atol=0)
-    head.zero_grad()
-    together.backward()
-    pairs = zip((torch.cat(kind) for kind in zip(*rows, strict=True)), gathered, strict=True)
-    torch.stack([(row * seen.grad).sum().double() for row, seen in pairs if row.requires_grad]).sum().backward()
-    assert relative_error(whole_gradients(head), want) < (10 * EXACT if name in SINGLE else EXACT)
+    assert relative_error(_gradients(head, together), want) < (10 * EXACT if name in SINGLE else EXACT)
 
     sizes = [size / sum(SIZES) for size in SIZES]
     weights = [1] * len(SIZES) if name in SPEECH else sizes  # a sum

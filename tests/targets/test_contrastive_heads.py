@@ -19,7 +19,7 @@ from benchmarks.heads.inputs import LENGTH
 from benchmarks.heads.rows import collate, find_rows
 from hf_gradutils.errors import TargetCountError
 from hf_gradutils.targets.contrastive_heads import WHOLE_BATCH_HEADS, whole_batch_loss_of
-from tests.harness.gradients import relative_error, whole_gradients
+from tests.harness.gradients import cast, loss_of_micro_batches, relative_error, whole_gradients
 from tests.harness.trainer_cases import IS_OLD
 
 SIZES = 4, 3, 2, 3
@@ -123,15 +123,11 @@ def _head_and_batches(name):
             row["labels"][: 2 * index] = 0
     ends = [sum(SIZES[:i]) for i in range(len(SIZES) + 1)]
     parts = [rows[start:end] for start, end in itertools.pairwise(ends)] + [rows]
-    *batches, batch = [{name: _wide(value) for name, value in collate(part).items()} for part in parts]
+    *batches, batch = [cast(collate(part), torch.float64) for part in parts]
     return head, batches, batch
 
 
-def _wide(value):
-    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-
-# ---- Two passes ----
+# ---- Losses of micro-batches ----
 
 
 def _rows_of(head, batch, loss):
@@ -139,22 +135,11 @@ def _rows_of(head, batch, loss):
         return loss.rows(head, batch, head(**batch))
 
 
-def _in_two_passes(head, batches):
+def _of_micro_batches(head, batches):
     """Leave the gradient of the whole batch in ``head``; returns the loss."""
     loss_of = whole_batch_loss_of(head)
-    with torch.no_grad():
-        parts = [_rows_of(head, batch, loss_of) for batch in batches]
-    whole = tuple(torch.cat(part).requires_grad_() for part in zip(*parts, strict=True))
-    loss = loss_of.loss(whole, loss_of.shared(head))
+    loss = loss_of_micro_batches(loss_of, head, [_rows_of(head, batch, loss_of) for batch in batches])
     loss.backward()
-    start = [0] * len(whole)
-    for batch in batches:
-        total = 0
-        for i, part in enumerate(_rows_of(head, batch, loss_of)):
-            if part.requires_grad:
-                total = total + (part * whole[i].grad[start[i] : start[i] + len(part)]).sum()
-            start[i] += len(part)
-        total.backward()
     return loss.item()
 
 
@@ -201,7 +186,7 @@ def test_the_loss_of_a_batchs_rows_is_the_heads_own(name):
 def test_two_passes_over_micro_batches_give_the_gradient_of_the_whole_batch(name):
     head, batches, _ = _head_and_batches(name)
     want, gradients = _of_whole_batch(name)
-    loss = _in_two_passes(head, batches)
+    loss = _of_micro_batches(head, batches)
     assert all(parameter.grad.any() for parameter in whole_batch_loss_of(head).shared(head))
     got = _gradients(head)
     assert abs(loss - want) < TOLERANCE * want
@@ -243,7 +228,7 @@ def test_a_temperature_that_a_forward_is_given_is_that_of_its_videos():
     want = head(**batch, **given).loss
     want.backward()
     gradients = _gradients(head)
-    loss = _in_two_passes(head, [part | given for part in batches])
+    loss = _of_micro_batches(head, [part | given for part in batches])
     assert abs(loss - want.item()) < TOLERANCE * want.item()
     assert relative_error(_gradients(head), gradients) < TOLERANCE
     assert abs(loss - without) > 1e-4 * without
@@ -256,7 +241,7 @@ def test_sounds_and_videos_without_texts_have_one_similarity():
     want = head(**batch).loss
     want.backward()
     gradients = _gradients(head)
-    loss = _in_two_passes(head, batches)
+    loss = _of_micro_batches(head, batches)
     assert abs(loss - want.item()) < TOLERANCE * want.item() < TOLERANCE * with_texts
     assert relative_error(_gradients(head), gradients) < TOLERANCE
 
@@ -276,7 +261,7 @@ def test_a_frozen_temperature_gets_no_gradient(name):
     want, gradients = _of_whole_batch(name)
     head.logit_scale.requires_grad_(False)
     try:
-        assert abs(_in_two_passes(head, batches) - want) < TOLERANCE * want
+        assert abs(_of_micro_batches(head, batches) - want) < TOLERANCE * want
         assert head.logit_scale.grad is None
     finally:
         head.logit_scale.requires_grad_(True)

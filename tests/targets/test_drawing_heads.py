@@ -53,10 +53,6 @@ MAE |= {"intermediate_size": 32, "decoder_hidden_size": 16, "decoder_intermediat
 MAE |= {"decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
 
 
-def _collate(rows):
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-
-
 def _gradient_of(model, batch):
     model = model.double()
     model(**{name: value.double() for name, value in batch.items()})["loss"].backward()
@@ -78,13 +74,13 @@ def _autoencoder(head_class=transformers.ViTMAEForPreTraining):
 
 
 UNEVEN = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "max_steps": 1, "num_train_epochs": 1}
-OF_IMAGES = {"data_collator": _collate, "arguments": {"train_sampling_strategy": "sequential"} | UNEVEN}
+OF_IMAGES = {"data_collator": collate, "arguments": {"train_sampling_strategy": "sequential"} | UNEVEN}
 
 
 def test_masks_that_are_drawn_for_each_row_are_exact_given_what_is_drawn():
     rows = _masked_images(10, noise=True)  # of which the masks are made
     assert not torch.equal(rows[0]["noise"], rows[1]["noise"])
-    want = _gradient_of(_autoencoder(), _collate(rows))
+    want = _gradient_of(_autoencoder(), collate(rows))
     _, tap = train("vit images", 3, model=_autoencoder(), data=rows, **OF_IMAGES)
     assert relative_error(tap.steps[0], want) < TOLERANCE
     _, stock = train("vit images", 3, trainer_class=Trainer, model=_autoencoder(), data=rows, **OF_IMAGES)

@@ -122,11 +122,7 @@ def _numbers():
     return [{"pixels": row, "labels": row.sum()} for row in pixels]
 
 
-def _stacked(rows):
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-COUPLED = {"data_collator": _stacked, "arguments": {"train_sampling_strategy": "sequential"}}
+COUPLED = {"data_collator": collate, "arguments": {"train_sampling_strategy": "sequential"}}
 
 
 @on_layouts("one_rank", "ddp2")
@@ -138,7 +134,7 @@ def test_a_head_without_a_unit_stops_and_says_why_and_what_to_do(layout):
 
 def test_a_head_without_a_unit_trains_where_nothing_is_split_or_where_the_user_says_so():
     rows = _numbers()
-    want = _gradient_of(AutoformerForPrediction(), _stacked(rows))
+    want = _gradient_of(AutoformerForPrediction(), collate(rows))
     trainer, tap = train("vit images", 1, model=AutoformerForPrediction(), data=rows, **COUPLED)
     assert relative_error(tap.steps[0], want) < TOLERANCE
     assert trainer.state.log_history[0]["num_targets"] == len(rows)

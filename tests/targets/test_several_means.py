@@ -23,7 +23,7 @@ from hf_gradutils.targets.means_of_boxes import MEANS_OF_BOXES, means_of_matches
 from hf_gradutils.targets.several_means import SEVERAL_MEANS, several_means_of
 from hf_gradutils.targets.terms import shares_of_totals
 from hf_gradutils.upstream.accelerate import without_accelerate_state
-from tests.harness.gradients import default_dtype, relative_error, whole_gradients
+from tests.harness.gradients import cast, default_dtype, loss_of_micro_batches, relative_error, whole_gradients
 from tests.harness.trainer_cases import IS_OLD
 
 EXACT, OFF = 1e-9, 1e-4
@@ -110,7 +110,7 @@ def _case(name, **options):
         make_row, _ = find_rows(head)
     head.double()
     generator = torch.Generator().manual_seed(5)
-    rows = [_in_double(make_row(generator)) for _ in range(BOUNDS[-1])]
+    rows = [cast(make_row(generator), torch.float64) for _ in range(BOUNDS[-1])]
     for row in rows[BOUNDS[1] : BOUNDS[2]]:
         _empty(row, "labels", "mask_labels", "class_labels")
     for row in rows[BOUNDS[2] : BOUNDS[3]]:
@@ -119,12 +119,6 @@ def _case(name, **options):
     if name in _MORE:
         whole |= _MORE[name](head, generator)
     return head, whole, [_part(whole, *bounds) for bounds in itertools.pairwise(BOUNDS)]
-
-
-def _in_double(value):
-    if isinstance(value, dict):
-        return {name: _in_double(part) for name, part in value.items()}
-    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def _empty(row, *names):
@@ -266,11 +260,8 @@ def test_two_passes_are_exact_where_predictions_decide_how_many_queries_are_matc
     loss = head(**whole).loss
     want = _gradients(head, loss)
     torch.testing.assert_close(two_passes.loss(rows_of(whole), ()), loss, rtol=EXACT, atol=0)
-    rows = [rows_of(part) for part in parts]
-    gathered = tuple(torch.cat(parts).detach().requires_grad_() for parts in zip(*rows, strict=True))
-    slopes = torch.autograd.grad(two_passes.loss(gathered, ()), gathered)
-    pairs = zip(torch.cat([row for (row,) in rows]), slopes[0], strict=True)
-    assert relative_error(_gradients(head, sum((row * slope).sum() for row, slope in pairs)), want) < EXACT
+    together = loss_of_micro_batches(two_passes, head, list(map(rows_of, parts)))
+    assert relative_error(_gradients(head, together), want) < EXACT
     mean = sum(head(**part).loss for part in parts) / len(parts)
     assert relative_error(_gradients(head, mean), want) > OFF
 
