@@ -31,7 +31,7 @@ class FirstPass:
     def run(self, batches: Sequence[Any]) -> None:
         """Run the first pass over a window's batches, if its loss needs one.
 
-        Collectives: as :meth:`TwoPasses.finish`, beside those of the forwards.
+        Collectives: those of the forwards, and a few for counts of terms or the shapes of rows.
         """
         shares, trainer = self._unit.shares, self._trainer
         self._index, self._states = 0, []
