@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
 from hf_gradutils._devices import device_of
+from hf_gradutils.upstream.sentence_transformers import cannot_go_back_in_evaluation
 
 _SMALL = 2**20
 """Elements."""
@@ -105,10 +106,12 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; modes and random states are as before afterwards."""
+    """Evaluation mode, but for modules without a backward in it; modes and random states are as before afterwards."""
     modes = {module: module.training for module in model.modules()}
     with random_states_kept(device_of(model)):
         model.eval()
+        for module in filter(cannot_go_back_in_evaluation, modes):
+            module.training = True
         try:
             yield
         finally:

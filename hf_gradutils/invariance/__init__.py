@@ -2,6 +2,7 @@
 
 from hf_gradutils.invariance._check import (
     CheckBeforeTraining,
+    check_in_train,
     check_invariance,
     check_loop_invariance,
     check_window_invariance,
@@ -11,6 +12,7 @@ from hf_gradutils.invariance._report import InvarianceReport
 __all__ = [
     "CheckBeforeTraining",
     "InvarianceReport",
+    "check_in_train",
     "check_invariance",
     "check_loop_invariance",
     "check_window_invariance",

@@ -5,6 +5,7 @@ from typing import Any
 from hf_gradutils.accelerator import WholeBatchLoss
 from hf_gradutils.invariance._stock import Backwards
 from hf_gradutils.targets.known_heads import whole_batch_head
+from hf_gradutils.targets.sentence_losses import kind_of, losses_of
 from hf_gradutils.targets.several_means import several_means_of
 from hf_gradutils.upstream.torch import has_users_hook_after_accumulation
 from hf_gradutils.upstream.transformers import head_of
@@ -41,7 +42,7 @@ def advice_for_ours(trainer: Any, factor: float | None, backwards: Backwards) ->
         return _not_past_accelerate(backwards)
     if trainer.whole_batch_loss is not None:
         return f"{_NOT_THESE_ROWS}; {_NOT_ATTACHED}"
-    reason = _no_mean(trainer)
+    reason = no_mean(trainer)
     if reason and not plugin.check_loss_unit:
         return f"{reason}, which check_loss_unit=False takes for a mean; leave that out. Of your own, {_OTHER_FORMS}"
     if trainer._unit.num_terms:
@@ -73,7 +74,7 @@ def advice_for_ours(trainer: Any, factor: float | None, backwards: Backwards) ->
 def advice_for_stock(trainer: Any, factor: float | None, backwards: Backwards) -> str:
     """The fix for any other Trainer; arguments as :func:`advice_for_ours`."""
     name, num_ranks = type(trainer).__name__, trainer.accelerator.num_processes
-    if reason := _no_mean(trainer):
+    if reason := no_mean(trainer):
         return f"{reason}, and {name} takes the mean of the losses of single micro-batches and ranks instead; {_OURS}"
     if num_ranks > 1 and factor is not None and abs(factor * num_ranks - 1) < _CLOSE:
         return (
@@ -88,7 +89,7 @@ def advice_if_few_are_wrong(trainer: Any, *, is_ours: bool) -> str:
     """The fix if the gradients of a few parameters are wrong; empty if nothing is known of such a loss."""
     if getattr(trainer, "whole_batch_loss", None) is not None:
         return _NOT_ATTACHED
-    reason = _no_mean(trainer)
+    reason = no_mean(trainer)
     if reason and is_ours:
         return f"{reason}, {_IS_ANOTHER}"
     return f"{reason}; {_OURS}" if reason else ""
@@ -135,10 +136,13 @@ def advice_if_few_of_loop(loss: object) -> str:
     return _NOT_ATTACHED if isinstance(loss, WholeBatchLoss) else ""
 
 
-def _no_mean(trainer: Any) -> str:
+def no_mean(trainer: Any) -> str:
     """What the loss of a known head is instead of a mean over targets; empty if it is one, or not the head's."""
     if trainer.compute_loss_func is not None or trainer.label_smoother is not None:
         return ""
+    for loss in losses_of(trainer).values():
+        if kind_of(loss) == "whole":
+            return f"{type(loss).__name__} is a loss of the whole batch, exact in two passes"
     head = head_of(trainer)
     if whole_batch_head(head) is not None:
         return f"the loss of {type(head).__name__} is one of the whole batch, exact in two passes"

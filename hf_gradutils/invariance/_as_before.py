@@ -4,7 +4,7 @@ import contextlib
 import random
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hf_gradutils._undisturbed import in_evaluation_mode
 from hf_gradutils.accelerator import GradUtilsAccelerator
 from hf_gradutils.invariance._deepspeed import steps_are_dry
+from hf_gradutils.invariance._modes import staying_in_mode
 from hf_gradutils.sync import discard_deferred
 from hf_gradutils.targets.auxiliary_loss import without_auxiliary
 from hf_gradutils.upstream.accelerate import models_of, optimizers_of
@@ -44,6 +45,19 @@ def attributes_kept(*objects: Any) -> Iterator[None]:
     finally:
         for memory in put_back:
             memory()
+
+
+@contextlib.contextmanager
+def gradients_kept(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """No gradients at first; afterwards those that were there."""
+    before = [(p, p.grad) for p in parameters]
+    for p in parameters:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, gradient in before:
+            p.grad = gradient
 
 
 def _memory(value: Any, depth: int = 5) -> Callable[[], Any]:
@@ -81,7 +95,7 @@ def _memory(value: Any, depth: int = 5) -> Callable[[], Any]:
 
 @contextlib.contextmanager
 def model_untouched(model: nn.Module, *, keeps_auxiliary: bool = False) -> Iterator[None]:
-    """No dropout inside; gradients, buffers, plain attributes, modes and random states are as before afterwards.
+    """Evaluation mode at first; gradients, buffers, plain attributes, modes and random states are as before afterwards.
 
     So are weights that a user's hook may change as soon as a gradient is there. No auxiliary loss either, unless it is
     kept.
@@ -96,7 +110,7 @@ def model_untouched(model: nn.Module, *, keeps_auxiliary: bool = False) -> Itera
         p.grad = None
     try:
         with (
-            _plain_attributes_kept(inside),
+            plain_attributes_kept(inside),
             in_evaluation_mode(model),
             contextlib.nullcontext() if keeps_auxiliary else without_auxiliary(model),
             staying_in_mode(model),
@@ -140,48 +154,7 @@ def accelerator_untouched(
 
 
 @contextlib.contextmanager
-def with_dropout(model: nn.Module) -> Iterator[None]:
-    """Training mode, which questions to a loss may leave for a while, within :func:`staying_in_mode`."""
-    modes = [(module, module.training) for module in model.modules()]
-    staying = [
-        (module, vars(module).pop("train")) for module, _ in modes if isinstance(vars(module).get("train"), _Stay)
-    ]
-    try:
-        for module, _ in modes:
-            module.training = True
-        yield
-    finally:
-        for module, train in staying:
-            vars(module)["train"] = train
-        for module, training in modes:
-            module.training = training
-
-
-@contextlib.contextmanager
-def staying_in_mode(model: nn.Module) -> Iterator[None]:
-    """Ignore ``model.train()``, which a Trainer calls in every micro-batch."""
-    if "train" in vars(model):  # a model that nothing wraps is inside itself
-        yield
-        return
-    vars(model)["train"] = _Stay(model)
-    try:
-        yield
-    finally:
-        del vars(model)["train"]
-
-
-class _Stay:
-    """Takes the place of ``model.train`` and changes nothing."""
-
-    def __init__(self, model: nn.Module):
-        self._model = model
-
-    def __call__(self, mode: bool = True) -> nn.Module:
-        return self._model
-
-
-@contextlib.contextmanager
-def _plain_attributes_kept(model: nn.Module) -> Iterator[None]:
+def plain_attributes_kept(model: nn.Module) -> Iterator[None]:
     """What forwards count and collect in public attributes of modules is as before afterwards."""
 
     def plain(module: nn.Module) -> dict[str, Any]:

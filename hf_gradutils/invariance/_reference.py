@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,16 +12,15 @@ from torch import Tensor, nn
 
 from hf_gradutils._undisturbed import in_evaluation_mode
 from hf_gradutils.errors import InvalidArgumentError
-from hf_gradutils.invariance._as_before import staying_in_mode
-from hf_gradutils.invariance._report import Difference, relative_error
+from hf_gradutils.invariance._agreement import from_first_rank
+from hf_gradutils.invariance._difference import Difference, relative_error
+from hf_gradutils.invariance._modes import staying_in_mode, train_copy_as, trains
 from hf_gradutils.invariance._subjects import Rows, Subject
 from hf_gradutils.invariance._whole_model import MakeModel, whole_model, whole_tensor
 from hf_gradutils.sync import free_bytes
 from hf_gradutils.targets.auxiliary_loss import without_auxiliary
 from hf_gradutils.upstream.accelerate import as_single_process
 from hf_gradutils.upstream.deepspeed import without_configuration
-
-T = TypeVar("T")
 
 
 @torch.no_grad()
@@ -87,14 +86,6 @@ def differences_from(truth: Measured, measured: Measured) -> dict[str, Differenc
     return differences
 
 
-def from_first_rank(value: T) -> T:
-    """The value of rank 0. Collectives: one broadcast of objects."""
-    values = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(values)
-    return values[0]
-
-
 @contextlib.contextmanager
 def _world_of_one_rank() -> Iterator[bool]:
     """On rank 0, yield True in a world without other ranks, whose collectives are local; else False.
@@ -124,15 +115,24 @@ def _alone(subject: Subject, whole: nn.Module, rows: Rows, seed: int) -> Measure
         model.zero_grad()
         left_out = contextlib.nullcontext() if subject.keeps_auxiliary else without_auxiliary(model)
         with in_evaluation_mode(model), left_out, staying_in_mode(model):
+            if trains(subject.model):
+                train_copy_as(model, subject.model)
             loss = subject.alone(model, rows, seed, wide=wide)
         trained: Any = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        return Measured.of(loss, {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trained})
+        return Measured.of(loss, {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in trained})
 
     num_bytes = 2 * 16 * sum(p.numel() for p in whole.parameters())  # weights, gradients; as much for activations
     if num_bytes < free_bytes(next(whole.parameters()).device):
-        narrow = run(whole, wide=False) if subject.compares_rows and subject.is_exact else None
+        rounds = subject.compares_rows or not subject.is_exact
+        narrow = run(whole, wide=False) if rounds else None
         with contextlib.suppress(Exception):  # an attention kernel without float64, user code that names a dtype
             truth = run(whole.double(), wide=True)
-            return truth if narrow is None else replace(truth, rounding=relative_error(truth.differences(narrow)))
+            if narrow is None:
+                return truth
+            rounding = relative_error(truth.differences(narrow))
+            # In bf16 most of the rounding is the same in each cut, so that the same arithmetic is the closer reference.
+            return replace(truth if subject.is_exact else narrow, rounding=rounding)
+        if narrow is not None:
+            return narrow
         whole.to(next(subject.model.parameters()).dtype)
     return run(whole, wide=False)

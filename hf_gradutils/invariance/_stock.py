@@ -9,9 +9,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from hf_gradutils.invariance._calls import calling_copy
 from hf_gradutils.invariance._losses import loss_and_count, loss_of_rows
-from hf_gradutils.targets.sentence_rows import calling
 from hf_gradutils.targets.terms import is_terms
+
+_SHARERS = ("get_tp_size", "get_cp_size", "get_sp_size")
+"""Numbers of ranks that see the same rows, by which Trainer divides."""
 
 
 @dataclass
@@ -24,29 +27,36 @@ class Backwards:
 
 
 @contextlib.contextmanager
-def as_stock(trainer: Any, model: nn.Module, num_targets: Tensor | None = None) -> Iterator[Backwards]:
+def as_stock(
+    trainer: Any, model: nn.Module, num_targets: Tensor | None = None, *, keeps_count: bool = False
+) -> Iterator[Backwards]:
     """Let the trainer's steps be those of the stock Trainer with this model; the caller restores its attributes.
 
-    ``accelerator.backward`` is a plain backward inside: several in one micro-batch add up. Model and label smoothing
-    return their own mean: they get no count, which Trainer takes wrongly for some heads. A ``WholeBatchLoss`` and terms
-    of the user's, which the stock Trainer does not know, are computed as of the whole batch.
+    ``accelerator.backward`` is a plain backward inside: several in one micro-batch add up. For ours, model and label
+    smoothing return their own mean: they get no count, which Trainer takes wrongly for some heads. A
+    ``WholeBatchLoss`` and terms of the user's, which the stock Trainer does not know, are computed as of the whole
+    batch.
 
     Args:
         trainer: Ours or not.
         model: A copy for this alone.
         num_targets: For the loss function in place of Trainer's count.
+        keeps_count: Model and label smoothing get Trainer's count.
     """
     smoother, loss_func = trainer.label_smoother, trainer.compute_loss_func
     accelerator, seen = trainer.accelerator, Backwards()
-    losses_call_model = calling(trainer, model, instead_of=trainer.model)
+    calls = contextlib.ExitStack()
+    calls.enter_context(calling_copy(trainer, model))
     kinds = [(trainer, type(trainer)), (accelerator, type(accelerator))]
     for name in [name for name, value in vars(trainer).items() if _is_ours(value)]:
         users = getattr(vars(trainer).pop(name), "instead_of", None)
         vars(trainer).update({} if users is None else {name: users})
+    vars(trainer).update({name: lambda: 1 for name in _SHARERS if hasattr(trainer, name)})
     trainer.model = trainer.model_wrapped = model
-    model.register_forward_pre_hook(_without_count, with_kwargs=True)
+    if not keeps_count:
+        model.register_forward_pre_hook(_without_count, with_kwargs=True)
     model.register_forward_hook(_with_loss_of_its_own)
-    if smoother is not None:
+    if smoother is not None and not keeps_count:
         trainer.label_smoother = lambda *args, num_items_in_batch=None, **kwargs: smoother(*args, **kwargs)
     if num_targets is not None:
         trainer.compute_loss_func = lambda outputs, labels, **_: loss_func(
@@ -84,7 +94,7 @@ def as_stock(trainer: Any, model: nn.Module, num_targets: Tensor | None = None) 
     vars(accelerator)["backward"] = backward
     torch.autograd.backward = counted
     try:
-        with losses_call_model:
+        with calls:
             yield seen
     finally:
         torch.autograd.backward = go_back

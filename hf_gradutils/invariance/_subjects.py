@@ -15,11 +15,12 @@ from hf_gradutils._collectives import add_up, world_domain
 from hf_gradutils._devices import device_of
 from hf_gradutils._precision import is_exact_in_itself, uses_exact_arithmetic
 from hf_gradutils.accelerator import GradUtilsAccelerator, WholeBatchLoss
-from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.invariance._advice import advice_for_loop, advice_for_torch, advice_if_few_of_loop
 from hf_gradutils.invariance._as_before import accelerator_untouched, model_untouched, seed_all
 from hf_gradutils.invariance._deepspeed import dry_step_of
 from hf_gradutils.invariance._losses import LossAndTargets, loss_and_count, loss_of_batch
+from hf_gradutils.invariance._modes import Modes, modes_of_loop
+from hf_gradutils.invariance._rows import drawn_rows
 from hf_gradutils.sync import discard_deferred
 from hf_gradutils.targets.terms import is_terms
 from hf_gradutils.upstream.accelerate import optimizers_of
@@ -42,8 +43,18 @@ class Subject(Protocol):
     data_rank: int
     is_exact: bool
     """float32 or better, without autocast or TF32."""
+    accumulation: int
+    """Micro-batches of each rank in a step of the training."""
     is_split: bool
     """Steps have several micro-batches."""
+    setting: str
+    """A prefix for the row of so many micro-batches."""
+    every_cut_decides: bool
+    """Every cut of the batch is claimed to give the same gradient, not only the training's own."""
+    fix: str
+    """What makes the training exact, in one line; empty if it claims to be."""
+    training_modes: Modes
+    """Of all modules, as they are in the training."""
     keeps_auxiliary: bool
     """The auxiliary loss of a mixture of experts is to be that of the whole batch."""
 
@@ -56,7 +67,7 @@ class Subject(Protocol):
         """The latest :meth:`run` has compared a first pass with a second one."""
 
     def rows(self, num_rows: int) -> Rows:
-        """The first samples of the dataset, the same on all ranks."""
+        """Samples of the dataset, or fewer if it has fewer; the same on all ranks. Some collectives."""
 
     def run(self, parts: Sequence[Rows], seed: int) -> float:
         """Leave the gradient of a step with these micro-batches of this rank in ``.grad``; returns the logged loss.
@@ -79,6 +90,12 @@ class Subject(Protocol):
     def advice_if_few_are_wrong(self) -> str:
         """The fix if the gradients of a few parameters are wrong; empty if this loss has no special one."""
 
+    def cause(self, scale: float, num_parts: int) -> str:
+        """Why the gradient of so many micro-batches on each rank is wrong, in a few words; empty if unknown.
+
+        ``scale``: the multiple of the right gradient that is next to it.
+        """
+
     def as_it_was(self) -> contextlib.AbstractContextManager[None]:
         """The context of a check; restores everything."""
 
@@ -90,8 +107,10 @@ class _Loop:
     collate: Callable[[Rows], Any]
     loss_and_targets: LossAndTargets | WholeBatchLoss
 
-    is_split = True
+    is_split = every_cut_decides = True
     keeps_auxiliary = False
+    accumulation = 1
+    fix = setting = ""
 
     @property
     def compares_rows(self) -> bool:
@@ -106,9 +125,7 @@ class _Loop:
         return device_of(self.model)
 
     def rows(self, num_rows: int) -> Rows:
-        if len(self.all_rows) < num_rows:
-            raise InvalidArgumentError(f"{num_rows} rows are needed, got {len(self.all_rows)}; lower num_samples")
-        return [self.all_rows[index] for index in range(num_rows)]
+        return drawn_rows(self.all_rows, num_rows, seed=0)
 
     def batch(self, rows: Rows) -> Any:
         return send_to_device(self.collate(rows), self.device)
@@ -123,6 +140,9 @@ class _Loop:
     def advice_if_few_are_wrong(self) -> str:
         return advice_if_few_of_loop(self.loss_and_targets)
 
+    def cause(self, scale: float, num_parts: int) -> str:
+        return ""
+
 
 @dataclass
 class AcceleratorLoop(_Loop):
@@ -131,8 +151,9 @@ class AcceleratorLoop(_Loop):
     accelerator: Accelerator
 
     def __post_init__(self) -> None:
-        accelerator = self.accelerator
+        accelerator, self.training_modes = self.accelerator, modes_of_loop(self.model)
         self.num_ranks = accelerator.num_processes
+        self.accumulation = int(accelerator.gradient_accumulation_steps)
         self.is_exact = uses_exact_arithmetic(accelerator, self.model)
         config = accelerator.parallelism_config
         num_sharers = 1 if config is None else config.tp_size * config.cp_size * getattr(config, "sp_size", 1)
@@ -234,6 +255,7 @@ class TorchLoop(_Loop):
     run_window: RunWindow
 
     def __post_init__(self) -> None:
+        self.training_modes = modes_of_loop(self.model)
         self.num_ranks = self.num_data_ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.data_rank = dist.get_rank() if dist.is_initialized() else 0
         self.is_exact = is_exact_in_itself(self.model, self.device)
@@ -274,13 +296,3 @@ def in_float64(batch: Any) -> Any:
 def mean_over_ranks(loss: Tensor) -> float:
     domain = world_domain()
     return add_up(domain, loss.device, loss=float(loss))["loss"] / domain.num_ranks
-
-
-def describe(subject: Subject, num_rows: int) -> str:
-    """The layout, the samples and the arithmetic."""
-    kinds = sorted({str(p.dtype).removeprefix("torch.") for p in subject.model.parameters()})
-    rounds = "" if subject.is_exact else ", rounded arithmetic"
-    ranks = "1 rank"
-    if subject.num_ranks > 1:
-        ranks = f"{subject.num_ranks} ranks, {subject.num_data_ranks} of them with data of their own"
-    return f"{num_rows} samples, {ranks}, {type(subject.model).__name__}, {'/'.join(kinds)}{rounds}"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_gradutils.targets.sentence_losses import innermost, losses_of
+from hf_gradutils.targets.sentence_losses import innermost
 from hf_gradutils.upstream import sentence_transformers as upstream
 from hf_gradutils.upstream.sentence_transformers import (
     CACHED_EMBEDDING,
@@ -104,21 +104,6 @@ def put_model(loss: nn.Module, model: nn.Module) -> list[tuple[nn.Module, str, n
     for part, name, _ in found:
         setattr(part, name, model)
     return found
-
-
-@contextlib.contextmanager
-def calling(trainer: Any, model: nn.Module, *, instead_of: nn.Module) -> Iterator[None]:
-    """Let the losses of a trainer of sentence or sparse encoders call another model than the one that is trained."""
-    trained = unwrapped(instead_of)
-    places = [place for loss in losses_of(trainer).values() for place in encoders_in(loss)]
-    places = [place for place in places if unwrapped(place[-1]) is trained]
-    for part, name, _ in places:
-        setattr(part, name, model)
-    try:
-        yield
-    finally:
-        for part, name, child in places:
-            setattr(part, name, child)
 
 
 def alone(loss: nn.Module) -> contextlib.AbstractContextManager[None]:

@@ -23,12 +23,19 @@ CACHED_EMBEDDING = "embed_minibatch"
 DECODERS_TOKENIZER = "tokenizer_decoder"
 COMPONENTS = "_component_values"
 """Attribute in which ``CachedSpladeLoss`` keeps the parts of its latest loss."""
+_IN_PLACE_IN_EVALUATION = "SpladePooling"
+"""A module that overwrites its activations in evaluation mode, which no backward survives."""
 _MERGING = "sentence_transformers.base.losses.merged_forward"
 
 
 def is_encoder(module: object) -> bool:
     """True for the models of sentence-transformers."""
     return any(base.__name__ == ENCODER and base.__module__.startswith(LIBRARY) for base in type(module).__mro__)
+
+
+def cannot_go_back_in_evaluation(module: nn.Module) -> bool:
+    """True for a module without dropout that has no backward in evaluation mode."""
+    return any(base.__name__ == _IN_PLACE_IN_EVALUATION for base in type(module).__mro__)
 
 
 def parts_of(loss: nn.Module) -> Iterator[nn.Module]:

@@ -7,7 +7,7 @@ from hf_gradutils.errors import GradUtilsError
 from tests.harness.trainer_cases import train
 
 HEAD = "llama causal"
-COPIES, PARTS, LAYOUT = range(3)
+COPIES, TRAINING, PARTS, LAYOUT = range(4)
 
 
 def checking(trainer_class, **options):

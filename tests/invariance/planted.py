@@ -9,6 +9,7 @@ from torch import nn
 from transformers import BatchEncoding
 
 from tests.harness.heads import HEADS
+from tests.harness.trainer_cases import make_data, make_model
 from tests.invariance.checks import HEAD
 
 
@@ -165,6 +166,41 @@ class DividesByAccumulation(OwnStep):
     def go_back(self, loss):
         self.accelerator.backward(loss / self.args.gradient_accumulation_steps)
         return loss.detach() / self.args.gradient_accumulation_steps
+
+
+class DividesAndGoesBack(OwnStep):
+    """The old pattern, past accelerate."""
+
+    def go_back(self, loss):
+        loss = loss / self.args.gradient_accumulation_steps
+        loss.backward()
+        return loss.detach()
+
+
+class MeansAreDivided:
+    """The stock Trainer divides by the number of micro-batches."""
+
+    loss_is_scaled_for_ga = False
+
+
+class MeanOfRows:
+    """The mean over rows of each row's mean, which a mean of equal micro-batches gives as well."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return mean_of_rows(model, inputs)
+
+
+def mean_of_rows(model, batch):
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    labels = batch["labels"][:, 1:]
+    losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    return (losses.sum(1) / (labels != -100).sum(1)).mean()
+
+
+def gradient_of_rows():
+    model = make_model(HEAD).double()
+    mean_of_rows(model, HEADS[HEAD].collate(make_data(HEAD))).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
 
 
 # ---- Batches ----

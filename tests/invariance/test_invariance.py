@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback
 from hf_gradutils import GradUtilsPlugin, GradUtilsTrainer, check_invariance
 from hf_gradutils.errors import InvalidArgumentError, InvarianceError
 from tests.harness.layouts import on_layouts
-from tests.harness.trainer_cases import make_model, train
+from tests.harness.trainer_cases import make_data, make_model, train
 from tests.invariance.checks import COPIES, HEAD, LAYOUT, PARTS, checking, report_of
 
 # ---- What is right passes ----
@@ -33,7 +33,7 @@ def test_ours_passes_in_every_layout(layout):
     for head in RIGHT[layout]:
         report = report_of(GradUtilsTrainer, head, layout)
         assert report.passed, str(report)
-        assert [row.not_compared for row in report.comparisons] == [""] * 3, str(report)
+        assert [row.not_compared for row in report.comparisons] == [""] * 4, str(report)
         assert all(row.gradient_error < 2e-6 for row in report.comparisons[PARTS:])
 
 
@@ -176,8 +176,8 @@ def _state(trainer):
 def test_what_cannot_be_checked_says_why():
     with pytest.raises(InvalidArgumentError, match="check_loop_invariance"):
         check_invariance(object())
-    with pytest.raises(InvalidArgumentError, match="99 samples are needed"):
-        train(HEAD, 4, layout="one_rank", trainer_class=checking(GradUtilsTrainer, num_samples=99))
+    with pytest.raises(InvalidArgumentError, match="2 samples are needed for 1 data ranks, but the dataset has 1"):
+        report_of(GradUtilsTrainer, data=make_data(HEAD, 1))
     with pytest.raises(InvalidArgumentError, match="tolerance must be > 0"):
         train(HEAD, 4, layout="one_rank", trainer_class=checking(GradUtilsTrainer, tolerance=0))
 

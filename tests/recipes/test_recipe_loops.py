@@ -72,7 +72,7 @@ def test_each_checks_itself_and_trains_nothing(recipe, spread, home, tmp_path):
         run_in_ranks(home, recipe, arguments, 2)
     report = ended.value.reports[0].output
     assert "this layout against one process" in report, str(ended.value)
-    assert report.count(" ok\n") == 3, report
+    assert report.count(" ok\n") == 4, report
     assert "\npassed\n" in "\n".join(line.strip() for line in report.splitlines()) + "\n"
     assert "SystemExit: 0" in str(ended.value)
     assert not (output / "model.safetensors").exists()

@@ -322,7 +322,7 @@ def test_a_check_compares_a_distillation_on_the_answers_of_the_data():
     report = check_invariance(trainer)
     assert report.passed, str(report)
     assert trainer.lmbda == 1.0
-    assert len(report.comparisons) == 3
+    assert len(report.comparisons) == 4
 
 
 # ---- Two ranks ----
