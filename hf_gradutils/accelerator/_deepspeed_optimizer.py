@@ -3,7 +3,7 @@
 import weakref
 from typing import Any
 
-from accelerate.utils import DeepSpeedOptimizerWrapper
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper  # accelerate.utils has it beside DeepSpeed alone
 
 from hf_gradutils.accelerator._deepspeed import Engine
 from hf_gradutils.accelerator._first_window import NOT_WEIGHTED

@@ -40,6 +40,8 @@ DPO_WITHOUT_UNIT = {
 def trl_name(trainer: object) -> str | None:
     """Name of the trl trainer that this one is or derives from, or None."""
     for base in trainer.__class__.__mro__:  # not its type: it may be a weak proxy
+        if "_made_exact" in vars(base):  # by exact(), in the module of the class behind it
+            continue
         if base.__module__.partition(".")[0] == "trl" and not base.__name__.startswith("_"):
             return base.__name__
     return None

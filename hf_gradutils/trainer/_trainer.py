@@ -36,6 +36,7 @@ from hf_gradutils.trainer._evaluation import EvaluationLoss
 from hf_gradutils.trainer._log import nan_filter
 from hf_gradutils.trainer._loss import LossUnit
 from hf_gradutils.trainer._overrides import is_transformers, wrapping_overrides
+from hf_gradutils.trainer._own_loops import refusing_loops
 from hf_gradutils.trainer._setup import adopt_accelerator, check_nothing_reads_gradients, check_setup
 from hf_gradutils.trainer._special_shares import predict_rows, users_loss
 from hf_gradutils.trainer._steps import OptimizerSteps
@@ -66,6 +67,8 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
             trl that weights or batches by itself, or settings of the plugin that ``TrainingArguments`` has too.
     """
 
+    default_plugin: GradUtilsPlugin | None = None  # of Trainers that are given none
+
     def __init__(
         self,
         *args: Any,
@@ -75,7 +78,7 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
         **kwargs: Any,
     ):
         self._checks_invariance, self.whole_batch_loss = check_invariance, whole_batch_loss
-        self.grad_plugin = grad_plugin or GradUtilsPlugin()
+        self.grad_plugin = grad_plugin or self.default_plugin or GradUtilsPlugin()
         self._start_over()
         with route_first_rank():  # some Trainers prepare their data here
             super().__init__(*args, **kwargs)
@@ -118,7 +121,6 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
         if self.model is not None:  # a search for hyperparameters has dropped that of the trial before
             discard_deferred(self.model)
             sum_increments(self.model)
-        # The filter costs two host syncs per micro-batch, and the loss it filters is not the one logged here.
         with contextlib.ExitStack() as at_end:
             at_end.callback(lambda: self.accelerator.windows.prepared.round_gradients())  # a trial has its own
             if self._checks_invariance:
@@ -126,8 +128,9 @@ class GradUtilsTrainerMixin(TrainerBase):  # type: ignore[misc]
                 self.add_callback(check)
                 at_end.callback(self.remove_callback, check)
             self._users_nan_filter = self.args.logging_nan_inf_filter
-            at_end.enter_context(nan_filter(self.args, False))
+            at_end.enter_context(nan_filter(self.args, False))  # 2 host syncs per micro-batch, for another loss
             at_end.enter_context(wrapping_overrides(self, GradUtilsTrainerMixin))
+            at_end.enter_context(refusing_loops(self))
             return super().train(*args, **kwargs)
 
     def call_model_init(self, *args: Any, **kwargs: Any) -> nn.Module:

@@ -21,6 +21,7 @@ TRAINER_METHODS = {
         "resume_from_checkpoint",
         "trial",
     ),
+    "_inner_training_loop": ("self", "batch_size", "args"),
     "_prepare_inputs": ("self", "inputs"),
     "_track_num_input_tokens": ("self", "inputs"),
     "_update_auto_batch_size": ("self", "batch_size"),
