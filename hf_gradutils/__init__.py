@@ -22,7 +22,8 @@ if TYPE_CHECKING:
         check_loop_invariance,
         check_window_invariance,
     )
-    from hf_gradutils.trainer import GradUtilsSeq2SeqTrainer, GradUtilsTrainer, GradUtilsTrainerMixin
+    from hf_gradutils.programs.blocks import check_trainers, exact_trainers
+    from hf_gradutils.trainer import GradUtilsSeq2SeqTrainer, GradUtilsTrainer, GradUtilsTrainerMixin, exact
 
 __all__ = [
     "FirstRankPerNode",
@@ -36,9 +37,12 @@ __all__ = [
     "barrier_and_log",
     "check_invariance",
     "check_loop_invariance",
+    "check_trainers",
     "check_window_invariance",
     "clip_grad_by_total_norm_",
     "clip_gradients",
+    "exact",
+    "exact_trainers",
     "get_grad_norm",
     "get_sync_ctx",
     "reduce_loss",
@@ -46,7 +50,7 @@ __all__ = [
     "route_first_rank",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = ("dist_utils", "errors", "grad_utils")
 """Documented modules, which are attributes of the package as well."""
@@ -58,7 +62,8 @@ _PLACES = {
     "dist_utils": ("clip_gradients", "get_sync_ctx", "reduce_loss", "rescale_gradients"),
     "grad_utils": ("clip_grad_by_total_norm_", "get_grad_norm"),
     "invariance": ("InvarianceReport", "check_invariance", "check_loop_invariance", "check_window_invariance"),
-    "trainer": ("GradUtilsSeq2SeqTrainer", "GradUtilsTrainer", "GradUtilsTrainerMixin"),
+    "programs.blocks": ("check_trainers", "exact_trainers"),
+    "trainer": ("GradUtilsSeq2SeqTrainer", "GradUtilsTrainer", "GradUtilsTrainerMixin", "exact"),
 }
 """Module → its public names."""
 

@@ -1,33 +1,30 @@
-"""The command ``hf-gradutils``: print the set-up as seen by the ranks, run a recipe's check, plot runs."""
+"""The command ``hf-gradutils``: check a program, make it exact, print the set-up as seen by the ranks, plot runs.
+
+Each command imports what it needs: ``run`` and ``check`` start another process, and do without torch.
+"""
 
 import argparse
-import os
-import platform
-import runpy
 import sys
+import traceback
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from hf_gradutils import _environment
-from hf_gradutils.coordination import keys
-from hf_gradutils.coordination.channel import Channel
-from hf_gradutils.coordination.nodes import claim_first_rank
-from hf_gradutils.coordination.ranks import current_ranks
-from hf_gradutils.coordination.store import LEAVE_GRACE_S, leave, open_channel
-from hf_gradutils.coordination.waiting import WaitOptions, poll
 from hf_gradutils.errors import GradUtilsError, InvalidArgumentError
-from hf_gradutils.plots import plot_runs, read_run
+from hf_gradutils.programs.command import check_program, run_exact
 
-PACKAGES = ("hf-gradutils", "torch", "accelerate", "transformers", "datasets", "trl", "peft", "matplotlib")
+_WITH_VALUE = ("--json", "--num_samples", "--plot", "--timeout_s")
+"""Options of ``check`` that take a value."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0, 1 if a check fails, 2 for an error of the user."""
+    """Run the command; returns the exit code, which for ``run`` is the program's.
+
+    0: done, and what was checked is exact. 1: what was checked is wrong. 2: an error, or it could not be compared.
+    """
     parser = _parser()
-    options = parser.parse_args(arguments)
+    own, program = _split(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(own, argparse.Namespace(program=program))
     if options.run is None:
         parser.print_help()
         return 2
@@ -36,150 +33,133 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GradUtilsError as error:
         print(f"hf-gradutils: error: {error}", file=sys.stderr)
         return 2
+    except Exception:
+        traceback.print_exc()
+        return 2  # 1 would say that a gradient is wrong
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hf-gradutils",
-        description="Exact gradients in every parallel layout: look at the set-up, check a recipe, plot its runs.",
+        description="Exact gradients in every parallel layout: check any program that trains with a Trainer, make it "
+        "exact, look at the set-up, plot runs.",
     )
     parser.set_defaults(run=None)
-    commands = parser.add_subparsers(title="commands", metavar="{env,check,plot}")
+    commands = parser.add_subparsers(title="commands", metavar="{check,run,env,plot}")
 
     env = commands.add_parser(
         "env",
         help="versions, launcher, ranks and nodes",
         description="Print versions, launcher, ranks and nodes as the ranks see them. Under a launcher every rank must "
-        "run it: torchrun --nproc-per-node 2 -m hf_gradutils.cli env",
+        "run it: torchrun --nproc-per-node 2 -m hf_gradutils env",
     )
     env.add_argument("--timeout_s", type=float, default=60.0, help="how long to wait for the other ranks (60)")
     env.set_defaults(run=_env)
 
     check = commands.add_parser(
         "check",
-        help="run a recipe's check of invariance instead of its training",
-        description="Run a training script with --check_invariance: it compares its gradient, on its own samples and "
-        "in its own layout, with one process and one batch, and ends with code 1 if they differ. Under a launcher: "
-        "accelerate launch --multi_gpu --num_processes 2 -m hf_gradutils.cli check recipes/finetune.py FILE.yaml",
+        allow_abbrev=False,
+        usage="hf-gradutils check [options] SCRIPT.py … | -m MODULE … | COMMAND …",
+        help="is the gradient of a program that of one batch? changes nothing in it",
+        description="Run an unmodified program, under a launcher too, until its first transformers.Trainer is about "
+        "to train, and compare there its gradient, on its own samples and in its own layout, with that of one process "
+        "and one batch. Prints a report last, with the answer in its first line, and ends with code 0 if they are "
+        "the same, 1 if not, 2 if they could not be compared.",
     )
-    check.add_argument("script", type=Path, help="a recipe, or a script of yours that takes --check_invariance")
-    check.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
+    check.add_argument("--num_samples", type=int, help="samples to compare on (16, more for a long accumulation)")
+    check.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
+    check.add_argument("--plot", type=Path, metavar="FILE", help="draw the report")
+    check.add_argument("--exact", action="store_true", help="check the program as `hf-gradutils run` would run it")
+    check.add_argument("--all", action="store_true", help="check each Trainer of a process, then train it")
+    check.add_argument("--timeout_s", type=float, default=1800.0, help="the longest that one check may take (1800)")
+    _add_loops(check)
     check.set_defaults(run=_check)
+
+    run = commands.add_parser(
+        "run",
+        allow_abbrev=False,
+        usage="hf-gradutils run [options] SCRIPT.py … | -m MODULE … | COMMAND …",
+        help="train an unmodified program with every Trainer exact",
+        description="Run an unmodified program, under a launcher too, with every transformers.Trainer and subclass "
+        "exact that it or a process of it makes. One that cannot be made exact stops with the reason.",
+    )
+    _add_loops(run)
+    run.set_defaults(run=_run)
 
     plot = commands.add_parser(
         "plot",
-        help="draw the runs of one or several output folders",
+        help="draw the runs of one or several output folders, or a report of a check",
         description="Draw loss, gradient norm, targets per step, skipped steps and the norms of groups out of "
-        "trainer_state.json, several runs over one another.",
+        "trainer_state.json, several runs over one another; or the errors of one report that check --json wrote.",
     )
-    plot.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="output folder of a training")
+    plot.add_argument(
+        "runs", nargs="+", metavar="[NAME=]RUN_DIR", help="output folders of trainings, or one report as JSON"
+    )
     plot.add_argument("--out", type=Path, default=None, help="the picture (training.png in the first folder)")
     plot.add_argument("--max_grad_norm", type=float, default=None, help="height of the line of the clip")
     plot.set_defaults(run=_plot)
     return parser
 
 
-# ---- env ----
+def _add_loops(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--allow_loops", action="store_true", help="let optimizers step outside of a Trainer, as they are"
+    )
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Options of ``run`` or ``check``, and the program, whose own arguments may look like options."""
+    if not arguments or arguments[0] not in ("run", "check"):
+        return list(arguments), []
+    place = 1
+    while place < len(arguments) and arguments[place].startswith("-") and arguments[place] not in ("-m", "--"):
+        place += 2 if arguments[place] in _WITH_VALUE else 1
+    program = arguments[place:]
+    return list(arguments[:place]), list(program[1:] if program[:1] == ["--"] else program)
 
 
 def _env(options: argparse.Namespace) -> int:
-    ranks = current_ranks()
-    wait = WaitOptions(timeout_s=options.timeout_s).started()
-    channel = open_channel(timeout_s=wait.timeout_s) if ranks.world_size > 1 else None
-    grace_s = LEAVE_GRACE_S
-    try:
-        lines = _ranks_of(channel, wait) if channel is not None else ["ranks        1, no launcher"]
-        if ranks.global_rank == 0:
-            print("\n".join([*_machine(), *_settings(), *lines]))
-    except GradUtilsError:
-        grace_s = 0.3  # the limit has passed
-        raise
-    finally:
-        if channel is not None:
-            leave(grace_s=grace_s)
+    from hf_gradutils.programs.env import print_env
+
+    print_env(options.timeout_s)
     return 0
 
 
-def _machine() -> list[str]:
-    lines = [f"python       {platform.python_version()} on {platform.platform()}"]
-    for package in PACKAGES:
-        try:
-            lines.append(f"{package:<12} {version(package)}")
-        except PackageNotFoundError:
-            lines.append(f"{package:<12} not installed")
-    if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-        lines.append(f"GPUs         {len(names)}: {', '.join(dict.fromkeys(names))}, CUDA {torch.version.cuda}")
-    else:
-        lines.append(f"GPUs         none that torch can see; {os.cpu_count()} CPUs")
-    return lines
-
-
-def _settings() -> list[str]:
-    """Variables that set fields of the plugin, checked."""
-    from hf_gradutils.accelerator import GradUtilsPlugin
-
-    GradUtilsPlugin()  # raises if a value is invalid
-    values = _environment.read_settings()
-    return [f"{_environment.SETTING}{name.upper()}={value}" for name, value in values.items()]
-
-
-def _ranks_of(channel: Channel, wait: WaitOptions) -> list[str]:
-    """One line per rank, from the store."""
-    world = channel.ranks.world_size
-    env_keys = [keys.RANK_ENV.format(rank=rank) for rank in range(world)]
-
-    def missing() -> list[int]:
-        return [rank for rank, key in enumerate(env_keys) if channel.read(key) is None]
-
-    try:
-        claim_first_rank(channel)  # before this rank is complete: then all nodes have a first when all ranks are
-        channel.write(env_keys[channel.ranks.global_rank], f"{channel.ranks.node} {channel.ranks.local_rank}")
-        poll(lambda: None if missing() else True, lambda: f"ranks {missing()} of {world} are missing", wait)
-    except TimeoutError as error:
-        hint = _environment.describe_world()
-        raise InvalidArgumentError(
-            f"{error}; start all ranks, or raise --timeout_s" + (f". {hint}" if hint else "")
-        ) from None
-    except RuntimeError:
-        raise InvalidArgumentError(f"lost {channel.origin}, whose host has ended, before all ranks had come") from None
-    launched = _environment.read_launched_rank()
-    lines = [
-        f"launcher     {'none, a process group' if launched is None else launched.launcher}",
-        f"store        {channel.origin}",
-        f"ranks        {world}",
-    ]
-    for rank in range(world):
-        node, local_rank = (channel.read(env_keys[rank]) or "").rsplit(" ", 1)
-        is_first = channel.read(keys.NODE_FIRST_RANK.format(node=node)) == str(rank)
-        first = " (first of its node)" if is_first else ""
-        lines.append(f"  rank {rank}: {channel.process_of(rank)}, node {node}, local rank {local_rank}{first}")
-    return lines
-
-
-# ---- check ----
+def _run(options: argparse.Namespace) -> int:
+    return run_exact(options.program, allows_loops=options.allow_loops)
 
 
 def _check(options: argparse.Namespace) -> int:
-    if not options.script.is_file():
-        raise InvalidArgumentError(f"no file {str(options.script)!r}; give a script that takes --check_invariance")
-    sys.argv = [str(options.script), *options.arguments, "--check_invariance"]
-    sys.path.insert(0, str(options.script.resolve().parent))  # as Python does for a script
-    try:
-        runpy.run_path(str(options.script), run_name="__main__")
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-    return 0
+    from hf_gradutils.programs.answer import make_room, show
 
+    if options.timeout_s <= 0 or (options.num_samples is not None and options.num_samples < 1):
+        raise InvalidArgumentError("--num_samples and --timeout_s must be > 0")
+    make_room(options.json, options.plot)
+    if options.plot is not None:
+        from hf_gradutils.plots import check_can_draw
 
-# ---- plot ----
+        check_can_draw(options.plot)
+    outcomes = check_program(
+        options.program,
+        makes_exact=options.exact,
+        num_samples=options.num_samples,
+        all_trainers=options.all,
+        timeout_s=options.timeout_s,
+        allows_loops=options.allow_loops,
+    )
+    return show(outcomes, json_file=options.json, picture=options.plot)
 
 
 def _plot(options: argparse.Namespace) -> int:
-    runs = [read_run(folder) for folder in options.runs]
-    first = options.runs[0]
-    path = options.out or (first.parent if first.is_file() else first) / "training.png"
-    print(f"wrote {plot_runs(runs, path, max_grad_norm=options.max_grad_norm)}")
+    from hf_gradutils.plots import plot_files
+
+    def report_of(values: dict[str, Any]) -> Any:
+        from hf_gradutils.invariance import InvarianceReport  # loads accelerate, which runs do without
+
+        return InvarianceReport.from_dict(values)
+
+    picture = plot_files(options.runs, options.out, report_of=report_of, max_grad_norm=options.max_grad_norm)
+    print(f"wrote {picture}")
     return 0
 
 

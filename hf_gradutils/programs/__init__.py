@@ -1,0 +1,1 @@
+"""Unmodified programs: their Trainers checked, or made exact."""
