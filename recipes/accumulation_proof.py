@@ -1,16 +1,19 @@
-"""Proof that the gradient of the same samples does not depend on the accumulation.
+"""Proof that the gradient of the same samples depends neither on the accumulation nor on the ranks.
 
     accelerate launch --multi_gpu --num_processes 2 recipes/accumulation_proof.py outputs/demo
 
-Computes the gradient of one optimizer step on 8 docstrings per rank, with accumulation 1 and 8, and prints the
-relative difference ‖g8 − g1‖ / ‖g1‖ over all parameters for ``GradUtilsTrainer`` and ``transformers.Trainer``. The
-models are the one in the given folder, a small T5 and a small classifier; like most heads of transformers, the last
-two ignore the count of targets that the Trainer passes.
+Computes the gradient g of one optimizer step on 8 docstrings per rank, at accumulation 1, 4 and 8, with
+``GradUtilsTrainer`` and ``transformers.Trainer``, and prints the relative error ‖g − h‖ / ‖h‖ over all parameters; h is
+the gradient of all samples in one batch, computed without any Trainer. The models are the one in the given folder, a
+small T5 and a small classifier; like most heads of transformers, the last two ignore the count of targets that the
+Trainer passes. Writes accumulation.json and, if matplotlib is there, accumulation.png into the folder.
 """
 
 import copy
+import json
 import logging
 import sys
+from pathlib import Path
 
 import datasets
 import torch
@@ -29,10 +32,12 @@ from transformers import (
     set_seed,
 )
 
+from _shared.accumulation_picture import TOLERANCE, draw_accumulation
 from _shared.stdlib_docstrings import load_stdlib_docstrings
 from hf_gradutils import FirstRankPerNode, GradUtilsTrainer
 
 SAMPLES_PER_RANK = 8
+ACCUMULATIONS = (1, 4, 8)
 MAX_LENGTH = 96
 
 
@@ -70,10 +75,22 @@ def gradient(trainer_class, model, rows, collator, accumulation):
     return tap.gradient
 
 
-def difference(trainer_class, model, rows, collator):
-    whole = gradient(trainer_class, model, rows, collator, accumulation=1)
-    in_pieces = gradient(trainer_class, model, rows, collator, accumulation=SAMPLES_PER_RANK)
-    return float((in_pieces - whole).norm() / whole.norm())
+def whole_batch_gradient(model, rows, collator):
+    """The gradient of one batch of all rows, in float64."""
+    device = TrainingArguments(output_dir=folder, use_cpu=not torch.accelerator.is_available()).device
+    model = copy.deepcopy(model).double().train().to(device)
+    model(**collator(rows).to(device)).loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def errors(model, rows, collator):
+    """Relative errors, one per accumulation, of the stock Trainer and of ours."""
+    whole = whole_batch_gradient(model, rows, collator)
+    found = {}
+    for name, trainer_class in (("transformers.Trainer", Trainer), ("GradUtilsTrainer", GradUtilsTrainer)):
+        gradients = [gradient(trainer_class, model, rows, collator, accumulation) for accumulation in ACCUMULATIONS]
+        found[name] = [float(f"{(g - whole).norm() / whole.norm():.3g}") for g in gradients]
+    return found
 
 
 set_seed(0)
@@ -108,27 +125,31 @@ classifier = AutoModelForSequenceClassification.from_config(
 )
 pad, pad_pairs = DataCollatorWithPadding(tokenizer), DataCollatorForSeq2Seq(tokenizer)
 cases = [
-    ("causal LM", causal, causal_rows, pad_pairs),
+    ("causal LM (Llama)", causal, causal_rows, pad_pairs),
     ("seq2seq (T5)", seq2seq, seq2seq_rows, pad_pairs),
     ("classification (BERT)", classifier, class_rows, pad),
 ]
-results = [
-    (name, *(difference(trainer, model, rows, collator) for trainer in (GradUtilsTrainer, Trainer)))
-    for name, model, rows, collator in cases
-]
+results = {name: errors(model, rows, collator) for name, model, rows, collator in cases}
 if torch.distributed.is_initialized():
     is_rank_0 = torch.distributed.get_rank() == 0
     torch.distributed.destroy_process_group()
 else:
     is_rank_0 = True
 if is_rank_0:
+    data = {"ranks": world_size, "samples": len(docstrings), "accumulation": ACCUMULATIONS, "errors": results}
+    (Path(folder) / "accumulation.json").write_text(json.dumps(data, indent=1) + "\n")
     print(
-        f"Proof: relative difference of the gradient, accumulation {SAMPLES_PER_RANK} against 1, "
-        f"the same {len(docstrings)} samples on {world_size} rank(s)"
+        f"Proof: {len(docstrings)} samples on {world_size} rank(s); relative error of the gradient beside that of one "
+        "batch on one device"
     )
-    print(f"  {'':<24}{'GradUtilsTrainer':>18}{'stock Trainer':>18}")
-    for name, ours, stock in results:
-        print(f"  {name:<24}{ours:>18.1e}{stock:>18.1e}{'   <- wrong' if stock > 1e-5 else ''}")
-    print("  (float32 rounding is about 1e-7; 7.0 means that the gradient is eight times too large)", flush=True)
-    if any(ours > 1e-5 for _, ours, _ in results):
-        sys.exit("error: the gradient of GradUtilsTrainer depends on the accumulation")
+    print(f"  {'accumulation':<46}" + "".join(f"{accumulation:>9}" for accumulation in ACCUMULATIONS))
+    for head, of_trainers in results.items():
+        for trainer, numbers in of_trainers.items():
+            wrong = "   <- wrong" if max(numbers) > TOLERANCE else ""
+            print(f"  {head:<24}{trainer:<22}" + "".join(f"{number:>9.1e}" for number in numbers) + wrong)
+    print("  (rounding in float32 is about 1e-7; 7.0 means that the gradient is eight times too large)")
+    picture = draw_accumulation(Path(folder) / "accumulation.json", Path(folder) / "accumulation.png")
+    names = ["accumulation.json", *([picture.name] if picture else [])]
+    print(f"  written to {folder}: {', '.join(names)}", flush=True)
+    if any(max(of_trainers["GradUtilsTrainer"]) > TOLERANCE for of_trainers in results.values()):
+        sys.exit("error: the gradient of GradUtilsTrainer depends on the accumulation or on the ranks")
