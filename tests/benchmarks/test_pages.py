@@ -11,6 +11,7 @@ from benchmarks import page
 from benchmarks.exactness.render import render as exactness
 from benchmarks.exactness.whole_batch_page import render as whole_batch
 from benchmarks.first_rank.render import render as first_rank
+from benchmarks.frameworks.render import render as frameworks
 from benchmarks.heads.render import render as heads
 from benchmarks.performance.render import render as performance
 
@@ -19,6 +20,7 @@ PAGES = {
     DOCS / "exactness.md": exactness,
     DOCS / "whole_batch.md": whole_batch,
     DOCS / "heads.md": heads,
+    DOCS / "frameworks.md": frameworks,
     DOCS / "performance.md": performance,
     DOCS / "first_rank.md": lambda data: first_rank(data, (DOCS / "first_rank.md").read_text()),
 }

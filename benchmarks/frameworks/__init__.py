@@ -1,0 +1,1 @@
+"""Unmodified programs of other frameworks: stock, exact and checked."""
