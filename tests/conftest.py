@@ -37,13 +37,17 @@ torch.set_num_threads(1)  # as in the ranks: these models are too small to be sp
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fast", action="store_true", help="leave out what is marked slow or starts several ranks")
     parser.addoption("--wide", action="store_true", help="run all combinations of what is marked wide")
+    parser.addoption("--browser", action="store_true", help="run what is marked browser, which fails without one")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of many combinations keep some, at least one, always the same; a test that is asked for by its name keeps all.
 
-    An eighth of what is marked wide, and half of the cases of a test that starts several ranks in four or more.
+    An eighth of what is marked wide, and half of the cases of a test that starts several ranks in four or more. What
+    needs a browser is kept with ``--browser`` alone, so that a run without one has not skipped it.
     """
+    if not config.getoption("browser"):
+        _leave_out({item for item in items if item.get_closest_marker("browser")}, config, items)
     if config.getoption("wide") or any("::" in arg for arg in config.args) or config.option.keyword:
         return
     by_function: dict[tuple[str, int], list[pytest.Item]] = {}
@@ -56,6 +60,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for (name, part), cases in by_function.items():
         if part == 8 or len(cases) >= 4:
             left_out.update(random.Random(name).sample(cases, len(cases) - max(1, len(cases) // part)))
+    _leave_out(left_out, config, items)
+
+
+def _leave_out(left_out: set[pytest.Item], config: pytest.Config, items: list[pytest.Item]) -> None:
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=list(left_out))
 
