@@ -14,6 +14,8 @@ from torch.overrides import TorchFunctionMode
 from hf_gradutils._devices import device_of
 from hf_gradutils.upstream.sentence_transformers import cannot_go_back_in_evaluation
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+"""Modules whose statistics change in each forward in training mode."""
 _SMALL = 2**20
 """Elements."""
 _DDP_FLAG = "require_forward_param_sync"
@@ -69,6 +71,8 @@ def kept_buffers(model: nn.Module) -> tuple[Callable[[], None], list[Tensor]]:
     kept = [buffer for buffer in model.buffers() if is_plain(buffer) and _is_kept(buffer)]
     values = [buffer.detach().clone() for buffer in kept]
     versions = [buffer._version for buffer in kept]
+    batch_norms = (module for module in model.modules() if isinstance(module, BATCH_NORMS))
+    unnoticed = {id(buffer) for module in batch_norms for buffer in module.buffers(recurse=False)}  # no new version
     named = [(vars(module)["_buffers"], dict(vars(module)["_buffers"])) for module in model.modules()]
     flags = {_DDP_FLAG: vars(model)[_DDP_FLAG]} if isinstance(model, DistributedDataParallel) else {}
 
@@ -77,7 +81,7 @@ def kept_buffers(model: nn.Module) -> tuple[Callable[[], None], list[Tensor]]:
         for buffers, objects in named:
             buffers.update(objects)
         for index, (buffer, value) in enumerate(zip(kept, values, strict=True)):
-            if buffer._version != versions[index]:
+            if buffer._version != versions[index] or id(buffer) in unnoticed:
                 buffer.copy_(value)
                 versions[index] = buffer._version
         vars(model).update(flags)

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from hf_gradutils.errors import InvarianceError
-from hf_gradutils.invariance._agreement import on_all_ranks
+from hf_gradutils.invariance._agreement import on_all_ranks, on_any_rank
 from hf_gradutils.invariance._as_before import attributes_kept, plain_attributes_kept
 
 _OF_LIBRARIES = ("transformers", "sentence_transformers", "trl", "hf_gradutils")
@@ -27,8 +27,8 @@ def users_callbacks(callbacks: Sequence[Any]) -> list[Any]:
 def begun(model: nn.Module, callbacks: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
     """Call ``on_train_begin`` of callbacks, as a Trainer does; afterwards, what it has changed is as before.
 
-    That is: attributes of its arguments, weights, which weights are trained, hooks of modules and plain attributes of
-    theirs. Attributes of the callbacks, which they may change before, are the caller's to keep.
+    That is: attributes of its arguments, weights, which weights are trained, hooks, plain attributes of modules.
+    Attributes of the callbacks, which they may change before, are the caller's to keep.
 
     Args:
         model: As it trains.
@@ -36,12 +36,12 @@ def begun(model: nn.Module, callbacks: Sequence[Any], args: tuple[Any, ...], kwa
         args: The Trainer's arguments, state and control.
         kwargs: What else a callback gets.
 
-    Collectives: one gather of words, and those of the callbacks. Memory: a copy of the weights on the CPU.
+    Collectives: two gathers of words, and those of the callbacks. Memory: a copy of the weights on the CPU.
 
     Raises:
         InvarianceError: one has raised, on any rank.
     """
-    if not callbacks:
+    if not on_any_rank(bool(callbacks)):
         yield
         return
 
@@ -57,17 +57,45 @@ def begun(model: nn.Module, callbacks: Sequence[Any], args: tuple[Any, ...], kwa
                 ) from error
 
     with attributes_kept(*args), plain_attributes_kept(model), _weights_kept(model):
-        before = {id(hooks): set(hooks) for hooks in _hooks(model)}
+        before = {place: set(hooks) for place, hooks in _hooks(model).items()}
         added: list[tuple[dict[Any, Any], Any]] = []
         try:
             try:
                 on_all_ranks(call)
             finally:
-                added += [(hooks, key) for hooks in _hooks(model) for key in set(hooks) - before.get(id(hooks), set())]
+                for place, hooks in _hooks(model).items():
+                    added += [(hooks, key) for key in set(hooks) - before.get(place, set())]
             yield
         finally:
             for hooks, key in added:
                 hooks.pop(key, None)
+
+
+@contextlib.contextmanager
+def training_undone(trainer: Any) -> Iterator[None]:
+    """Undo what the beginning of a training leaves behind, if it is left by an exception.
+
+    That is: the noise of embeddings (NEFTune), settings in an optimizer of the user's, and the state of a collator, its
+    random generators too.
+    """
+    optimizer = trainer.optimizer  # accelerate gives it new groups
+    groups = [] if optimizer is None else optimizer.param_groups
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+    collators = [trainer.data_collator] if hasattr(trainer.data_collator, "__dict__") else []
+    values = [value for collator in collators for value in vars(collator).values()]
+    states = [(value, value.get_state()) for value in values if isinstance(value, torch.Generator)]
+    try:
+        with attributes_kept(*collators):
+            yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
+        if (handle := getattr(trainer, "neftune_hook_handle", None)) is not None:
+            handle.remove()
+        for group, before in zip([] if optimizer is None else optimizer.param_groups, settings, strict=True):
+            for name in group.keys() - before.keys() - {"params"}:
+                del group[name]
+            group.update(before)
 
 
 @contextlib.contextmanager
@@ -96,14 +124,20 @@ def _part(tensor: Any) -> Tensor:
     return part.to_local() if isinstance(part, DTensor) else part
 
 
-def _hooks(model: nn.Module) -> list[dict[Any, Any]]:
-    """The dicts in which modules keep their hooks."""
-    return [
-        value
+def _hooks(model: nn.Module) -> dict[tuple[int, str], dict[Any, Any]]:
+    """(Owner, attribute) → the dict in which a module or parameter keeps its hooks, made with the first one."""
+    found = {
+        (id(module), name): value
         for module in model.modules()
         for name, value in vars(module).items()
         if "_hooks" in name and isinstance(value, dict)
-    ]
+    }
+    for parameter in model.parameters():
+        for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+            hooks = getattr(parameter, name, None)
+            if isinstance(hooks, dict):
+                found[id(parameter), name] = hooks
+    return found
 
 
 def _begins(kind: type) -> bool:

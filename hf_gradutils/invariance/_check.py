@@ -14,7 +14,7 @@ from hf_gradutils.accelerator import WholeBatchLoss
 from hf_gradutils.errors import InvalidArgumentError, InvarianceError
 from hf_gradutils.invariance._agreement import from_first_rank
 from hf_gradutils.invariance._as_before import attributes_kept
-from hf_gradutils.invariance._beginning import begun, users_callbacks
+from hf_gradutils.invariance._beginning import begun, training_undone, users_callbacks
 from hf_gradutils.invariance._comparisons import compare_all, describe, parts_of
 from hf_gradutils.invariance._losses import LossAndTargets
 from hf_gradutils.invariance._report import Comparison, InvarianceReport
@@ -119,7 +119,8 @@ def check_in_train(
     probe = _Probe(trainer, users, check, when_done)
     trainer.callback_handler.callbacks = [probe]
     try:
-        with attributes_kept(trainer, trainer.args, *users), random_states_kept(trainer.args.device):
+        kept = attributes_kept(trainer, trainer.args, *users), random_states_kept(trainer.args.device)
+        with kept[0], kept[1], training_undone(trainer):
             start_training()
     except _CheckIsDone:
         pass

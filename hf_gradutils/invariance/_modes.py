@@ -11,10 +11,10 @@ from typing import Any, TypeAlias
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
+from hf_gradutils._undisturbed import BATCH_NORMS
 from hf_gradutils.gradients.names import unwrapped_name
 
 Modes: TypeAlias = Mapping[nn.Module, bool]
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def modes_of_trainer(model: nn.Module) -> Modes:
@@ -116,7 +116,7 @@ class _Stay:
 
 
 def _is_left_out(module: nn.Module) -> bool:
-    return isinstance(module, _BATCH_NORMS) and module.running_mean is not None
+    return isinstance(module, BATCH_NORMS) and module.running_mean is not None
 
 
 def _stays(model: nn.Module) -> list[_Stay]:

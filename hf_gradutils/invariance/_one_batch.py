@@ -32,7 +32,8 @@ def can_be_cut(batch: Any, num_rows: int, of_one_row: Any) -> bool:
     if batch.keys() != of_one_row.keys():
         return False
     has_rows = {name: _has_rows(batch[name], num_rows) and _has_rows(of_one_row[name], 1) for name in batch}
-    return any(has_rows.values()) and all(has or alike(batch[n], of_one_row[n]) for n, has in has_rows.items())
+    is_same = {name: alike(batch[name], of_one_row[name]) and not _has_rows(batch[name], num_rows) for name in batch}
+    return any(has_rows.values()) and all(has_rows[name] or is_same[name] for name in batch)
 
 
 def cut(batch: Any, num_rows: int, start: int, stop: int) -> Any:

@@ -88,8 +88,10 @@ class InvarianceReport:
         error = max(row.gradient_error for row in deciding if not math.isnan(row.gradient_error))
         layout = f"{micro_batches(self.num_micro_batches, self.accumulation)}, {count(self.num_ranks, 'rank')}"
         rounded = " and its rounded arithmetic" if self.tolerance > _ROUNDED else ""
-        but = any(row.name == BATCH_NORMALISATION for row in self.comparisons)
-        left_out = f", but for {BATCH_NORMALISATION}, which is not compared" if but else ""
+        rows = [
+            row for row in self.comparisons if row.not_compared and (row.decides or row.name == BATCH_NORMALISATION)
+        ]
+        left_out = f", but for {' and '.join(row.name for row in rows)}, which is not compared" if rows else ""
         return f"EXACT: the gradient is that of one batch ({layout}){rounded}, up to {error:.0e}{left_out}"
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from tests.harness.layouts import on_layouts
 from tests.harness.trainer_cases import make_model, train
 from tests.invariance import planted
 from tests.invariance.checks import HEAD, of, report_of
+from tests.trainer.test_exact import _trainer
 
 
 def calling(callback, base=Trainer):
@@ -148,6 +149,60 @@ class Doubles(TrainerCallback):
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(2)
+
+
+class Halves(TrainerCallback):
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        for parameter in model.parameters():
+            parameter.register_hook(lambda gradient: gradient * 0.5)
+            parameter.register_post_accumulate_grad_hook(lambda p: None)
+        for group in optimizer.param_groups:
+            group["weight_decay"] += 0.1
+
+
+def test_hooks_on_parameters_and_settings_of_an_optimizer_are_put_back(tmp_path):
+    trainer = _trainer(calling(Halves()), tmp_path)
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1, weight_decay=0.01)
+    before = [dict(group, params=None) for group in trainer.optimizer.param_groups]
+    check_invariance(trainer)
+    for parameter in trainer.model.parameters():
+        assert not parameter._backward_hooks
+        assert not parameter._post_accumulate_grad_hooks
+    assert [dict(group, params=None) for group in trainer.optimizer.param_groups] == before
+
+
+def test_noise_of_embeddings_ends_with_the_check(tmp_path):
+    trainer = _trainer(Trainer, tmp_path)
+    trainer.neftune_noise_alpha = 5.0
+    check_invariance(trainer)
+    assert not any(module._forward_hooks for module in trainer.model.modules())
+
+
+class Draws:
+    """A collator with a generator of its own."""
+
+    def __init__(self, collate):
+        self.collate, self.generator, self.calls = collate, torch.Generator().manual_seed(3), 0
+
+    def __call__(self, rows):
+        torch.rand(3, generator=self.generator)
+        self.calls += 1
+        return self.collate(rows)
+
+
+def test_a_collator_and_its_generator_are_as_before(tmp_path):
+    trainer = _trainer(Trainer, tmp_path)
+    trainer.data_collator = Draws(trainer.data_collator)
+    state = trainer.data_collator.generator.get_state()
+    check_invariance(trainer)
+    assert trainer.data_collator.calls == 0
+    assert torch.equal(trainer.data_collator.generator.get_state(), state)
+
+
+@on_layouts("ddp2")
+def test_a_callback_of_one_rank_alone_does_not_hang(layout):
+    base = calling(Counts()) if dist.get_rank() == 0 else Trainer
+    assert report_of(base, layout=layout).verdict in ("passed", "FAILED")
 
 
 @on_layouts("fsdp2x2")

@@ -5,6 +5,7 @@ from torch import nn
 from transformers import Trainer
 
 from hf_gradutils import GradUtilsAccelerator, GradUtilsTrainer, check_invariance, check_loop_invariance
+from hf_gradutils._undisturbed import buffers_kept
 from tests.harness.layouts import on_layouts
 from tests.harness.trainer_cases import CHECKPOINTING, make_data, make_model, reset_accelerate, train
 from tests.invariance.checks import HEAD, LAYOUT, TRAINING, report_of
@@ -187,3 +188,12 @@ def test_a_loop_is_checked_in_the_modes_that_it_has_set():
         report = check_loop_invariance(accelerator, model, make_data(HEAD), collate, loss_and_targets)
         assert report.verdict == "FAILED", str(report)
         assert [module.training for module in model.modules()] == before
+
+
+def test_statistics_of_batch_normalisations_are_put_back():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with buffers_kept(model):
+        model(torch.rand(4, 3))
+        assert not torch.equal(model[1].running_mean, before["1.running_mean"])
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())

@@ -68,3 +68,11 @@ def test_batches_are_alike_if_their_contents_are():
     assert alike(batch, {"ids": torch.arange(4), "spans": [(0, 1), (1, 2)], "tag": "x"})
     for other in ({"ids": torch.arange(4) + 1}, {"spans": [(0, 1), (1, 3)]}, {"tag": "y"}, {"more": 1}):
         assert not alike(batch, batch | other)
+
+
+def test_an_entry_of_as_many_numbers_as_rows_is_not_cut():
+    weights = torch.ones(4)
+    batch = {"labels": torch.zeros(4, 3), "weights": weights}
+    assert not can_be_cut(batch, 4, {"labels": torch.zeros(1, 3), "weights": weights})
+    batch = {"labels": torch.zeros(5, 3), "weights": weights}
+    assert can_be_cut(batch, 5, {"labels": torch.zeros(1, 3), "weights": weights})

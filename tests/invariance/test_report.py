@@ -31,6 +31,12 @@ def test_the_report_is_a_table_below_its_answer():
     assert math.isnan(ROWS[2].gradient_error)
 
 
+def test_an_answer_names_what_was_not_compared():
+    rows = (ROWS[0], Comparison(name="this layout against one process", not_compared="no memory"))
+    answer = InvarianceReport(rows, 1e-5, "2 samples", num_ranks=2).answer
+    assert answer.endswith("up to 1e-07, but for this layout against one process, which is not compared")
+
+
 def test_a_row_that_does_not_decide_is_a_second_statement():
     rows = (ROWS[0], Comparison(name="b", gradient_error=7.0, problem="8 times", summary="8 times", decides=False))
     report = InvarianceReport(rows, 1e-5, "8 samples", num_micro_batches=4, num_ranks=2)

@@ -42,7 +42,11 @@ def test_batches_of_any_type_are_checked(collate):
 @on_layouts("ddp2")
 def test_a_batch_that_one_process_cannot_run_is_not_compared_with_it(layout):
     report = report_of(of(planted.FewRows, Trainer), layout=layout)
-    assert report.passed
+    assert report.verdict == "NOT COMPARED", "nothing has compared the ranks"
+    ours = report_of(of(planted.FewRows, GradUtilsTrainer), layout=layout)
+    assert ours.passed
+    assert "but for" in ours.answer
+    assert "this layout against one process, which is not compared" in ours.answer
     assert "RuntimeError: more than 4 rows" in report.comparisons[LAYOUT].not_compared
 
 
