@@ -24,13 +24,16 @@ def refusing_loops(trainer: Any) -> Iterator[None]:
         yield
         return
     is_ours = False
-    trained = {id(parameter) for parameter in trainer.model.parameters()} if trainer.model is not None else set()
 
     def before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
         nonlocal is_ours
         is_ours = is_ours or any(window.num_closed for window in trainer.accelerator.windows.by_models)
+        if is_ours:
+            return
+        trained = {id(parameter) for parameter in trainer.model_wrapped.parameters()}  # now: model_init made it anew
+        trained |= {id(parameter) for parameter in trainer.model.parameters()}
         parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-        if not is_ours and any(id(parameter) in trained for parameter in parameters):
+        if any(id(parameter) in trained for parameter in parameters):
             raise InvalidArgumentError(
                 f"{type(trainer).__name__} has a training loop of its own, whose {type(optimizer).__name__} steps on "
                 "gradients that are not weighted; let it call super().train(), or training_step, "

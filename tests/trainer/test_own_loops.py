@@ -7,6 +7,7 @@ from transformers.trainer_utils import TrainOutput
 
 from hf_gradutils import exact
 from hf_gradutils.errors import InvalidArgumentError
+from tests.harness.trainer_cases import make_model
 from tests.trainer.test_exact import _norm, _trainer
 
 
@@ -46,6 +47,13 @@ def test_a_loop_past_ours_is_an_error_before_its_first_step(trainer_class, tmp_p
         trainer.train()
     assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
     assert getattr(trainer, "stepped_the_other", trainer_class is not SecondOptimizer)
+
+
+def test_a_loop_past_ours_with_a_model_that_is_made_anew_is_an_error_too(tmp_path):
+    trainer = _trainer(exact(PlainLoop), tmp_path)
+    trainer.model_init = lambda: make_model("bert classes")
+    with pytest.raises(InvalidArgumentError, match="has a training loop of its own"):
+        trainer.train()
 
 
 class WrittenAnew(Trainer):
