@@ -10,6 +10,9 @@ from hf_gradutils.errors import InvalidArgumentError
 from hf_gradutils.programs.ending import end_without_check
 from hf_gradutils.programs.settings import Settings
 
+_STEP_WITHOUT_TRAINING = ("deepspeed.", "torch.distributed.checkpoint.")
+"""Modules that step in a check: an engine that takes no step, and the state of an optimizer that is resumed."""
+
 
 def watch_loops(register: Callable[[Callable[..., None]], Any], settings: Settings) -> None:
     """Look at the first step of each optimizer.
@@ -33,12 +36,12 @@ def watch_loops(register: Callable[[Callable[..., None]], Any], settings: Settin
 
 
 def _is_trainers(settings: Settings) -> bool:
-    """True if a Trainer has asked for the step. In a check that ends the program, only DeepSpeed's engine may have."""
+    """True if a Trainer has asked for the step. In a check that ends the program, no step may train."""
     may_train = settings.all_trainers or not settings.checks
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
-        if name == "transformers.trainer" if may_train else name.startswith("deepspeed."):
+        if name == "transformers.trainer" if may_train else name.startswith(_STEP_WITHOUT_TRAINING):
             return True
         frame = frame.f_back
     return False

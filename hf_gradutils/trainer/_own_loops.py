@@ -7,7 +7,8 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from hf_gradutils.errors import InvalidArgumentError
+from hf_gradutils.accelerator import check_weighted
+from hf_gradutils.errors import InvalidArgumentError, TargetCountError
 from hf_gradutils.trainer._overrides import is_users
 
 _LOOPS = ("train", "_inner_training_loop")
@@ -32,13 +33,15 @@ def refusing_loops(trainer: Any) -> Iterator[None]:
             return
         trained = {id(parameter) for parameter in trainer.model_wrapped.parameters()}  # now: model_init made it anew
         trained |= {id(parameter) for parameter in trainer.model.parameters()}
-        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-        if any(id(parameter) in trained for parameter in parameters):
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        try:  # torch steps on gradients of 0 to make the state of an optimizer that is resumed
+            check_weighted(parameter for parameter in parameters if id(parameter) in trained)
+        except TargetCountError:
             raise InvalidArgumentError(
                 f"{type(trainer).__name__} has a training loop of its own, whose {type(optimizer).__name__} steps on "
                 "gradients that are not weighted; let it call super().train(), or training_step, "
                 "self.accelerator.clip_grad_norm_ and self.optimizer.step() as transformers' loop does"
-            )
+            ) from None
 
     handle = register_optimizer_step_pre_hook(before_step)
     try:

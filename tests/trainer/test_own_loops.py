@@ -77,6 +77,17 @@ class WrittenAnew(Trainer):
         return TrainOutput(1, 0.0, {})
 
 
+class Resumes(Trainer):
+    """Steps on gradients of 0 first, as torch does to make the state of an optimizer that is resumed."""
+
+    def train(self, *args, **kwargs):
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        torch.optim.AdamW(self.model.parameters(), lr=0.0).step()
+        self.model.zero_grad()
+        return super().train(*args, **kwargs)
+
+
 class Around(Trainer):
     def train(self, *args, **kwargs):
         return super().train(*args, **kwargs)
@@ -85,7 +96,7 @@ class Around(Trainer):
         return super()._inner_training_loop(*args, **kwargs)
 
 
-@pytest.mark.parametrize("trainer_class", [WrittenAnew, Around])
+@pytest.mark.parametrize("trainer_class", [WrittenAnew, Around, Resumes])
 def test_a_loop_through_ours_is_exact(trainer_class, tmp_path):
     want = _norm(_trainer(exact(Trainer), tmp_path))
     assert _norm(_trainer(exact(trainer_class), tmp_path)) == pytest.approx(want, rel=1e-5)
