@@ -92,7 +92,7 @@ $(BROWSER):
 		npm install --silent --no-save --prefix .venv-browser @sparticuz/chromium@147
 	@cd .venv-browser && bin/node -e '$(UNPACK)' && mkdir -p fonts && \
 		tar xf al2023.tar.part && tar xf fonts.tar.part -C fonts && \
-		sed -i 's|/tmp/fonts<|$(CURDIR)/.venv-browser/fonts<|' fonts/fonts.conf && rm -r *.tar.part node_modules && \
+		sed -i 's|<config>|<dir>$(CURDIR)/.venv-browser/fonts</dir>&|' fonts/fonts.conf && rm -r *.tar.part node_modules && \
 		chmod +x chromium.part && mv chromium.part chromium
 
 # Writes docs/exactness.md and docs/whole_batch.md.

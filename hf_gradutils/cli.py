@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_gradutils.errors import GradUtilsError, InvalidArgumentError
-from hf_gradutils.programs.command import check_program, run_exact
+from hf_gradutils.programs.command import check_program, run_exact, words_of
 
 _WITH_VALUE = ("--json", "--num_samples", "--plot", "--timeout_s")
 """Options of ``check`` that take a value."""
@@ -126,7 +126,7 @@ def _env(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    return run_exact(options.program, allows_loops=options.allow_loops)
+    return run_exact(words_of(options.program), allows_loops=options.allow_loops)
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -134,20 +134,21 @@ def _check(options: argparse.Namespace) -> int:
 
     if options.timeout_s <= 0 or (options.num_samples is not None and options.num_samples < 1):
         raise InvalidArgumentError("--num_samples and --timeout_s must be > 0")
-    make_room(options.json, options.plot)
-    if options.plot is not None:
+    words, picture = words_of(options.program), options.plot
+    if picture is not None:
         from hf_gradutils.plots import check_can_draw
 
-        check_can_draw(options.plot)
+        picture = check_can_draw(picture)
+    make_room(options.json, picture)  # last: an error above has removed nothing
     outcomes = check_program(
-        options.program,
+        words,
         makes_exact=options.exact,
         num_samples=options.num_samples,
         all_trainers=options.all,
         timeout_s=options.timeout_s,
         allows_loops=options.allow_loops,
     )
-    return show(outcomes, json_file=options.json, picture=options.plot)
+    return show(outcomes, json_file=options.json, picture=picture)
 
 
 def _plot(options: argparse.Namespace) -> int:

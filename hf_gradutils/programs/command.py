@@ -55,13 +55,12 @@ def words_of(program: Sequence[str]) -> list[str]:
     raise InvalidArgumentError(f"no file or command {first!r}; give a script, -m and a module, or a command")
 
 
-def run_exact(program: Sequence[str], *, allows_loops: bool) -> int:
+def run_exact(words: list[str], *, allows_loops: bool) -> int:
     """Run the program with every Trainer exact that it or a process of it builds; returns its exit code.
 
     Raises:
         InvalidArgumentError: it cannot be started; or it has ended well, and none was built.
     """
-    words = words_of(program)
     with tempfile.TemporaryDirectory(prefix="hf-gradutils-", ignore_cleanup_errors=True) as folder:
         settings = Settings(folder=folder, makes_exact=True, checks=False, allows_loops=allows_loops)
         settings = settings.inside_of_others()
@@ -74,7 +73,7 @@ def run_exact(program: Sequence[str], *, allows_loops: bool) -> int:
 
 
 def check_program(
-    program: Sequence[str],
+    words: list[str],
     *,
     makes_exact: bool,
     num_samples: int | None,
@@ -91,7 +90,6 @@ def check_program(
     Raises:
         InvalidArgumentError: it cannot be started, or it has ended before a Trainer began to train.
     """
-    words = words_of(program)
     with tempfile.TemporaryDirectory(prefix="hf-gradutils-", ignore_cleanup_errors=True) as folder:
         settings = Settings(
             folder=folder,
@@ -130,7 +128,9 @@ class _Stopper:
         if self._stopped_at is not None or not (outcomes := read_outcomes(self._folder)):
             return
         self._stopped_at = time.monotonic()
-        if not any(process.pid in (outcome.pid, outcome.parent_pid * outcome.is_launched) for outcome in outcomes):
+        ends_by_itself = {outcome.pid for outcome in outcomes}
+        ends_by_itself |= {outcome.parent_pid for outcome in outcomes if outcome.is_launched}
+        if process.pid not in ends_by_itself:
             process.terminate()
         (self._folder / STOPPED).touch()
 

@@ -150,6 +150,17 @@ def test_files_that_cannot_be_written_are_an_error_before_the_program_runs(optio
     assert message in done.err
 
 
+def test_an_error_of_the_command_removes_no_file(tmp_path):
+    for name in ("report.json", "report.png", "picture"):
+        (tmp_path / name).write_text("of before")
+    for words in (["nowhere.py"], ["--num_samples", "0", "x.py"], ["--plot", "report.docx", "-m", "x"]):
+        assert run(tmp_path, "check", "--json", "report.json", "--plot", "report.png", *words).code == 2
+    write(tmp_path, ends="pass")
+    assert run(tmp_path, "check", "--plot", "picture", "ends.py").code == 2
+    assert (tmp_path / "picture").read_text() == "of before", "the picture would be picture.png"
+    assert {(tmp_path / name).read_text() for name in ("report.json", "report.png")} == {"of before"}
+
+
 SWALLOWS = """
 from common import *
 from transformers import Trainer
